@@ -1,0 +1,41 @@
+# make demo    the main job on drawn images, in about a minute and without a download
+# make test    the tests;  make lint  ruff and mypy;  make parity  against Keras itself, in minutes
+# The first of them makes a virtual environment in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint parity clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/python train.py --preset demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not parity"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+parity: $(VENV)/.parity
+	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity tests/parity
+
+$(VENV)/.runtime: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+# tf_keras asks for the package `tensorflow`, whose place `tensorflow-cpu` takes here: hence --no-deps.
+$(VENV)/.parity: $(VENV)/.dev requirements-parity.txt
+	$(PIP) -r requirements-parity.txt
+	$(PIP) --no-deps "tf_keras>=2.21,<2.22"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,110 @@
+"""What the commands show: on a terminal bars and tables, elsewhere plain lines that a program can read."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from cifar_jax.fit import EpochRow
+
+
+class _Rate(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "", style="cyan")
+
+
+class ConsoleReporter:
+    """Tells a person, or a log."""
+
+    def __init__(self, progress: bool = True) -> None:
+        """With `progress`, bars are shown where the output is a terminal."""
+        # Warnings and bars go to stderr, results to stdout, so that `train.py > log` keeps a clean log.
+        self.out = Console(highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.bars = progress and self.err.is_terminal
+
+    def say(self, text: str) -> None:
+        """A sentence the user should see."""
+        self.err.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A sentence the user should not miss."""
+        self.err.print(f"Warning: {text}", style="bold yellow", markup=False)
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar with rate and time left, gone when it is done."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.err, transient=True, disable=not self.bars) as bars:
+            task = bars.add_task(description, total=total)
+            yield lambda done: bars.update(task, completed=done)
+
+    def epoch(self, row: EpochRow, num_epochs: int) -> None:
+        """A line an epoch."""
+        self.out.print(
+            f"epoch {row.epoch}/{num_epochs}  train_loss {row.train_loss:.4f}  "
+            f"train_accuracy {row.train_accuracy:.4f}  val_loss {row.val_loss:.4f}  "
+            f"val_accuracy {row.val_accuracy:.4f}  seconds {row.seconds:.1f}",
+            markup=False,
+        )
+
+    def closing(self, out: Path, summary: Mapping[str, Any]) -> None:
+        """What came out, how long it took, and where everything lies."""
+        rows = {}
+        for split in ("val", "test"):
+            if f"{split}_accuracy_interval_95" in summary:
+                low, high = summary[f"{split}_accuracy_interval_95"]
+                name = summary["val_split"] if split == "val" else "test"
+                count = summary["num_val" if split == "val" else "num_test"]
+                accuracy = summary[f"{split}_accuracy"]
+                rows[f"{split}_accuracy"] = (
+                    f"{accuracy:.4f} on {count:,} images ({name}), 95 % interval {low:.4f} to {high:.4f}"
+                )
+        rows["seconds"] = ", ".join(f"{phase} {value:.1f}" for phase, value in summary["seconds"].items())
+        if summary["images_per_second"]:
+            rows["backbone"] = f"{summary['images_per_second']:,.0f} images a second"
+        rows["pictures"] = f"{out}/samples.png, curves.png, predictions.png, confusion.png"
+        rows["figures"] = f"{out}/summary.json, metrics.jsonl, config.json"
+        rows["predict"] = f"python -m cifar_jax predict {out} IMAGE..."
+        self.header(rows)
+
+    def table(self, rows: list[dict[str, Any]]) -> None:
+        """A table of equal rows; tab-separated where the output is not a terminal."""
+        if not self.out.is_terminal:
+            for line in [list(rows[0]), *(list(row.values()) for row in rows)]:
+                print(*line, sep="\t", file=self.out.file)  # rich would make spaces of the tabs
+            return
+        table = Table(*rows[0], box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*map(str, row.values()))
+        self.out.print(table)
+
+    def header(self, rows: Mapping[str, str]) -> None:
+        """Names and what they are, a line each."""
+        width = max(map(len, rows))
+        for name, text in rows.items():
+            line = Text(f"{name:<{width}}  ", style="bold")
+            self.out.print(line + Text(text, style="not bold"))

@@ -1,0 +1,57 @@
+"""The images of a job, divided up by what they are used for."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from cifar_jax.config import TrainConfig
+from cifar_jax.data.dataset import Dataset, Splits, hold_out
+from cifar_jax.data.load import load_splits
+from cifar_jax.errors import UserError
+from cifar_jax.keys import stream_key
+
+
+class Problem(NamedTuple):
+    """The images of a job by what they are used for."""
+
+    train: Dataset
+    val: Dataset
+    test: Dataset
+    splits: Splits
+
+    @property
+    def held_out(self) -> bool:
+        """Whether validation images were held out of the training set; otherwise they are the test images."""
+        return self.val is not self.test
+
+    @property
+    def val_name(self) -> str:
+        """What the validation images are, for people."""
+        return "validation" if self.held_out else "test"
+
+
+def load_problem(config: TrainConfig, say: Callable[[str], None] = lambda _: None) -> Problem:
+    """Loads the data set of a configuration and divides it up.
+
+    Raises:
+      UserError: when it cannot be had, or holds fewer images than a batch.
+    """
+    splits = load_splits(
+        config.dataset,
+        data_dir=config.data_dir,
+        cache_dir=config.cache_dir,
+        train_examples=config.train_examples,
+        test_examples=config.test_examples,
+        seed=config.seed,
+        say=say,
+    )
+    train, val = splits.train, splits.test
+    if config.val_fraction:
+        kept, held = hold_out(np.asarray(train.labels), config.val_fraction, stream_key(config.seed, "hold_out"))
+        train, val = splits.train.take(kept), splits.train.take(held)
+    if config.batch_size > len(train.labels):
+        raise UserError(
+            f"--batch-size {config.batch_size} is more than the {len(train.labels)} training images; choose fewer."
+        )
+    return Problem(train, val, splits.test, splits)

@@ -1,0 +1,215 @@
+"""CIFAR-10 and other 32x32 classification sets from tensorflow-datasets, decoded once and kept as arrays.
+
+TensorFlow is needed only to decode: it is imported inside the functions that do, after its GPUs are hidden from it and
+its log is quieted, and not at all when the arrays of the same source files are already there.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+
+from cifar_jax.data.dataset import IMAGE_SHAPE, Dataset, Splits, check
+from cifar_jax.errors import UserError
+from cifar_jax.files import cache_root, load_arrays, save_arrays, sha256_of_file
+
+# TFDS's own ten, each after a longer wait, are three and a half minutes of silence where there is no network.
+DOWNLOAD_RETRIES = 3
+
+Say = Callable[[str], None]  # called with a sentence the user should see
+
+
+def data_root(data_dir: str | None) -> Path:
+    """Where TFDS looks: the argument, $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    return Path(os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
+
+
+def find_prepared(name: str, data_dir: str | None) -> Path | None:
+    """The newest prepared version of a data set below the data directory, or None."""
+    found = [info.parent for info in (data_root(data_dir) / name).glob("*/dataset_info.json")]
+    # What TFDS left unfinished has another name: 1.0.0.incompleteXXXXXX, incomplete.XXXXXX_1.0.0.
+    versions = [path for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+    return max(versions, key=lambda path: [int(number) for number in path.name.split(".")], default=None)
+
+
+def load_tfds(
+    name: str, data_dir: str | None = None, cache_dir: str | None = None, say: Say = lambda _: None
+) -> Splits:
+    """Reads a TFDS data set with a `train` and a `test` split, an `image` and a `label`.
+
+    A set that is prepared below the data directory is read from there; otherwise TFDS downloads and prepares it there.
+    The decoded arrays are kept in the cache under a fingerprint of the source files, and memory-mapped from then on.
+
+    Raises:
+      UserError: when the set is not there and cannot be downloaded, is damaged, or is not made of 32x32x3 images.
+    """
+    source = find_prepared(name, data_dir) or _download(name, data_root(data_dir), say)
+    files = sorted(path for path in source.iterdir() if path.is_file())
+    fingerprint = hashlib.sha256(
+        "".join(f"{path.name} {sha256_of_file(path)}\n" for path in files).encode()
+    ).hexdigest()
+    kept = cache_root(cache_dir) / "data" / f"{name}-{source.name}-{fingerprint[:16]}"
+    try:
+        arrays, about = load_arrays(kept)
+    except FileNotFoundError:
+        arrays, about = _decode_and_keep(name, source, kept, fingerprint, say)
+    except ValueError as error:
+        say(f"{error}: it is removed and made again from {source}.")
+        shutil.rmtree(kept, ignore_errors=True)
+        arrays, about = _decode_and_keep(name, source, kept, fingerprint, say)
+    return _splits(arrays, about)
+
+
+def _splits(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> Splits:
+    train = Dataset(arrays["train_images"], arrays["train_labels"])
+    test = Dataset(arrays["test_images"], arrays["test_labels"])
+    return Splits(train, test, tuple(about["class_names"]), about["name"], about["version"])
+
+
+def _decode_and_keep(
+    name: str, source: Path, kept: Path, fingerprint: str, say: Say
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    splits = _decode(name, source)
+    arrays: dict[str, np.ndarray] = {}
+    for split in ("train", "test"):
+        dataset: Dataset = getattr(splits, split)
+        arrays |= {f"{split}_images": dataset.images, f"{split}_labels": dataset.labels}
+    about = {
+        "name": splits.name,
+        "version": splits.version,
+        "class_names": list(splits.class_names),
+        "source_sha256": fingerprint,
+    }
+    try:
+        save_arrays(kept, arrays, about)
+    except OSError as error:
+        say(f"The decoded images could not be kept in {kept.parent} ({error}); they will be decoded again next time.")
+    return arrays, about
+
+
+def _decode(name: str, source: Path) -> Splits:
+    with _tensorflow(source) as tfds:
+        try:
+            builder = tfds.builder_from_directory(source)
+            info = builder.info
+            missing = {"train", "test"} - set(info.splits)
+            if missing or not {"image", "label"} <= set(info.features):
+                raise UserError(
+                    f"The data set in {source} cannot be used: it needs the splits train and test, and the features "
+                    f"image and label; it has {sorted(info.splits)} and {sorted(info.features)}."
+                )
+            if info.features["image"].shape != IMAGE_SHAPE or not hasattr(info.features["label"], "names"):
+                raise UserError(
+                    f"The data set in {source} cannot be used: it has {info.features['image'].shape} images and "
+                    f"{type(info.features['label']).__name__} labels where {IMAGE_SHAPE} and ClassLabel are needed; "
+                    "name another --dataset."
+                )
+            class_names = tuple(info.features["label"].names)
+            train, test = (_read_split(tfds, builder, split) for split in ("train", "test"))
+        except UserError:
+            raise
+        except Exception as error:  # TFDS, TensorFlow and protobuf raise what their many layers happen to raise
+            raise UserError(
+                f"The data set in {source} is damaged ({_cause(error)}); delete it and prepare it again."
+            ) from error
+    for split, dataset in (("train", train), ("test", test)):
+        expected = info.splits[split].num_examples
+        if len(dataset.labels) != expected:
+            raise UserError(
+                f"The {split} split in {source} holds {len(dataset.labels)} examples where its dataset_info.json says "
+                f"{expected}; delete it and prepare it again."
+            )
+        check(dataset, len(class_names), f"The {split} split in {source}")
+    return Splits(train, test, class_names, name, str(info.version))
+
+
+def _read_split(tfds: Any, builder: Any, split: str) -> Dataset:
+    # One file after the other, so that the order is the order on disk, everywhere and always.
+    config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+    read = builder.as_dataset(split=split, shuffle_files=False, read_config=config)
+    pairs = read.map(lambda example: (example["image"], example["label"])).batch(1024).prefetch(2)
+    batches = list(pairs.as_numpy_iterator())
+    if not batches:
+        raise ValueError(f"the {split} split is empty")
+    images, labels = zip(*batches, strict=True)
+    return Dataset(np.concatenate(images), np.concatenate(labels).astype(np.int32))
+
+
+def _download(name: str, root: Path, say: Say) -> Path:
+    say(f"{name} is not prepared in {root}: tensorflow-datasets downloads and prepares it there.")
+    with _tensorflow(root) as tfds, _few_retries(), contextlib.redirect_stdout(sys.stderr):
+        try:
+            builder = tfds.builder(name, data_dir=root)
+            builder.download_and_prepare()
+        except tfds.core.registered.DatasetNotFoundError as error:
+            raise UserError(
+                f"There is no data set {name!r} in {root}, and TFDS knows none of that name; name another --dataset, "
+                "such as cifar10 or shapes, or the --data-dir that it was prepared in."
+            ) from error
+        except Exception as error:  # TFDS lets through whatever its network and file layers raise; the cause is told
+            raise UserError(
+                f"The data set {name!r} is not in {root} and could not be downloaded ({_cause(error)}). Prepare"
+                f" it on a machine with a network, by `tfds build {name} --data_dir {root}`, copy it here and "
+                "name it with --data-dir or TFDS_DATA_DIR, or try the drawn images that need none: --dataset shapes."
+            ) from error
+    return Path(builder.data_dir)
+
+
+@contextlib.contextmanager
+def _tensorflow(place: Path) -> Iterator[Any]:
+    """TFDS and with it TensorFlow, imported now, quiet, and without a claim on the accelerators that JAX needs."""
+    # Read when TensorFlow is first imported; only talk is lost, as oneDNN's kernels play no part in decoding.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(
+            f"Reading {place} needs TensorFlow, which cannot be imported ({_cause(error)}): "
+            "`pip install -r requirements.txt` brings it, or try the drawn images that need none: --dataset shapes."
+        ) from error
+    for kind in ("GPU", "TPU"):
+        with contextlib.suppress(RuntimeError):  # raised where TensorFlow already runs on them: the caller's choice
+            tf.config.set_visible_devices([], kind)
+    loggers = [logging.getLogger(name) for name in ("absl", "urllib3")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        yield tfds
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _few_retries() -> Iterator[None]:
+    from tensorflow_datasets.core.download import downloader
+
+    usual = downloader.MAX_RETRIES
+    downloader.MAX_RETRIES = DOWNLOAD_RETRIES
+    try:
+        yield
+    finally:
+        downloader.MAX_RETRIES = usual
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong, in a line."""
+    if isinstance(error, requests.ConnectionError) and error.request is not None:
+        return f"no connection to {error.request.url!r}"
+    # TensorFlow puts the place in its graph before the cause, and its operation behind it.
+    text = re.sub(r"^\{\{.*?\}\} | \[Op:\w+\].*", "", str(error).strip())
+    lines = text.splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:200]

@@ -1,0 +1,57 @@
+"""What a run ran on: versions, devices, and an accelerator that lies idle."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this project, Python, and the packages that the numbers depend on."""
+    versions = {"cifar-jax": _version("cifar-jax"), "python": platform.python_version()}
+    return versions | {name: _version(name) for name in PACKAGES}
+
+
+def device_description() -> str:
+    """The devices that JAX uses, for people: `8 x tpu (TPU v5 lite)`, `cpu (Intel ..., 2 cores)`."""
+    devices = jax.devices()
+    first = devices[0]
+    if first.platform == "cpu":
+        return f"cpu ({_processor()}, {os.cpu_count()} cores)"
+    return f"{len(devices)} x {first.platform} ({first.device_kind})"
+
+
+def unused_accelerator() -> str | None:
+    """A sentence to warn with when this machine has an accelerator that JAX does not use, else None."""
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        return None
+    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+        kind, extra = "an NVIDIA GPU", "cuda"
+    elif Path("/dev/accel0").exists() or os.environ.get("TPU_NAME") or os.environ.get("TPU_ACCELERATOR_TYPE"):
+        kind, extra = "a TPU", "tpu"
+    else:
+        return None
+    return (
+        f"This machine has {kind}, but JAX runs on the CPU: `pip install '.[{extra}]'` in the checkout brings the JAX "
+        "that uses it; JAX_PLATFORMS=cpu silences this."
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

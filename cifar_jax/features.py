@@ -1,0 +1,175 @@
+"""Pooled features of a frozen backbone: the plain reference, an extractor for any number of images, the cache."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from cifar_jax.errors import RunError
+from cifar_jax.files import load_arrays, save_arrays, sha256_of_arrays
+from cifar_jax.preprocess import preprocess
+from cifar_jax.pretrained.backbone import Backbone
+from cifar_jax.resnet import ResNet
+
+_CACHE_FORMAT = 1
+
+
+class Extractor(Protocol):
+    """Features of any number of images; `on_images` is called with the number done after each compiled call."""
+
+    def __call__(
+        self, images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] = ...
+    ) -> Float32[np.ndarray, "n features"]:
+        """Extracts."""
+        ...
+
+
+def extract(
+    backbone: Backbone,
+    images_u8: UInt8[Array, "batch h w 3"],
+    image_size: int | None = None,
+    precision: str = "float32",
+) -> Float[Array, "batch features"]:
+    """Pooled features of one batch, plainly: upsample, preprocess, backbone, mean over positions, `stop_gradient`.
+
+    This is the reference that everything faster is held against. It is pure and not compiled; jit it with `image_size`
+    and `precision` static.
+
+    Args:
+      backbone: from `load_backbone`.
+      images_u8: RGB pixels.
+      image_size: side in pixels that the images are upsampled to; the backbone's own if None.
+      precision: `float32` or `bfloat16`, what the network computes in; the features are float32.
+    """
+    x = preprocess(images_u8, backbone.preprocessing, image_size or backbone.image_size)
+    output: Any = ResNet(backbone.config, dtype=jnp.dtype(precision)).apply(backbone.variables, x, train=False)
+    return jax.lax.stop_gradient(output.pooled)
+
+
+def make_extractor(
+    backbone: Backbone,
+    image_size: int | None = None,
+    precision: str = "float32",
+    batch_size: int | None = None,
+) -> Extractor:
+    """Prepares `extract` for many images: compiled once, fed batch by batch, any number of images.
+
+    Args:
+      backbone: from `load_backbone`; its variables go to the device once.
+      image_size: side in pixels that the images are upsampled to; the backbone's own if None.
+      precision: `float32` or `bfloat16`.
+      batch_size: images a compiled call; chosen by device and image size if None.
+
+    Example:
+      >>> features = make_extractor(backbone)(splits.test.images)  # doctest: +SKIP
+      >>> features.shape  # doctest: +SKIP
+      (10000, 2048)
+    """
+    size = image_size or backbone.image_size
+    batch_size = batch_size or default_batch_size(size)
+    on_device = jax.device_put(backbone)
+    run = jax.jit(partial(extract, image_size=size, precision=precision))
+
+    def extractor(
+        images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] = lambda _: None
+    ) -> Float32[np.ndarray, "n features"]:
+        features = np.empty((len(images_u8), backbone.config.features), np.float32)
+        waiting: tuple[slice, Array] | None = None
+        for rows, batch in _batches(images_u8, batch_size):
+            # One batch ahead: the device works on this one while the last one's features are copied out.
+            running = run(on_device, batch)
+            if waiting:
+                _copy_out(features, *waiting, on_images)
+            waiting = rows, running
+        if waiting:
+            _copy_out(features, *waiting, on_images)
+        return features
+
+    return extractor
+
+
+def default_batch_size(image_size: int) -> int:
+    """Images at a time: few on a CPU, whose caches they should stay in; on accelerators enough to fill them."""
+    at_224 = 16 if jax.default_backend() == "cpu" else 256
+    return max(1, min(1024, round(at_224 * (224 / image_size) ** 2)))
+
+
+def _batches(
+    images: UInt8[np.ndarray, "n h w 3"], batch_size: int
+) -> Iterator[tuple[slice, UInt8[np.ndarray, "batch h w 3"]]]:
+    """Batches of one shape, the last one filled up with black images, and the rows that are real."""
+    batch_size = min(batch_size, len(images)) or 1
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        rows = slice(start, start + len(batch))
+        missing = batch_size - len(batch)
+        if missing:
+            batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        yield rows, np.ascontiguousarray(batch)
+
+
+def _copy_out(
+    features: Float32[np.ndarray, "n features"], rows: slice, batch: Array, on_images: Callable[[int], None]
+) -> None:
+    features[rows] = np.asarray(batch)[: rows.stop - rows.start]
+    if not np.isfinite(features[rows]).all():
+        raise RunError(
+            f"The backbone gives features that are not finite for images {rows.start} to {rows.stop - 1}: its weights "
+            "or its preprocessing do not fit; nothing was trained."
+        )
+    on_images(rows.stop)
+
+
+def features_key(backbone: Backbone, image_size: int, precision: str, images_u8: UInt8[np.ndarray, "n h w 3"]) -> str:
+    """Names a feature matrix by everything that its bits depend on, but for the machine's arithmetic units."""
+    about = {
+        "format": _CACHE_FORMAT,
+        "backbone": backbone.sha256,
+        "config": asdict(backbone.config),
+        "preprocessing": asdict(backbone.preprocessing),
+        "image_size": image_size,
+        "precision": precision,
+        "images": sha256_of_arrays(images_u8),
+        "backend": jax.default_backend(),
+        "jax": jax.__version__,
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def cached_features(
+    directory: Path,
+    key: str,
+    compute: Callable[[], Float32[np.ndarray, "n features"]],
+    say: Callable[[str], None] = lambda _: None,
+) -> Float32[np.ndarray, "n features"]:
+    """Features from the cache, memory-mapped and checked byte for byte, or computed and kept there.
+
+    Args:
+      directory: of the cache.
+      key: from `features_key`.
+      compute: makes them where the cache has none, or a damaged one, which is said and replaced.
+      say: is called with each sentence that the user should see.
+    """
+    kept = directory / key[:32]
+    try:
+        return load_arrays(kept)[0]["features"]
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError) as error:
+        say(f"{error}: the features are computed again.")
+        shutil.rmtree(kept, ignore_errors=True)
+    features = compute()
+    try:
+        save_arrays(kept, {"features": features}, {"key": key})
+    except OSError as error:
+        say(f"The features could not be kept in {directory} ({error}); they will be computed again next time.")
+    return features

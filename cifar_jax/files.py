@@ -1,0 +1,148 @@
+"""Files that appear whole or not at all, and arrays kept on disk with a digest."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_INDEX = "index.json"
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where the project keeps what it can make again: the argument, $CIFAR_JAX_CACHE, or ~/.cache/cifar_jax."""
+    if cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        cache_dir = os.environ.get("CIFAR_JAX_CACHE") or os.path.join(base, "cifar_jax")
+    return Path(os.path.expanduser(cache_dir))
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Holds Ctrl-C back until the block ends, so that files that belong together are all written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[Any] = []
+    usual = signal.signal(signal.SIGINT, lambda *about: came.append(about))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if came and callable(usual):
+            usual(*came[0])
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary file beside `path` to write to, and moves it into place if the block ends without an error."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files that only their owner may read; a result is as public as its directory.
+        temporary.chmod(0o666 & ~_umask())
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON that a person can read, whole or not at all. NaN has no place in JSON and raises ValueError."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_arrays(*arrays: np.ndarray) -> str:
+    """SHA-256 over dtype, shape and bytes of arrays, in hex: equal arrays, equal digest, wherever they came from."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Keeps arrays as .npy files in a directory that appears whole or not at all.
+
+    Args:
+      directory: must not exist; its parents are made.
+      arrays: by name.
+      about: JSON values kept beside them, for the reader of the directory and for `load_arrays`.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+        index = {"about": dict(about), "sha256": {name: sha256_of_arrays(a) for name, a in arrays.items()}}
+        write_json(temporary / _INDEX, index | {"own_sha256": _sha256_of_json(index)})
+        temporary.chmod(0o777 & ~_umask())
+        # Another process may have made the same directory meanwhile; its content is the same, so the first one stays.
+        try:
+            os.replace(temporary, directory)
+        except OSError:
+            if not directory.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Memory-maps what `save_arrays` kept, every byte checked against its digest.
+
+    Returns:
+      The arrays by name, read-only, and what was kept beside them.
+
+    Raises:
+      FileNotFoundError: when the directory is not there.
+      ValueError: when anything in it is missing or damaged.
+    """
+    try:
+        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
+        if index.pop("own_sha256") != _sha256_of_json(index):
+            raise ValueError(f"{_INDEX} does not have the digest it should have")
+        arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in index["sha256"]}
+        about = index["about"]
+    except (FileNotFoundError, NotADirectoryError):
+        if directory.is_dir():
+            raise ValueError(f"{directory} is incomplete") from None
+        raise FileNotFoundError(f"{directory} does not exist") from None
+    except Exception as error:  # a damaged .npy header fails as a number, a literal or a line of Python may fail
+        raise ValueError(f"{directory} is damaged ({error})") from error
+    for name, array in arrays.items():
+        if sha256_of_arrays(array) != index["sha256"][name]:
+            raise ValueError(f"{directory / name}.npy is damaged: its bytes do not have the digest kept beside it")
+    return arrays, about
+
+
+def _sha256_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

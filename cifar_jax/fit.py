@@ -1,0 +1,190 @@
+"""The loop over epochs, and the two ways to run one: on cached features, or live through the whole network."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float32, Int32, PRNGKeyArray
+
+from cifar_jax.data import Dataset, epoch_batches
+from cifar_jax.errors import RunError
+from cifar_jax.evaluation import EvalResult, EvalSums, eval_step, evaluate, logits_sums
+from cifar_jax.features import default_batch_size, extract
+from cifar_jax.head import HeadParams, head_logits
+from cifar_jax.pretrained.backbone import Backbone
+from cifar_jax.training import Batch, StepMetrics, TrainState, make_cached_epoch, make_live_step, real_weights
+
+RunEpoch = Callable[[TrainState, int], tuple[TrainState, StepMetrics]]
+Evaluate = Callable[[Any], EvalResult]
+
+
+class EpochRow(NamedTuple):
+    """A line of metrics.jsonl. Training figures are running means over the epoch, as Keras reports them."""
+
+    epoch: int  # counted from one
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    seconds: float
+
+
+class Diverged(RunError):
+    """Training met a loss or gradient that is not finite. `state` is the last good one."""
+
+    def __init__(self, state: TrainState, epoch: int, step: int, steps: int):
+        """Takes the last good state, the epoch counted from one, and the step within it."""
+        self.state, self.epoch = state, epoch
+        super().__init__(
+            f"Loss or gradient was not finite in epoch {epoch}, step {step} of {steps}; training stopped with the "
+            "parameters of the step before. A lower --learning-rate usually helps."
+        )
+
+
+class EpochOrder(NamedTuple):
+    """How the training images are gone through, and the key that random steps draw from."""
+
+    order_key: PRNGKeyArray
+    step_key: PRNGKeyArray
+    batch_size: int
+    shuffle: bool = True
+
+    def batches(
+        self, epoch: int, num_examples: int
+    ) -> tuple[Int32[np.ndarray, "steps batch"], Int32[np.ndarray, "steps"]]:
+        """Indices and counts of an epoch's steps; see `epoch_batches`."""
+        return epoch_batches(self.order_key, epoch, num_examples, self.batch_size, self.shuffle)
+
+
+def cached_runner(
+    features: Float32[np.ndarray, "n features"],
+    labels: Int32[np.ndarray, "n"],
+    tx: optax.GradientTransformation,
+    order: EpochOrder,
+) -> RunEpoch:
+    """Epochs over features that are put on the device once."""
+    epoch_fn = make_cached_epoch(tx)
+    on_device = jax.device_put((np.asarray(features), np.asarray(labels)))
+
+    def run_epoch(state: TrainState, epoch: int) -> tuple[TrainState, StepMetrics]:
+        state, metrics = epoch_fn(state, *on_device, *order.batches(epoch, len(labels)), order.step_key)
+        return state, jax.device_get(metrics)
+
+    return run_epoch
+
+
+def live_runner(
+    backbone: Backbone,
+    dataset: Dataset,
+    tx: optax.GradientTransformation,
+    order: EpochOrder,
+    image_size: int,
+    precision: str,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Epochs of the literal step: every image goes through the whole network every time.
+
+    Returns:
+      A `RunEpoch` that takes a third argument, to be called with the number of examples done after each step.
+    """
+    step = make_live_step(tx, image_size, precision)
+    on_device = jax.device_put(backbone)
+
+    def run_epoch(
+        state: TrainState, epoch: int, on_examples: Callable[[int], None] = lambda _: None
+    ) -> tuple[TrainState, StepMetrics]:
+        indices, counts = order.batches(epoch, len(dataset.labels))
+        carry, metrics = (state, jnp.array(True)), []
+        for number, (index, count) in enumerate(zip(indices, counts, strict=True)):
+            weights = real_weights(len(index), jnp.int32(count))
+            batch = Batch(jnp.asarray(dataset.images[index]), jnp.asarray(dataset.labels[index]), weights)
+            carry, step_metrics = step(carry, on_device, batch, order.step_key)
+            metrics.append(step_metrics)
+            # Looking one step back keeps the device busy and still stops a diverged run at once.
+            if number and not metrics[-2].finite:
+                break
+            on_examples(int(counts[: number + 1].sum()))
+        return carry[0], jax.tree.map(lambda *leaves: np.stack(jax.device_get(leaves)), *metrics)
+
+    return run_epoch
+
+
+def cached_evaluator(features: Float32[np.ndarray, "n features"], labels: Int32[np.ndarray, "n"]) -> Evaluate:
+    """Evaluation of head parameters on features that are put on the device once."""
+    on_device = jax.device_put(np.asarray(features))
+    return lambda params: evaluate(eval_step, params, on_device, np.asarray(labels))
+
+
+def live_evaluator(backbone: Backbone, dataset: Dataset, image_size: int, precision: str) -> Callable[..., EvalResult]:
+    """Evaluation of head parameters through the whole network.
+
+    Returns:
+      An `Evaluate` that takes a second argument, to be called with the number of examples done after each batch.
+    """
+    on_device = jax.device_put(backbone)
+
+    @jax.jit
+    def step(params: tuple[Backbone, HeadParams], batch: Batch) -> EvalSums:
+        features = extract(params[0], batch.inputs, image_size, precision)
+        return logits_sums(head_logits(params[1], features), batch)
+
+    def evaluate_params(params: HeadParams, on_examples: Callable[[int], None] = lambda _: None) -> EvalResult:
+        labels, batch_size = np.asarray(dataset.labels), default_batch_size(image_size)
+        return evaluate(step, (on_device, params), dataset.images, labels, batch_size, on_examples)
+
+    return evaluate_params
+
+
+def fit(
+    state: TrainState,
+    run_epoch: RunEpoch,
+    evaluate_params: Evaluate,
+    num_epochs: int,
+    on_epoch: Callable[[EpochRow, TrainState], None] = lambda *_: None,
+) -> tuple[TrainState, list[EpochRow]]:
+    """Trains for a number of epochs, evaluating after each.
+
+    Args:
+      state: from `init_state`; donated.
+      run_epoch: from `cached_runner` or `live_runner`.
+      evaluate_params: from `cached_evaluator` or `live_evaluator`.
+      num_epochs: how many.
+      on_epoch: is called after each with its figures and the state, whose memory the next epoch takes over.
+
+    Raises:
+      Diverged: when a loss or gradient was not finite; it carries the last good state.
+    """
+    history = []
+    for epoch in range(num_epochs):
+        start = time.perf_counter()
+        state, metrics = run_epoch(state, epoch)
+        _check_finite(state, metrics, epoch)
+        result = evaluate_params(state.params)
+        count = metrics.num.sum()
+        row = EpochRow(
+            epoch=epoch + 1,
+            train_loss=float(metrics.loss_sum.sum(dtype=np.float64) / count),
+            train_accuracy=float(metrics.correct.sum() / count),
+            val_loss=result.loss,
+            val_accuracy=result.accuracy,
+            seconds=time.perf_counter() - start,
+        )
+        history.append(row)
+        on_epoch(row, state)
+    return state, history
+
+
+def _check_finite(state: TrainState, metrics: StepMetrics, epoch: int) -> None:
+    if not metrics.finite.all():
+        raise Diverged(state, epoch + 1, int(np.argmin(metrics.finite)) + 1, len(metrics.finite))
+
+
+def probabilities(params: HeadParams, features: Array | np.ndarray) -> Float32[np.ndarray, "n classes"]:
+    """Class probabilities of features."""
+    return np.asarray(_probabilities(params, jnp.asarray(features)))
+
+
+_probabilities = jax.jit(lambda params, features: jax.nn.softmax(head_logits(params, features)))

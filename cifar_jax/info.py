@@ -1,0 +1,42 @@
+"""What is on this machine: versions, devices, weights, data sets."""
+
+from typing import Any
+
+from cifar_jax.data.tfds import data_root
+from cifar_jax.environment import device_description, package_versions
+from cifar_jax.files import cache_root
+from cifar_jax.pretrained import UNTRAINED, registry
+
+
+def collect(data_dir: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
+    """Collects it as JSON values: `environment`, `weights`, `data`."""
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    return {
+        "environment": {"device": device_description(), "versions": versions, "cache": str(cache_root(cache_dir))},
+        "weights": [_weights_row(entry, cache_dir) for entry in registry.entries().values()]
+        + [_untrained_row(name) for name in UNTRAINED],
+        "data": _data(data_dir),
+    }
+
+
+def _weights_row(entry: registry.Entry, cache_dir: str | None) -> dict[str, str]:
+    found, _ = registry.find_local(entry, cache_dir)
+    return {
+        "name": entry.name,
+        "MB": f"{entry.size / 1e6:.1f}",
+        "MD5": entry.md5,
+        "licence": entry.licence,
+        "variant": entry.variant,
+        "local copy": str(found or "none"),
+    }
+
+
+def _untrained_row(name: str) -> dict[str, str]:
+    return {"name": name, "MB": "", "MD5": "", "licence": "", "variant": "untrained", "local copy": "made when needed"}
+
+
+def _data(data_dir: str | None) -> dict[str, str]:
+    root = data_root(data_dir)
+    prepared = sorted(path.parent for path in root.glob("*/*/dataset_info.json"))
+    found = ", ".join(f"{path.parent.name} {path.name}" for path in prepared)
+    return {"data sets": f"{found or 'none'} in {root}", "drawn": "shapes, anywhere"}

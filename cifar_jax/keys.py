@@ -1,0 +1,16 @@
+"""One seed, one key for each use of randomness: what one use draws never moves another."""
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+# Appended to, never reordered: a stream's place in this list is part of what a seed means.
+STREAMS = ("init", "order", "step", "hold_out", "backbone", "train_subset", "test_subset", "pictures")
+
+
+def stream_key(seed: int, stream: str) -> PRNGKeyArray:
+    """The key of a named stream; fold in an epoch or a step where a stream is drawn from more than once.
+
+    Raises:
+      ValueError: when there is no such stream.
+    """
+    return jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream))

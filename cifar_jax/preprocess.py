@@ -1,0 +1,94 @@
+"""From the pixels of a data set to the input of a network: pure functions that run inside jit.
+
+A backbone is only as good as the preprocessing it was trained with, so the preprocessing is a value that travels with
+the weights (`Backbone.preprocessing`), never a flag of its own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network's input is, per channel: `(pixel / scale - mean) / std`, pixels in 0..255.
+
+    Attributes:
+      name: how it is called in files and tables.
+      channels: the order in which the network wants the channels; `mean` and `std` are in that order.
+      scale: what pixels are divided by first.
+      mean: what is then subtracted.
+      std: what is then divided by.
+    """
+
+    name: str
+    channels: Literal["rgb", "bgr"] = "rgb"
+    scale: float = 1.0
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        """Refuses what normalises no pixels, as a damaged file may."""
+        channels = self.channels in ("rgb", "bgr") and len(self.mean) == len(self.std) == 3
+        if not (channels and all(map(math.isfinite, self.mean)) and min(self.scale, *self.std) > 0):
+            raise ValueError(f"{self} is no preprocessing")
+
+
+# The four modes of keras.applications.imagenet_utils.preprocess_input, and none. The means of `caffe` are those of the
+# ImageNet training set in BGR, 0..255; those of `torch` are the usual ImageNet statistics in RGB, 0..1.
+CAFFE = Preprocessing("caffe", channels="bgr", mean=(103.939, 116.779, 123.68))
+TORCH = Preprocessing("torch", scale=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+TF = Preprocessing("tf", scale=127.5, mean=(1.0, 1.0, 1.0))
+IDENTITY = Preprocessing("identity")
+MODES = {mode.name: mode for mode in (CAFFE, TORCH, TF, IDENTITY)}
+
+
+def upsample(images: Float[Array, "batch h w c"], image_size: int) -> Float[Array, "batch size size c"]:
+    """Repeats every pixel `image_size / h` times in both directions (nearest neighbour, Keras's `UpSampling2D`).
+
+    Raises:
+      ValueError: when the images are not square or `image_size` is not a multiple of their side.
+    """
+    batch, height, width, channels = images.shape
+    if height != width or image_size % height:
+        raise ValueError(
+            f"images of {height}x{width} cannot be repeated to {image_size}x{image_size}; "
+            f"choose an image size that is a multiple of {height}"
+        )
+    factor = image_size // height
+    repeated = jnp.broadcast_to(images[:, :, None, :, None, :], (batch, height, factor, width, factor, channels))
+    return repeated.reshape(batch, image_size, image_size, channels)
+
+
+def preprocess(
+    images_u8: UInt8[Array, "batch h w 3"], preprocessing: Preprocessing, image_size: int
+) -> Float[Array, "batch size size 3"]:
+    """Upsamples RGB pixels to the network's size and normalises them as its weights expect.
+
+    Normalising is elementwise and upsampling copies, so they commute to the bit; the small image is normalised first
+    because that is 49 times less work at 7x.
+
+    Args:
+      images_u8: RGB, 0..255.
+      preprocessing: what the weights were trained with; static under jit.
+      image_size: side of the result in pixels, a multiple of `h`; static under jit.
+
+    Returns:
+      float32, channels in the network's order. `CAFFE` has the bits of Keras's `UpSampling2D` followed by
+      `preprocess_input`: one float32 subtraction. The others agree to 2e-7 of their range.
+    """
+    if images_u8.dtype != jnp.uint8:
+        raise ValueError(f"images must be uint8 pixels in 0..255, not {images_u8.dtype}")
+    x = images_u8.astype(jnp.float32)
+    if preprocessing.channels == "bgr":
+        x = x[..., ::-1]
+    if preprocessing.scale != 1.0:
+        x = x / preprocessing.scale
+    if any(preprocessing.mean):
+        x = x - jnp.asarray(preprocessing.mean, jnp.float32)
+    if preprocessing.std != (1.0, 1.0, 1.0):
+        x = x / jnp.asarray(preprocessing.std, jnp.float32)
+    return upsample(x, image_size)

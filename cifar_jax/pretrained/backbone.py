@@ -1,0 +1,61 @@
+"""A pretrained backbone: its weights together with all that is needed to run them as they were trained."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from cifar_jax.files import sha256_of_arrays
+from cifar_jax.preprocess import Preprocessing
+from cifar_jax.resnet import ResNetConfig, Variables
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A network without its top, as a pytree: the variables are leaves, what decides the computation is static.
+
+    Where it came from (`sha256`, `source`, `variant`, `top`) does not travel into jit, so two files of the same
+    network share one compiled function.
+
+    Attributes:
+      config: the network's shape and variant.
+      preprocessing: what it was trained with.
+      image_size: side in pixels of the images it was trained with.
+      variables: {"params", "batch_stats"}, float32.
+      sha256: of the weights file, or of the variables where there is none.
+      source: the file's path, or how the variables were made.
+      variant: the name of the variant and what decided it, for people.
+      top: the file's own classifier, {"kernel": [features, classes], "bias": [classes]}, or None. Kept, not used.
+    """
+
+    config: ResNetConfig
+    preprocessing: Preprocessing
+    image_size: int
+    variables: Variables
+    sha256: str = ""
+    source: str = ""
+    variant: str = ""
+    top: dict[str, Any] | None = None
+
+    def tree_flatten(self) -> tuple[tuple[Variables], tuple[ResNetConfig, Preprocessing, int]]:
+        """The leaves and the static part."""
+        return (self.variables,), (self.config, self.preprocessing, self.image_size)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[ResNetConfig, Preprocessing, int], children: tuple[Variables]) -> "Backbone":
+        """Puts leaves and static part together again."""
+        return cls(*static, variables=children[0])
+
+    def replace(self, **changes: Any) -> "Backbone":
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def variables_sha256(variables: Variables) -> str:
+    """SHA-256 over the paths and values of all variables: the identity of a backbone that no file holds."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    names = np.array([jax.tree_util.keystr(path) for path, _ in leaves])
+    return sha256_of_arrays(names, *(np.asarray(leaf) for _, leaf in leaves))

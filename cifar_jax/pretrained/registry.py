@@ -1,0 +1,195 @@
+"""The known weights files: what they are, where a copy of them lies on this machine, and their download."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooch
+import requests
+
+from cifar_jax.files import cache_root
+from cifar_jax.pretrained.errors import WeightsError
+
+DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+
+Say = Callable[[str], None]
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def no_progress(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar that nobody sees: (description, total) -> a context whose value is called with how many are done."""
+    return nullcontext(lambda done: None)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published weights file.
+
+    Attributes:
+      name: as `--weights` takes it.
+      file: name of the file.
+      url: where it is published.
+      md5: of the whole file, as its publisher gives it.
+      size: in bytes.
+      variant: how it is run.
+      licence: of the weights.
+      about: a sentence for people.
+    """
+
+    name: str
+    file: str
+    url: str
+    md5: str
+    size: int
+    variant: str
+    licence: str
+    about: str
+
+
+def weights_dir() -> Path:
+    """The `weights` directory: inside the package once installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "weights"
+    return inside if inside.is_dir() else package.parent / "weights"
+
+
+def entries() -> dict[str, Entry]:
+    """All known files by name, from weights/registry.json."""
+    table = json.loads((weights_dir() / "registry.json").read_text(encoding="utf-8"))
+    return {name: Entry(name, **fields) for name, fields in table.items()}
+
+
+def md5_of_file(path: Path) -> str:
+    """MD5 of a file, in hex: the digest that Keras publishes for its weights, an identity and no protection."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def entry_of_file(path: Path) -> Entry | None:
+    """The registry's entry for a file, by size and hash, or None."""
+    size = path.stat().st_size
+    same_size = [entry for entry in entries().values() if entry.size == size]
+    if not same_size:
+        return None
+    digest = md5_of_file(path)
+    return next((entry for entry in same_size if entry.md5 == digest), None)
+
+
+def places(entry: Entry, cache_dir: str | None = None) -> Iterator[Path]:
+    """Where a copy of a file may lie: $CIFAR_JAX_WEIGHTS (a file or a directory), our cache, the cache of Keras."""
+    if named := os.environ.get("CIFAR_JAX_WEIGHTS"):
+        given = Path(os.path.expanduser(named))
+        yield given / entry.file if given.is_dir() else given
+    yield downloaded_to(entry, cache_dir)
+    yield Path(os.path.expanduser(os.environ.get("KERAS_HOME") or "~/.keras")) / "models" / entry.file
+
+
+def downloaded_to(entry: Entry, cache_dir: str | None = None) -> Path:
+    """Where a download is kept: by entry, as files of different content share a name."""
+    return cache_root(cache_dir) / "weights" / entry.name / entry.file
+
+
+def find_local(entry: Entry, cache_dir: str | None = None) -> tuple[Path | None, list[str]]:
+    """Looks for a copy with the right hash.
+
+    Returns:
+      Its path or None, and a note on each file that was there but is another.
+    """
+    notes: list[str] = []
+    if (named := os.environ.get("CIFAR_JAX_WEIGHTS")) and not os.path.exists(os.path.expanduser(named)):
+        notes.append(f"{named} does not exist, though CIFAR_JAX_WEIGHTS names it")
+    for path in places(entry, cache_dir):
+        if not os.path.isfile(path):
+            continue
+        try:
+            if path.stat().st_size == entry.size and md5_of_file(path) == entry.md5:
+                return path, notes
+            notes.append(f"{path} is another file (its size or MD5 differs)")
+        except OSError as error:
+            notes.append(f"{path} cannot be read ({error.strerror})")
+    return None, notes
+
+
+def fetch(name: str, cache_dir: str | None = None, say: Say = lambda _: None, progress: Progress = no_progress) -> Path:
+    """A local copy of a known file, downloaded if there is none, its hash checked either way.
+
+    Args:
+      name: of the registry's entry.
+      cache_dir: where downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax.
+      say: is called with each sentence that the user should see.
+      progress: makes the bar that shows a download.
+
+    Raises:
+      WeightsError: when the name is not known, or the file is not here and cannot be downloaded, with the URL, the hash
+        and where to put it.
+    """
+    entry = entries().get(name)
+    if entry is None:
+        raise WeightsError(
+            f"There is no file and no known name {name!r}; --weights takes a path or one of {', '.join(entries())}."
+        )
+    found, notes = find_local(entry, cache_dir)
+    if found is not None:
+        return found
+    target = downloaded_to(entry, cache_dir)
+    say(f"{name} is not on this machine: downloading {entry.size / 1e6:.0f} MB from {entry.url}")
+    try:
+        with progress(f"Downloading {name}", entry.size) as bar:
+            _download(entry, target, bar)
+    except (requests.RequestException, ValueError, OSError) as error:
+        also = "".join(f" {note}." for note in notes)
+        raise WeightsError(
+            f"The weights {name} are not on this machine and could not be downloaded ({_cause(error)}): get "
+            f"{entry.url} (MD5 {entry.md5}) on a machine with a network and put it at {target}, or name it with "
+            f"--weights or CIFAR_JAX_WEIGHTS.{also}"
+        ) from error
+    return target
+
+
+def _download(entry: Entry, target: Path, bar: Callable[[int], None]) -> None:
+    pooch.get_logger().setLevel("ERROR")
+    pooch.retrieve(
+        entry.url,
+        known_hash=f"md5:{entry.md5}",
+        fname=target.name,
+        path=target.parent,
+        downloader=pooch.HTTPDownloader(progressbar=_Bar(bar), timeout=DOWNLOAD_TIMEOUT),
+    )
+
+
+class _Bar:
+    """A progress bar in the form that pooch drives."""
+
+    total = 0
+
+    def __init__(self, bar: Callable[[int], None]):
+        self._bar, self._done = bar, 0
+
+    def update(self, more: int) -> None:
+        self._done += more
+        self._bar(self._done)
+
+    def reset(self) -> None:
+        self._done = 0
+
+    def close(self) -> None:
+        pass
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong, in few words, from errors that wrap each other three deep."""
+    if isinstance(error, requests.Timeout):
+        return "the server did not answer in time"
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return f"the server answered {error.response.status_code}"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke off"
+    if isinstance(error, requests.ConnectionError):
+        return "no connection to the server"
+    if isinstance(error, ValueError):
+        return "what came has another hash"
+    return str(error)

@@ -1,0 +1,46 @@
+"""Who is told what a job does. The library prints nothing itself."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+from cifar_jax.fit import EpochRow
+
+
+class Reporter(Protocol):
+    """Who is told what the job does; `cifar_jax.console` shows it to a person, `Silent` to nobody."""
+
+    def say(self, text: str) -> None:
+        """A sentence the user should see."""
+
+    def warn(self, text: str) -> None:
+        """A sentence the user should not miss."""
+
+    def header(self, rows: dict[str, str]) -> None:
+        """What is about to be done, and with what."""
+
+    def progress(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A bar; the context's value is called with how many of `total` are done."""
+
+    def epoch(self, row: EpochRow, num_epochs: int) -> None:
+        """An epoch has ended."""
+
+
+class Silent:
+    """A reporter that tells nobody."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
+
+    def header(self, rows: dict[str, str]) -> None:
+        """Nothing."""
+
+    def progress(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A bar that nobody sees."""
+        return nullcontext(lambda done: None)
+
+    def epoch(self, row: EpochRow, num_epochs: int) -> None:
+        """Nothing."""

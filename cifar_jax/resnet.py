@@ -1,0 +1,180 @@
+"""ResNet with bottleneck blocks (He et al. 2015, https://arxiv.org/abs/1512.03385) in flax.linen, without its top.
+
+One module serves every published ResNet50; what differs between them is in `ResNetConfig`. Every padding is written
+out: `SAME` at stride 2 pads on one side only, so published weights would load without complaint and give other numbers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}, nested dicts of float32 arrays
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """The shape of the network and the details in which published ResNet50s differ. The defaults are Keras's.
+
+    Attributes:
+      stage_sizes: bottleneck blocks in each stage; (3, 4, 6, 3) is ResNet50.
+      width: channels of the stem and of the first stage's 3x3 convolutions; stage s has `4 * width * 2**s` at its end.
+      stride_in_1x1: whether a stage's first block strides in its first 1x1 convolution (the paper, Keras) or in the
+        3x3 (torchvision, "v1.5").
+      conv_bias: whether convolutions have biases (Keras) or leave that to the BatchNorm behind them.
+      bn_epsilon: added to the variance by every BatchNorm.
+      pool_padding: zero rows around the max-pool's input: 1 (112 -> 56), or 0 for Keras files of before 2018-08-31
+        run as they were then (112 -> 55).
+    """
+
+    stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
+    width: int = 64
+    stride_in_1x1: bool = True
+    conv_bias: bool = True
+    bn_epsilon: float = 1.001e-5
+    pool_padding: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses what describes no network, as a damaged file may."""
+        counts = all(type(n) is int and n >= 1 for n in (self.width, *self.stage_sizes))
+        flags = type(self.stride_in_1x1) is type(self.conv_bias) is bool and self.pool_padding in (0, 1)
+        if not (counts and self.stage_sizes and flags and 0 < self.bn_epsilon < 1):
+            raise ValueError(f"{self} is no network")
+
+    @property
+    def features(self) -> int:
+        """Width of the pooled features: 2048 for ResNet50."""
+        return 4 * self.width * 2 ** (len(self.stage_sizes) - 1)
+
+    @property
+    def downsampling(self) -> int:
+        """How many times smaller the last stage is than the input: 32 for four stages."""
+        return 2 ** (len(self.stage_sizes) + 1)
+
+
+class ResNetOutput(NamedTuple):
+    """What the network computes: the last activation of each stage, and the mean of the last one over positions."""
+
+    stages: tuple[Float[Array, "batch h w c"], ...]
+    pooled: Float[Array, "batch features"]
+
+
+class ResNet(nn.Module):
+    """The backbone: stem, stages of bottleneck blocks, global average pooling.
+
+    Attributes:
+      config: shape and variant.
+      dtype: what activations are computed in, float32 or bfloat16; parameters and statistics stay float32.
+      bn_momentum: share of the old running statistics that a training step keeps (Keras's 0.99).
+    """
+
+    config: ResNetConfig
+    dtype: jnp.dtype = jnp.dtype("float32")
+    bn_momentum: float = 0.99
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch size size 3"], train: bool = False) -> ResNetOutput:
+        """Runs the network. With `train`, BatchNorm uses and updates batch statistics (make `batch_stats` mutable)."""
+        config = self.config
+        layers = _Layers(config, self.dtype, self.bn_momentum, train)
+        x = x.astype(self.dtype)
+        x = layers.conv(config.width, 7, 2, "stem_conv")(x)
+        x = nn.relu(layers.norm("stem_bn")(x))
+        # Behind a relu nothing is below zero, so Keras's zero padding and torch's -inf padding are the same maximum.
+        pad = config.pool_padding
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((pad, pad), (pad, pad)))
+        stages = []
+        for stage, num_blocks in enumerate(config.stage_sizes):
+            for block in range(num_blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                x = Bottleneck(layers, config.width * 2**stage, stride, name=block_name(stage, block))(x)
+            stages.append(x)
+        return ResNetOutput(tuple(stages), jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
+
+
+def block_name(stage: int, block: int) -> str:
+    """Name of a block's module, both counted from zero; in the names they count from one."""
+    return f"stage{stage + 1}_block{block + 1}"
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Makes the layers of one network, so that a setting is written once."""
+
+    config: ResNetConfig
+    dtype: jnp.dtype
+    bn_momentum: float
+    train: bool
+
+    @property
+    def precision(self) -> jax.lax.Precision:
+        # float32 means float32: by default JAX would take TF32 on recent GPUs and bfloat16 passes on TPU.
+        return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+    def conv(self, features: int, size: int, stride: int, name: str) -> nn.Conv:
+        """A convolution with half its size as padding on every side."""
+        pad = size // 2
+        return nn.Conv(
+            features,
+            (size, size),
+            (stride, stride),
+            padding=((pad, pad), (pad, pad)),
+            use_bias=self.config.conv_bias,
+            dtype=self.dtype,
+            precision=self.precision,
+            name=name,
+        )
+
+    def conv1x1(self, features: int, name: str) -> nn.Dense:
+        """A 1x1 convolution is a matrix product over channels, and as one XLA:CPU runs it much faster."""
+        return nn.Dense(
+            features,
+            use_bias=self.config.conv_bias,
+            dtype=self.dtype,
+            precision=self.precision,
+            name=name,
+        )
+
+    def norm(self, name: str) -> Callable[[Array], Array]:
+        """BatchNorm, always in float32: bfloat16 has too few digits for a mean taken off a value of its own size."""
+        # use_fast_variance takes E[x^2] - E[x]^2, which loses every digit where a mean is large against its spread.
+        norm = nn.BatchNorm(
+            use_running_average=not self.train,
+            momentum=self.bn_momentum,
+            epsilon=self.config.bn_epsilon,
+            dtype=jnp.float32,
+            use_fast_variance=False,
+            name=name,
+        )
+        return lambda x: norm(x.astype(jnp.float32)).astype(self.dtype)
+
+
+class Bottleneck(nn.Module):
+    """1x1 down to `features`, 3x3, 1x1 up to `4 * features`, and the shortcut, projected where its shape changes."""
+
+    layers: _Layers
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h2 w2 c2"]:
+        """Runs the block."""
+        layers, out = self.layers, 4 * self.features
+        first, second = (self.stride, 1) if layers.config.stride_in_1x1 else (1, self.stride)
+        y = layers.conv1x1(self.features, "conv1")(_subsample(x, first))
+        y = nn.relu(layers.norm("bn1")(y))
+        y = layers.conv(self.features, 3, second, "conv2")(y)
+        y = nn.relu(layers.norm("bn2")(y))
+        y = layers.norm("bn3")(layers.conv1x1(out, "conv3")(y))
+        if self.stride > 1 or x.shape[-1] != out:
+            x = layers.norm("bn_proj")(layers.conv1x1(out, "conv_proj")(_subsample(x, self.stride)))
+        return nn.relu(x + y)
+
+
+def _subsample(x: Float[Array, "batch h w c"], stride: int) -> Float[Array, "batch h2 w2 c"]:
+    """What a strided 1x1 convolution sees of its input."""
+    return x if stride == 1 else x[:, ::stride, ::stride]

@@ -1,0 +1,200 @@
+"""Writes a run directory while the run goes on: pictures, metrics, checkpoints, and the summary of it all."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from cifar_jax.checkpoint import save_checkpoint
+from cifar_jax.config import TrainConfig
+from cifar_jax.data import Dataset, Problem
+from cifar_jax.environment import device_description, package_versions
+from cifar_jax.errors import RunError
+from cifar_jax.evaluation import EvalResult, wilson_interval
+from cifar_jax.files import write_json
+from cifar_jax.fit import EpochRow, probabilities
+from cifar_jax.head import HeadParams
+from cifar_jax.keys import stream_key
+from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
+from cifar_jax.run_dir import BACKBONE, CHECKPOINTS, FORMAT_VERSION, SUMMARY, write_metrics
+
+PICTURED_PREDICTIONS = 32
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        """Starts the clock."""
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Adds the time that the block takes to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+
+class RunWriter:
+    """What has been done so far, and where it is written."""
+
+    def __init__(
+        self, out: Path, config: TrainConfig, problem: Problem, backbone: Backbone, image_size: int, clock: Clock
+    ):
+        """Takes what the run is about; a backbone that no file can bring back is kept in the run itself."""
+        self.out, self.config, self.problem, self.backbone = out, config, problem, backbone
+        self.image_size, self.clock = image_size, clock
+        self.history: list[EpochRow] = []
+        self.selected_epoch = 0
+        self._images, self._seconds = 0, 0.0
+        if config.weights in UNTRAINED:
+            with _or_run_error(out):
+                digest = save_backbone(out / BACKBONE, backbone)
+            self.backbone = backbone.replace(sha256=digest)
+
+    @contextlib.contextmanager
+    def extracting(self, dataset: Dataset) -> Iterator[None]:
+        """Counts images and seconds towards the backbone's images per second."""
+        start = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - start
+        self._images += len(dataset.labels)
+
+    def epoch(self, row: EpochRow) -> None:
+        """Adds a line to metrics.jsonl."""
+        self.history.append(row)
+        with _or_run_error(self.out):
+            write_metrics(self.out, [row._asdict() for row in self.history])
+
+    def checkpoint(self, params: HeadParams) -> None:
+        """Keeps the head."""
+        save_checkpoint(self.out / CHECKPOINTS, self.selected_epoch, {"head": params})
+
+    def samples(self) -> None:
+        """Writes samples.png, before any training."""
+        from cifar_jax import plots
+
+        train, val, names = self.problem.train, self.problem.val, self.problem.splits.class_names
+        with _or_run_error(self.out):
+            figure = plots.plot_samples(
+                train.images, train.labels, val.images, val.labels, names, val_name=self.problem.val_name
+            )
+            plots.save_figure(figure, self.out / "samples.png")
+
+    def pictures(
+        self,
+        params: HeadParams,
+        val_features: Callable[[Int32[np.ndarray, "m"]], Float32[np.ndarray, "m features"]],
+        val: EvalResult,
+    ) -> None:
+        """Writes curves.png, predictions.png and confusion.png."""
+        from cifar_jax import plots
+
+        images, labels = self.problem.val
+        key = stream_key(self.config.seed, "pictures")
+        shown = np.asarray(jax.random.permutation(key, len(labels))[:PICTURED_PREDICTIONS], np.int32)
+        probs = probabilities(params, val_features(shown))
+        names, val_name = self.problem.splits.class_names, self.problem.val_name
+        figures = {
+            "curves.png": plots.plot_curves([row._asdict() for row in self.history], val_name=val_name),
+            "predictions.png": plots.plot_predictions(images[shown], labels[shown], probs, names),
+            "confusion.png": plots.plot_confusion(val.confusion, names),
+        }
+        with _or_run_error(self.out):
+            for name, figure in figures.items():
+                plots.save_figure(figure, self.out / name)
+
+    def finish(self, status: str, val: EvalResult | None = None, test: EvalResult | None = None) -> None:
+        """Writes summary.json: `complete`, `interrupted` or `diverged`."""
+        problem, last = self.problem, self.history[self.selected_epoch - 1] if self.selected_epoch else None
+        summary: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "status": status,
+            "epochs": len(self.history),
+            "selected_epoch": self.selected_epoch,
+            "val_split": "held out of the training images" if problem.held_out else "test",
+            "val_loss": last and last.val_loss,
+            "val_accuracy": last and last.val_accuracy,
+        }
+        if val is not None:
+            summary |= _scores("val", val) | {
+                "class_accuracy": dict(zip(problem.splits.class_names, val.class_accuracy.tolist(), strict=True)),
+                "confusion": val.confusion.tolist(),
+            }
+        if problem.held_out and test is not None:
+            summary |= _scores("test", test)
+        summary |= self._about()
+        with _or_run_error(self.out):
+            write_json(self.out / SUMMARY, _without_nan(summary))
+
+    def _about(self) -> dict[str, Any]:
+        """What the numbers were measured on."""
+        problem, backbone = self.problem, self.backbone
+        per_second = self._images / self._seconds if self._images else None
+        return {
+            "num_train": len(problem.train.labels),
+            "num_val": len(problem.val.labels),
+            "num_test": len(problem.test.labels),
+            "seconds": {phase: round(s, 3) for phase, s in (self.clock.seconds | {"total": self.clock.total}).items()},
+            "images_per_second": per_second and round(per_second, 2),  # null: the features came from the cache, or live
+            "backbone": {
+                "source": str(Path(backbone.source).absolute()) if Path(backbone.source).is_file() else backbone.source,
+                "sha256": backbone.sha256,
+                "variant": backbone.variant,
+                "config": asdict(backbone.config),
+                "preprocessing": asdict(backbone.preprocessing),
+                "image_size": self.image_size,
+            },
+            "dataset": {
+                "name": problem.splits.name,
+                "version": problem.splits.version,
+                "class_names": list(problem.splits.class_names),
+                "train_sha256": problem.train.fingerprint(),
+                "test_sha256": problem.test.fingerprint(),
+            },
+            "seed": self.config.seed,
+            "precision": self.config.precision,
+            "device": device_description(),
+            "packages": package_versions(),
+        }
+
+
+def _scores(name: str, result: EvalResult) -> dict[str, Any]:
+    interval = wilson_interval(result.accuracy, result.num)
+    return {
+        f"{name}_loss": result.loss,
+        f"{name}_accuracy": result.accuracy,
+        f"{name}_accuracy_interval_95": list(interval),
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: the accuracy of a class without examples is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+@contextlib.contextmanager
+def _or_run_error(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"The run in {out} cannot be written ({error}); make room or choose another --out.") from error

@@ -1,0 +1,184 @@
+"""Training: a pure step, an epoch as one compiled scan over cached features, and the literal step through the network.
+
+The state is a pytree that is passed, never hidden. Only `make_cached_epoch` and `make_live_step` compile and donate;
+`make_train_step` gives a bare function, to be used, tested or wrapped as one likes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, PyTree
+
+from cifar_jax.features import extract
+from cifar_jax.head import HeadParams, head_logits
+from cifar_jax.pretrained.backbone import Backbone
+
+
+class Batch(NamedTuple):
+    """Examples of one step. `weights` is 1 for a real example and 0 for one that only fills up the last batch."""
+
+    inputs: Array  # features [batch, features], or uint8 images [batch, 32, 32, 3]
+    labels: Int32[Array, "batch"]
+    weights: Float[Array, "batch"]
+
+
+class TrainState(NamedTuple):
+    """All that training changes."""
+
+    params: PyTree
+    batch_stats: PyTree  # empty where the backbone is frozen
+    opt_state: optax.OptState
+    step: Int32[Array, ""]
+
+
+class StepMetrics(NamedTuple):
+    """Sums over the real examples of a step, as seen before its update; means are taken once, at the end."""
+
+    loss_sum: Float[Array, ""]
+    correct: Int32[Array, ""]
+    num: Int32[Array, ""]
+    finite: Bool[Array, ""]  # whether loss and gradients were, and the update was made
+
+
+LossFn = Callable[[PyTree, PyTree, Batch, PRNGKeyArray], tuple[Float[Array, ""], tuple[StepMetrics, PyTree]]]
+TrainStep = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, StepMetrics]]
+
+
+def init_state(params: PyTree, tx: optax.GradientTransformation, batch_stats: PyTree = ()) -> TrainState:
+    """The state before the first step. The parameters are copied, as compiled steps donate the state they are given."""
+    params = jax.tree.map(jnp.array, params)
+    return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32))
+
+
+def batch_loss(logits: Float[Array, "batch classes"], batch: Batch) -> tuple[Float[Array, ""], StepMetrics]:
+    """Mean cross-entropy over the real examples of a batch, from logits, and the sums that metrics are made of.
+
+    Keras's `SparseCategoricalCrossentropy` on softmax probabilities is the same number, computed with fewer digits.
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels) * batch.weights
+    correct = (jnp.argmax(logits, axis=-1) == batch.labels) & (batch.weights > 0)
+    loss_sum, count = losses.sum(), batch.weights.sum()
+    metrics = StepMetrics(loss_sum, correct.sum(dtype=jnp.int32), count.astype(jnp.int32), jnp.isfinite(loss_sum))
+    return loss_sum / count, metrics
+
+
+def head_loss(
+    params: HeadParams, batch_stats: PyTree, batch: Batch, key: PRNGKeyArray
+) -> tuple[Float[Array, ""], tuple[StepMetrics, PyTree]]:
+    """Loss of the head on features."""
+    del key  # nothing random: the head has no dropout
+    loss, metrics = batch_loss(head_logits(params, batch.inputs), batch)
+    return loss, (metrics, batch_stats)
+
+
+def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> TrainStep:
+    """One step of an optimiser on any loss, as a pure function.
+
+    Args:
+      loss_fn: `(params, batch_stats, batch, key) -> (loss, (metrics, new batch_stats))`.
+      tx: the optimiser.
+
+    Returns:
+      `train_step(state, batch, key) -> (state, metrics)`. A step whose loss or gradients are not finite leaves the
+      state as it was, `step` included, and says so in `metrics.finite`.
+
+    Example:
+      >>> tx = optax.sgd(0.01)
+      >>> train_step = jax.jit(make_train_step(head_loss, tx))
+    """
+
+    def train_step(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (metrics, batch_stats)), grads = grad_fn(state.params, state.batch_stats, batch, key)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        stepped = TrainState(params, batch_stats, opt_state, state.step + 1)
+        # The norm is finite only if every update is, and no update of a gradient that is not finite is.
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
+        return _keep_if(finite, stepped, state), metrics._replace(finite=finite)
+
+    return train_step
+
+
+def halting(train_step: TrainStep) -> Callable[..., tuple[tuple[TrainState, Bool[Array, ""]], StepMetrics]]:
+    """A step that, once one was not finite, changes nothing any more.
+
+    So the last good state is there when the host comes to look, which it does not have to after every step.
+    """
+
+    def step(
+        carry: tuple[TrainState, Bool[Array, ""]], batch: Batch, key: PRNGKeyArray
+    ) -> tuple[tuple[TrainState, Bool[Array, ""]], StepMetrics]:
+        state, going = carry
+        stepped, metrics = train_step(state, batch, key)
+        going = going & metrics.finite
+        return (_keep_if(going, stepped, state), going), metrics._replace(finite=going)
+
+    return step
+
+
+def make_cached_epoch(tx: optax.GradientTransformation) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """An epoch over features that lie on the device, as one compiled call.
+
+    Returns:
+      `epoch(state, features [n, features], labels [n], indices [steps, batch], counts [steps], key)
+      -> (state, metrics)`, where each metric has one entry a step. The state that goes in is donated.
+    """
+    step = halting(make_train_step(head_loss, tx))
+
+    @partial(jax.jit, donate_argnums=0)
+    def epoch(
+        state: TrainState,
+        features: Float[Array, "n features"],
+        labels: Int32[Array, "n"],
+        indices: Int32[Array, "steps batch"],
+        counts: Int32[Array, "steps"],
+        key: PRNGKeyArray,
+    ) -> tuple[TrainState, StepMetrics]:
+        def body(carry: Any, rows: tuple[Array, Array]) -> tuple[Any, StepMetrics]:
+            index, count = rows
+            batch = Batch(features[index], labels[index], real_weights(index.shape[0], count))
+            return step(carry, batch, jax.random.fold_in(key, carry[0].step))
+
+        (state, _), metrics = jax.lax.scan(body, (state, jnp.array(True)), (indices, counts))
+        return state, metrics
+
+    return epoch
+
+
+def make_live_step(
+    tx: optax.GradientTransformation, image_size: int | None = None, precision: str = "float32"
+) -> Callable[..., tuple[tuple[TrainState, Bool[Array, ""]], StepMetrics]]:
+    """The literal step, as one compiled call: uint8 pixels, upsampling, preprocessing, frozen backbone, head, update.
+
+    Returns:
+      `step((state, going), backbone, batch, key) -> ((state, going), metrics)`; the first argument is donated. The
+      gradient goes through the whole network on paper; `stop_gradient` at its end is why it costs nothing.
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(
+        carry: tuple[TrainState, Bool[Array, ""]], backbone: Backbone, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[tuple[TrainState, Bool[Array, ""]], StepMetrics]:
+        def loss_fn(
+            params: HeadParams, batch_stats: PyTree, batch: Batch, key: PRNGKeyArray
+        ) -> tuple[Float[Array, ""], tuple[StepMetrics, PyTree]]:
+            features = extract(backbone, batch.inputs, image_size, precision)
+            return head_loss(params, batch_stats, batch._replace(inputs=features), key)
+
+        return halting(make_train_step(loss_fn, tx))(carry, batch, jax.random.fold_in(key, carry[0].step))
+
+    return step
+
+
+def real_weights(batch_size: int, count: Int32[Array, ""]) -> Float[Array, "batch"]:
+    """1 for the first `count` examples of a batch, 0 for those behind them."""
+    return (jnp.arange(batch_size) < count).astype(jnp.float32)
+
+
+def _keep_if(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)

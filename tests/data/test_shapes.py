@@ -1,0 +1,140 @@
+"""The drawn data set: reproducible, balanced, and told apart by outlines, not by colours or single pixels."""
+
+import numpy as np
+import pytest
+
+from cifar_jax.data.shapes import CLASS_NAMES, LUMA_WEIGHTS, draw_shapes
+
+NUM_TRAIN, NUM_TEST = 5000, 1000
+NUM_CLASSES = len(CLASS_NAMES)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Enough images of seed 0 to fit a classifier on the first and test it on the last."""
+    return draw_shapes(NUM_TRAIN + NUM_TEST, seed=0)
+
+
+def linear_accuracy(features, labels, ridge):
+    """Test accuracy of least squares on one-hot labels, fitted on all rows but the last NUM_TEST."""
+    scaled = (features - features.mean(0)) / features.std(0)
+    train, test = scaled[:-NUM_TEST], scaled[-NUM_TEST:]
+    targets = np.eye(NUM_CLASSES, dtype=scaled.dtype)[labels] - 1 / NUM_CLASSES
+    gram = train.T @ train + ridge * np.eye(train.shape[1], dtype=scaled.dtype)
+    weights = np.linalg.solve(gram, train.T @ targets[:-NUM_TEST])
+    return np.mean(np.argmax(test @ weights, axis=1) == labels[-NUM_TEST:])
+
+
+def shape_masks(images):
+    """Pixels whose luma is further from the ground's, which the frame shows, than half way to the shape's."""
+    luma = images @ LUMA_WEIGHTS
+    frame = np.concatenate([luma[:, 0], luma[:, -1], luma[:, :, 0], luma[:, :, -1]], axis=1)
+    difference = np.abs(luma - np.median(frame, axis=1)[:, None, None])
+    return difference > 0.5 * np.quantile(difference, 0.95, axis=(1, 2), keepdims=True)
+
+
+def outline_moments(masks):
+    """Moments of each mask that neither its place, nor its size, nor a rotation changes."""
+    rows, columns = np.mgrid[:32, :32]
+    area = masks.sum((1, 2))[:, None, None]
+    z = np.where(masks, columns + 1j * rows, 0)
+    z = np.where(masks, z - z.sum((1, 2), keepdims=True) / area, 0) / np.sqrt(area)
+    # z^k turns k times as fast as the shape does; the modulus of its mean does not turn at all.
+    r2 = np.abs(z) ** 2
+    terms = [r2, r2**2, *(z**k for k in range(2, 6)), *(r2 * z**k for k in (1, 3))]
+    return np.stack([np.abs((term / area).sum((1, 2))) for term in terms], axis=1)
+
+
+def test_shapes_dtypes_and_range(drawn):
+    """What every data set of the package is: uint8 images, int32 labels; few pixels may be clipped."""
+    images, labels = drawn
+    assert images.shape == (NUM_TRAIN + NUM_TEST, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert labels.shape == (NUM_TRAIN + NUM_TEST,)
+    assert labels.dtype == np.int32
+    assert images.min() < 10
+    assert images.max() > 245
+    assert np.mean((images == 0) | (images == 255)) < 0.05
+
+
+@pytest.mark.parametrize("num_images", [1, 9, 10, 237])
+def test_fewer_images_are_the_first_of_more(drawn, num_images):
+    """Image i depends on the seed and i alone: not on how many are drawn, nor on what was drawn before."""
+    images, labels = draw_shapes(num_images, seed=0)
+    np.testing.assert_array_equal(images, drawn[0][:num_images])
+    np.testing.assert_array_equal(labels, drawn[1][:num_images])
+
+
+def test_no_picture_comes_twice(drawn):
+    """Two blocks or two seeds that shared a stream would leak training images into the test set."""
+    other_images, other_labels = draw_shapes(500, seed=1)
+    pictures = np.concatenate([drawn[0][:500], other_images]).reshape(1000, -1)
+    assert len(np.unique(pictures, axis=0)) == 1000
+    orders = np.concatenate([drawn[1][:500], other_labels]).reshape(100, NUM_CLASSES)
+    assert len(np.unique(orders, axis=0)) == 100
+
+
+def test_every_ten_images_hold_each_class_once(drawn):
+    """Any number of images is balanced, to one."""
+    blocks = np.sort(drawn[1].reshape(-1, NUM_CLASSES), axis=1)
+    assert (blocks == np.arange(NUM_CLASSES)).all()
+
+
+def test_known_images():
+    """Published figures refer to these images: they must not change unnoticed.
+
+    Mean colours are compared, not bytes: a last bit that differs on some processor would be no defect.
+    """
+    images, labels = draw_shapes(4, seed=0)
+    assert [CLASS_NAMES[label] for label in labels] == ["cross", "crescent", "square", "heart"]
+    reds, greens, blues = images.mean((1, 2)).T
+    np.testing.assert_allclose(reds, [104.82, 99.59, 100.81, 200.45], atol=0.05)
+    np.testing.assert_allclose(greens, [181.60, 37.78, 71.92, 150.33], atol=0.05)
+    np.testing.assert_allclose(blues, [160.84, 48.04, 25.51, 188.71], atol=0.05)
+
+
+@pytest.mark.parametrize(("num_images", "seed"), [(0, 0), (-1, 0), (1, -1)])
+def test_rejects_what_cannot_be_drawn(num_images, seed):
+    """An empty data set would only fail much later."""
+    with pytest.raises(ValueError, match=r"^[^.]*; choose . or more\.$"):
+        draw_shapes(num_images, seed)
+
+
+def test_shapes_stand_out_large_and_whole(drawn):
+    """Luma alone finds the shape in every picture: large, clear of the frame, and as often light as dark."""
+    images, _ = drawn
+    masks = shape_masks(images)
+    area = masks.mean((1, 2))
+    assert area.min() > 0.08
+    assert area.max() < 0.45
+    assert not masks[:, [0, -1], :].any()
+    assert not masks[:, :, [0, -1]].any()
+    luma = images @ LUMA_WEIGHTS
+    shape_luma = (luma * masks).sum((1, 2)) / masks.sum((1, 2))
+    ground_luma = (luma * ~masks).sum((1, 2)) / (~masks).sum((1, 2))
+    contrast = shape_luma - ground_luma
+    assert np.abs(contrast).min() > 0.3 * 255
+    assert 0.45 < np.mean(contrast > 0) < 0.55
+
+
+def test_mean_colour_does_not_tell_the_class(drawn):
+    """The nearest class mean of the mean colours is right about once in ten times."""
+    colours, labels = drawn[0].mean((1, 2)), drawn[1]
+    train, train_labels = colours[:-NUM_TEST], labels[:-NUM_TEST]
+    means = np.stack([train[train_labels == label].mean(0) for label in range(NUM_CLASSES)])
+    distances = np.linalg.norm(colours[-NUM_TEST:, None] - means, axis=-1)
+    assert np.mean(np.argmin(distances, axis=1) == labels[-NUM_TEST:]) < 0.15
+
+
+def test_pixels_do_not_tell_the_class_linearly(drawn):
+    """Otherwise a good accuracy would say nothing about the features below the head."""
+    images, labels = drawn
+    pixels = images.reshape(len(images), -1).astype(np.float32)
+    assert linear_accuracy(pixels, labels, ridge=1e4) < 0.4
+
+
+def test_outlines_tell_the_class(drawn):
+    """Eight moments suffice; two outlines alike under rotation, or wrong labels, would not allow that."""
+    images, labels = drawn[0][-3000:], drawn[1][-3000:]
+    moments = np.log(outline_moments(shape_masks(images)) + 1e-3)
+    assert linear_accuracy(moments, labels, ridge=1e-3) > 0.95

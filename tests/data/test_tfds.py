@@ -1,0 +1,256 @@
+"""Prepared data sets: decoded once and kept, damage noticed, and a sentence where there is none to be had."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import requests
+from helpers import command, files_below, is_one_error, write_tfds
+
+from cifar_jax.data import load_splits
+from cifar_jax.data import tfds as module
+from cifar_jax.data.tfds import find_prepared, load_tfds
+from cifar_jax.errors import UserError
+
+TRAIN, TEST = "tiny-train.tfrecord-00000-of-00001", "tiny-test.tfrecord-00000-of-00001"
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A data set of 40 and 20 images, as TFDS prepares it."""
+    root = tmp_path_factory.mktemp("tfds")
+    write_tfds(root)
+    return root
+
+
+@pytest.fixture
+def root(prepared, tmp_path):
+    """A copy that may be damaged."""
+    return shutil.copytree(prepared, tmp_path / "data")
+
+
+@pytest.fixture
+def load(root, tmp_path):
+    """Loads the copy and tells what was said."""
+
+    def load_it():
+        said = []
+        return load_tfds("tiny", str(root), str(tmp_path / "cache"), said.append), said
+
+    return load_it
+
+
+def refusal(load):
+    with pytest.raises(UserError) as caught:
+        load()
+    sentence = str(caught.value)
+    assert "\n" not in sentence and "{{" not in sentence, sentence
+    return sentence
+
+
+def test_reads_what_was_written(load):
+    splits, said = load()
+    assert (splits.name, splits.version, said) == ("tiny", "1.0.0", [])
+    assert splits.class_names == tuple(f"class {label}" for label in range(10))
+    for dataset, count, seed in ((splits.train, 40, 0), (splits.test, 20, 1)):
+        written = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), np.uint8)
+        # TFDS shuffles what it writes: the same pairs, in some order that stays.
+        order = [next(i for i, image in enumerate(written) if (image == read).all()) for read in dataset.images]
+        assert sorted(order) == list(range(count))
+        np.testing.assert_array_equal(dataset.labels, np.array(order) % 10)
+
+
+def test_a_second_load_needs_no_tensorflow_and_maps_memory(load, monkeypatch):
+    first, _ = load()
+    monkeypatch.setattr(module, "_tensorflow", lambda place: pytest.fail("TensorFlow is imported"))
+    second, said = load()
+    assert said == []
+    for one, other in ((first.train, second.train), (first.test, second.test)):
+        assert isinstance(other.images, np.memmap) and isinstance(other.labels, np.memmap)
+        assert not other.images.flags.writeable
+        assert one.fingerprint() == other.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: (kept / "train_images.npy").write_bytes(b"no array"),
+        lambda kept: (kept / "index.json").write_text("{}"),
+        lambda kept: (kept / "test_labels.npy").unlink(),
+        lambda kept: flip(kept / "train_images.npy", 5000),
+    ],
+    ids=["replaced", "emptied", "missing", "flipped"],
+)
+def test_a_damaged_cache_is_noticed_and_made_again(load, tmp_path, damage):
+    first, _ = load()
+    (kept,) = (tmp_path / "cache" / "data").iterdir()
+    damage(kept)
+    second, said = load()
+    assert second.train.fingerprint() == first.train.fingerprint()
+    assert len(said) == 1 and str(kept) in said[0] and "made again" in said[0]
+    assert load()[1] == [] and list(kept.parent.iterdir()) == [kept]
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_another_source_is_decoded_anew(load, root, tmp_path):
+    load()
+    labels = root / "tiny" / "1.0.0" / "label.labels.txt"
+    labels.write_text(labels.read_text().replace("class 3", "cat"))
+    splits, said = load()
+    assert splits.class_names[3] == "cat" and said == []
+    assert len(list((tmp_path / "cache" / "data").iterdir())) == 2
+
+
+@pytest.mark.parametrize("blocked", ["cache", "cache/data"])
+def test_a_cache_that_cannot_be_written_only_warns(load, tmp_path, blocked):
+    (tmp_path / "cache").parent.mkdir(exist_ok=True)
+    (tmp_path / blocked).parent.mkdir(exist_ok=True)
+    (tmp_path / blocked).write_text("a file where a directory should be")
+    splits, said = load()
+    assert len(splits.train.labels) == 40
+    assert len(said) == 1 and "could not be kept" in said[0] and "decoded again next time" in said[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+
+
+def edit_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def set_shards(lengths):
+    def change(info):
+        info["splits"][0]["shardLengths"] = lengths
+
+    return lambda at: edit_json(at / "dataset_info.json", change)
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (lambda at: flip(at / TRAIN, 70_000), "damaged (corrupted record"),
+        (lambda at: flip(at / TEST, 3), "damaged (corrupted record"),
+        (lambda at: (at / TRAIN).write_bytes((at / TRAIN).read_bytes()[:70_000]), "damaged (truncated record"),
+        (lambda at: (at / TRAIN).write_bytes(b""), "expected to contain 40 elements but contained only 0"),
+        (lambda at: (at / TEST).unlink(), "No such file"),
+        (set_shards(["41"]), "expected to contain 41 elements but contained only 40"),
+        (set_shards(["39"]), "expected to contain 39 elements but contained at least 40"),
+        (set_shards(["20", "20"]), "00002; No such file"),
+        (lambda at: (at / "dataset_info.json").write_text(""), "damaged (Failed to load JSON"),
+        (lambda at: (at / "dataset_info.json").write_text("{}"), "damaged (Invalid version"),
+        (lambda at: (at / "dataset_info.json").write_bytes(b"\xff\xfe"), "damaged ("),
+        (lambda at: (at / "features.json").unlink(), "damaged (Cannot restore"),
+        (lambda at: (at / "features.json").write_text('{"x": 1}'), "damaged ("),
+        (lambda at: (at / "label.labels.txt").write_text("a\nb\n"), "labels in 0..9, outside of 0..1"),
+    ],
+)
+def test_damage_is_noticed_and_told(load, root, tmp_path, damage, part):
+    at = root / "tiny" / "1.0.0"
+    damage(at)
+    sentence = refusal(load)
+    assert part in sentence and str(at) in sentence, sentence
+    assert files_below(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize(
+    ("feature", "make", "part"),
+    [
+        ("image", lambda tfds: tfds.features.Image(shape=(28, 28, 1), dtype=np.uint8), "(28, 28, 1) images"),
+        ("label", lambda tfds: tfds.features.Scalar(np.int64), "Scalar labels"),
+    ],
+)
+def test_other_sets_are_refused(tmp_path, feature, make, part):
+    at = write_tfds(tmp_path / "data", **{feature: make})
+    sentence = refusal(lambda: load_tfds("tiny", str(tmp_path / "data"), str(tmp_path / "cache")))
+    assert f"The data set in {at} cannot be used" in sentence and part in sentence
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [("features.json", '"label"', '"target"'), ("dataset_info.json", '"name": "test"', '"name": "validation"')],
+)
+def test_a_set_without_labels_or_a_test_split_is_refused(load, root, file, old, new):
+    path = root / "tiny" / "1.0.0" / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    sentence = refusal(load)
+    assert "it needs the splits train and test, and the features image and label" in sentence
+    assert new.rpartition('"')[0].rpartition('"')[2] in sentence
+
+
+def test_the_newest_version_is_read(load, root):
+    for version in ("0.9.0", "1.0.0.incompleteA1B2C3", "incomplete.A1B2C3_2.0.0", "0.10.0"):
+        shutil.copytree(root / "tiny" / "1.0.0", root / "tiny" / version)
+    assert find_prepared("tiny", str(root)).name == "1.0.0"
+    assert load()[0].version == "1.0.0"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No data set at all
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """TFDS finds no network, at once: after its own ten retries it would be three and a half minutes."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import downloader
+
+    def fail(builder):
+        assert downloader.MAX_RETRIES <= 3
+        print("Downloading and preparing dataset")  # to stdout, as TFDS does
+        request = requests.Request("GET", "https://www.example.org/data.tar.gz").prepare()
+        raise requests.ConnectionError("Max retries exceeded", request=request)
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    yield
+    assert downloader.MAX_RETRIES == 10
+
+
+def test_no_data_and_no_network_is_explained(tmp_path, capsys, offline):
+    root, out = tmp_path / "nothing", tmp_path / "out"
+    result = command(capsys, "train", "--data-dir", root, "--weights", "random-w16", "--out", out)
+    hints = [f"tfds build cifar10 --data_dir {root}", "--data-dir", "TFDS_DATA_DIR", "--dataset shapes"]
+    is_one_error(result, 2, f"'cifar10' is not in {root}", "no connection to 'https://www.example.org", *hints)
+    assert result.out == "" and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("cifar11", "There is no data set 'cifar11' in"),
+        ("shape", "There is no data set 'shape' in"),
+        ("../cifar10", "'../cifar10' is not in"),
+        ("", "'' is not in"),
+    ],
+)
+def test_an_unknown_name_is_explained(tmp_path, capsys, name, part):
+    out = tmp_path / "out"
+    result = command(
+        capsys, "train", "--dataset", name, "--data-dir", tmp_path, "--weights", "random-w16", "--out", out
+    )
+    is_one_error(result, 2, part, "shapes")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("options", [{"train_examples": 41}, {"test_examples": 21}])
+def test_more_examples_than_there_are(load, root, tmp_path, options):
+    with pytest.raises(UserError, match=r"(41|21) examples were asked for of the (40|20) there are"):
+        load_splits("tiny", data_dir=str(root), cache_dir=str(tmp_path / "cache"), **options)
+
+
+def test_real_cifar10_is_what_it_is(cifar10):
+    assert (cifar10.train.images.shape, cifar10.test.images.shape) == ((50_000, 32, 32, 3), (10_000, 32, 32, 3))
+    assert np.bincount(cifar10.train.labels).tolist() == [5000] * 10
+    assert np.bincount(cifar10.test.labels).tolist() == [1000] * 10
+    assert cifar10.class_names == (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
+    )  # fmt: skip

@@ -1,0 +1,123 @@
+"""What a network computes: its stages and pooled features on 256 real images, ours from the file that Keras wrote."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+
+from cifar_jax import load_backbone, make_extractor
+from cifar_jax.data import Splits
+from parity.compare import TOLERANCE, differences, differing, our_outputs
+from parity.networks import Case, Reference, Written, of_2016, statistics, write_as_keras_1
+
+pytestmark = [
+    pytest.mark.parity,
+    # Keras 3.15 hands NumPy 2 TensorFlow tensors that do not know its `copy`; Keras 2 would rather write .keras files.
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file:UserWarning"),
+]
+
+NUM_IMAGES = 256
+KERAS_PARAMETERS = 23_587_712
+
+# Three seeds and more of each generation, every writer, every name of a top. At 224 a pass takes half a minute.
+CASES = [
+    Case("keras", "keras", "save", 0, 224),
+    Case("keras", "keras", "save", 1, 96, top="predictions"),
+    Case("keras", "tf_keras", "save_weights", 2, 96, top="probs"),
+    Case("keras", "tf_keras", "save_weights", 3, 64),
+    Case("keras-2016", "tf_keras", "keras-1", 0, 224),
+    Case("keras-2016", "tf_keras", "keras-1", 1, 96, top="fc1000"),
+    Case("keras-2016", "tf_keras", "save", 2, 96),
+    Case("keras-2016", "tf_keras", "save_weights", 3, 96),
+    Case("keras-2016-unpadded", "tf_keras", "save_weights", 4, 96),
+    Case("keras-2016-unpadded", "keras", "save", 5, 96),
+]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def reference_and_path(case: Case, written: Written) -> Iterator[tuple[Reference, Path]]:
+    with written(case) as both:
+        yield both
+
+
+def test_stages_and_features_agree_with_keras(
+    case: Case,
+    reference_and_path: tuple[Reference, Path],
+    cifar10: Splits,
+    record_property: Callable[[str, float], None],
+) -> None:
+    reference, path = reference_and_path
+    images = cifar10.test.images[:NUM_IMAGES]
+    assert_alive(reference, images[:16])
+    # Names tell the generation; whether its pool was padded only a whole model's description or the user can tell.
+    asked = case.variant if case.variant.endswith("unpadded") and case.writer != "save" else None
+    backbone = load_backbone(path, asked)
+    assert backbone.variant.startswith(f"{case.variant} (by ")
+    assert backbone.preprocessing.name == "caffe"
+    assert_same_top(backbone.top, reference, case.top)
+
+    found = differences(
+        our_outputs(backbone, case.image_size), reference, images, batch_size=16 if case.image_size > 96 else 64
+    )
+    for name, value in found.items():
+        record_property(name, value)
+    assert differing(found) == {}
+
+
+def assert_alive(reference: Reference, images_u8: np.ndarray) -> None:
+    """Dead networks agree about everything, and ordinary statistics hide a wrong epsilon: this one is neither."""
+    *stages, pooled = reference(images_u8)
+    for stage in stages:
+        assert 0.3 < stage.std() < 3
+        assert 0.05 < (stage == 0).mean() < 0.5, "its relu cuts some off, not all"
+    assert pooled.std(axis=0).mean() > 0.3 * pooled.std(), "images differ from each other, not only channels"
+    means, variances = statistics(reference.model)
+    assert np.abs(means).mean() > 0.1
+    assert ((variances > 5e-6) & (variances < 2e-5)).mean() > 0.02
+    assert (variances > 0.1).mean() > 0.5
+
+
+def assert_same_top(top: dict[str, np.ndarray] | None, reference: Reference, name: str | None) -> None:
+    """The file's classifier is kept apart, to the bit."""
+    if name is None:
+        assert top is None
+        return
+    kernel, bias = reference.model.get_layer(name).get_weights()
+    assert top is not None
+    np.testing.assert_array_equal(top["kernel"], kernel)
+    np.testing.assert_array_equal(top["bias"], bias)
+
+
+def test_parameter_count_is_that_of_keras(written: Written) -> None:
+    with written(Case("keras", "keras", "save", 0, 64)) as (reference, path):
+        count = sum(leaf.size for leaf in jax.tree.leaves(load_backbone(path).variables))
+        assert count == reference.model.count_params() == KERAS_PARAMETERS
+
+
+def test_extractor_agrees_with_keras(written: Written, cifar10: Splits) -> None:
+    """The prepared path, whatever it does to be fast, with a last batch that is not full."""
+    images = cifar10.test.images[:50]
+    with written(Case("keras", "tf_keras", "save_weights", 0, 64)) as (reference, path):
+        theirs = reference(images)[-1]
+        ours = make_extractor(load_backbone(path), image_size=64, batch_size=32)(images)
+    assert np.abs(ours - theirs).max() / np.abs(theirs).max() <= TOLERANCE
+
+
+def test_keras_reads_what_is_written_as_keras_1(libs: dict[str, ModuleType], tmp_path: Path) -> None:
+    """No Keras 1 is left to write its files; that Keras 2 takes ours for one shows that they are laid out as its."""
+    wanted, read = (of_2016(libs["tf_keras"], 64, "fc1000") for _ in range(2))
+    path = tmp_path / "weights.h5"
+    write_as_keras_1(wanted, path)
+    read.load_weights(path)
+    path.unlink()
+    for a, b in zip(read.get_weights(), wanted.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,47 @@
+"""The input of the network: our upsampling and preprocessing inside jit, against those of Keras."""
+
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from cifar_jax import preprocess
+from cifar_jax.data import Splits
+from cifar_jax.preprocess import MODES
+
+pytestmark = pytest.mark.parity
+
+SIZE = 224
+
+
+@pytest.fixture(scope="module")
+def images(cifar10: Splits) -> np.ndarray:
+    return cifar10.test.images[:64]
+
+
+def upsampled(keras: ModuleType, images_u8: np.ndarray) -> Any:
+    """A tensor of the library's backend."""
+    return keras.layers.UpSampling2D(SIZE // images_u8.shape[1])(images_u8.astype(np.float32))
+
+
+def ours(mode: str, images_u8: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.jit(partial(preprocess, preprocessing=MODES[mode], image_size=SIZE))(images_u8))
+
+
+@pytest.mark.parametrize("name", ["keras", "tf_keras"])
+@pytest.mark.parametrize(
+    "kind", ["tensor", "array"]
+)  # Keras adds the negative mean to the one, subtracts from the other
+def test_caffe_has_the_bits_of_keras(name: str, kind: str, libs: dict[str, ModuleType], images: np.ndarray) -> None:
+    x = upsampled(libs[name], images)
+    theirs = libs[name].applications.resnet50.preprocess_input(x if kind == "tensor" else np.array(x))
+    np.testing.assert_array_equal(ours("caffe", images), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("mode", ["torch", "tf"])
+def test_other_modes_agree(mode: str, keras: ModuleType, images: np.ndarray) -> None:
+    theirs = np.asarray(keras.applications.imagenet_utils.preprocess_input(upsampled(keras, images), mode=mode))
+    assert np.abs(ours(mode, images) - theirs).max() <= 2e-7 * np.ptp(theirs)

@@ -1,0 +1,450 @@
+"""Weights that cannot be used: each is refused in one sentence, before anything is written."""
+
+import json
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import (
+    NARROW,
+    command,
+    encoded,
+    files_below,
+    full_disk,
+    is_one_error,
+    keras_tensors,
+    narrow_networks,
+    write_keras_h5,
+)
+
+from cifar_jax.data.shapes import draw_shapes
+from cifar_jax.pretrained import WeightsError, keras_h5, load_backbone, random_backbone, save_backbone
+from cifar_jax.pretrained.canonical import read_backbone
+
+KERNEL, SHORTCUT, VARIANCE = "conv2_block1_2_conv/kernel", "conv2_block1_0_conv/kernel", "conv1_bn/moving_variance"
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    narrow_networks(monkeypatch)
+
+
+def refusal(path, variant=None):
+    """Of a weights file, when it is loaded: one sentence that starts with the file."""
+    with pytest.raises(WeightsError) as caught:
+        load_backbone(path, variant)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and str(path) in sentence, sentence
+    return sentence
+
+
+def test_the_makers_files_load(tmp_path):
+    """Else the tests below would find fault with files that are at fault otherwise."""
+    for family in ("keras", "keras-2016"):
+        backbone = load_backbone(write_keras_h5(tmp_path / f"{family}.h5", keras_tensors(family=family)))
+        assert backbone.variant == f"{family} (by its tensor names)"
+        kernel = backbone.variables["params"]["stage1_block1"]["conv2"]["kernel"]
+        name = {"keras": KERNEL, "keras-2016": "res2a_branch2b/kernel"}[family]
+        np.testing.assert_array_equal(kernel, keras_tensors(family=family)[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("empty.h5", b"", "is empty"),
+        ("page.h5", b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
+        ("error.h5", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page"),
+        ("text.h5", b"please find the weights attached", "is not an HDF5 file"),
+        ("model.pth", b"PK\x03\x04archive/data.pkl", "is not an HDF5 file"),
+        ("cut.h5", b"\x89HDF\r\n\x1a\n" + b"\0" * 50, "is damaged or cut short"),
+        ("text.safetensors", b"please find the weights attached", "is not a whole safetensors file"),
+        ("empty.safetensors", b"", "is not a whole safetensors file"),
+        ("page.safetensors", b"<!DOCTYPE html><html></html>", "is not a whole safetensors file"),
+    ],
+)
+def test_files_that_are_no_weights(tmp_path, capsys, name, content, part):
+    path = tmp_path / name
+    path.write_bytes(content)
+    is_one_error(try_to_train(capsys, tmp_path, path), 2, str(path), part)
+    assert not (tmp_path / "out").exists()
+
+
+def try_to_train(capsys, tmp_path, weights, *more):
+    options = ["--train-examples", 64, "--test-examples", 10, "--out", tmp_path / "out"]
+    return command(capsys, "train", "--preset", "demo", "--weights", weights, *options, *more)
+
+
+def test_paths_that_are_no_files(tmp_path, capsys):
+    (tmp_path / "directory.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.h5")  # opening one without a writer would wait for ever
+    cases = [
+        (tmp_path / "missing.h5", "does not exist"),
+        (tmp_path / "missing.safetensors", "does not exist"),
+        (tmp_path / "missing" / "weights", "does not exist"),
+        ("~nobody-has-this-name/weights.h5", "does not exist"),
+        (tmp_path / "directory.safetensors", "is a directory"),
+        (tmp_path / "pipe.h5", "is not a regular file"),
+        ("x" * 300, "There is no file and no known name"),
+        (tmp_path / ("x" * 300 + ".h5"), "cannot be read (File name too long)"),
+        ("resnet50", "keras-resnet50, keras-resnet50-top, keras-resnet50-2016"),
+    ]
+    for path, part in cases:
+        is_one_error(try_to_train(capsys, tmp_path, path), 2, str(path), part)
+    assert files_below(tmp_path) == ["directory.safetensors", "pipe.h5"]
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    path = write_keras_h5(tmp_path / "weights.h5", keras_tensors())
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(keras_h5, "open", refuse, raising=False)
+    assert "cannot be read (Permission denied)" in refusal(path)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
+def test_a_truncated_file(tmp_path, share):
+    path = write_keras_h5(tmp_path / "weights.h5", keras_tensors())
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert "is damaged or cut short" in refusal(path)
+
+
+def test_every_cut_of_a_backbone_of_ours_is_noticed(tmp_path, backbone_file):
+    whole = backbone_file.read_bytes()
+    for size in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        cut = tmp_path / "cut.safetensors"
+        cut.write_bytes(whole[:size])
+        assert "is not a whole safetensors file" in refusal(cut)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors that do not fill the network
+
+
+def without(tensors, *names):
+    return {name: value for name, value in tensors.items() if name not in names}
+
+
+def filled(tensors, name, value):
+    changed = tensors[name].copy()
+    changed.flat[0] = value
+    return tensors | {name: changed}
+
+
+def merge_cases():
+    tensors = keras_tensors()
+    layer = [name for name in tensors if name.startswith("conv3_block1_2_conv/")]
+    extra = {"conv3_block1_9_conv/kernel": tensors[KERNEL]}
+    return {
+        "another shape": (
+            tensors | {KERNEL: tensors[KERNEL][:, :, :2]},
+            [f"{KERNEL} (3, 3, 2, 4) where the network has (3, 3, 4, 4)", "nothing was loaded"],
+        ),
+        "a kernel turned round": (
+            tensors | {SHORTCUT: tensors[SHORTCUT].transpose(0, 1, 3, 2)},
+            [f"{SHORTCUT} (1, 1, 16, 4) where the network has (4, 16)"],
+        ),
+        "a missing layer": (without(tensors, *layer), [f"it lacks {', '.join(sorted(layer))} and has nothing"]),
+        "an extra layer": (tensors | extra, [f"it lacks nothing and has {next(iter(extra))} that the network"]),
+        "a renamed layer": (
+            without(tensors, KERNEL) | extra,
+            [f"it lacks {KERNEL} and has {next(iter(extra))} that the network does not know"],
+        ),
+        "not a number": (filled(tensors, KERNEL, np.nan), ["not finite", KERNEL]),
+        "infinite": (filled(tensors, VARIANCE, np.inf), ["not finite", VARIANCE]),
+        "negative variance": (filled(tensors, VARIANCE, -1e-9), ["variances below zero", VARIANCE]),
+    }
+
+
+@pytest.mark.parametrize("case", merge_cases())
+def test_tensors_that_do_not_fill_the_network(tmp_path, case):
+    tensors, parts = merge_cases()[case]
+    sentence = refusal(write_keras_h5(tmp_path / "weights.h5", tensors))
+    assert all(part in sentence for part in parts), sentence
+
+
+@pytest.mark.parametrize(
+    ("layers", "part"),
+    [
+        (["block1_conv1", "block5_conv3"], "is not a ResNet50 of Keras: its layers are called block1_conv1"),
+        (["conv1_conv", "conv2_block1_0_conv"], "is not a ResNet50 of Keras"),
+        (["conv1_conv", "conv1_bn", "conv2_block1_1_conv", "conv2_block2_1_conv"], "holds a ResNet with (2,) blocks"),
+        (["stem", "conv2_block1_preact_bn", "conv2_block1_1_conv"], "is not a ResNet50 of Keras"),
+    ],
+)
+def test_other_networks_of_keras(tmp_path, layers, part):
+    tensors = {f"{layer}/kernel": np.zeros((1, 1, 2, 2), np.float32) for layer in layers}
+    assert part in refusal(write_keras_h5(tmp_path / "weights.h5", tensors))
+
+
+def test_a_resnet101_is_told_from_a_resnet50(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the real sizes
+    sizes = {2: 3, 3: 4, 4: 23, 5: 3}
+    layers = ["conv1_conv", *(f"conv{s}_block{b + 1}_1_conv" for s, count in sizes.items() for b in range(count))]
+    tensors = {f"{layer}/kernel": np.zeros((1, 1, 1, 1), np.float32) for layer in layers}
+    sentence = refusal(write_keras_h5(tmp_path / "weights.h5", tensors))
+    assert "(3, 4, 23, 3) blocks, not (3, 4, 6, 3)" in sentence
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HDF5 files that are not laid out as Keras does, or that reach outside of themselves
+
+
+def put_elsewhere(path):
+    """Moves a tensor of the file into another file; returns its name in both."""
+    name, other = f"{KERNEL.partition('/')[0]}/{KERNEL}:0", path.with_name("other.h5")
+    with h5py.File(path, "a") as file, h5py.File(other, "w") as elsewhere:
+        elsewhere[name] = file[name][()]
+        del file[name]
+    return name, other
+
+
+def with_external_link(path):
+    name, other = put_elsewhere(path)
+    with h5py.File(path, "a") as file:
+        file[name] = h5py.ExternalLink(other, name)
+
+
+def with_external_group(path):
+    _, other = put_elsewhere(path)
+    layer = KERNEL.partition("/")[0]
+    with h5py.File(path, "a") as file, h5py.File(other, "a") as elsewhere:
+        elsewhere[layer].attrs["weight_names"] = encoded([f"{KERNEL}:0"])
+        del file[layer]
+        file[layer] = h5py.ExternalLink(other, layer)
+
+
+def with_soft_link(path):
+    name, _ = put_elsewhere(path)
+    with h5py.File(path, "a") as file:
+        file[name] = h5py.SoftLink("/conv3_block1_2_conv/conv3_block1_2_conv/kernel:0")
+
+
+def with_external_storage(path):
+    name, _ = put_elsewhere(path)
+    raw = path.with_name("raw")
+    raw.write_bytes(bytes(3 * 3 * 4 * 4 * 4))
+    with h5py.File(path, "a") as file:
+        file.create_dataset(name, (3, 3, 4, 4), "f4", external=[(str(raw), 0, h5py.h5f.UNLIMITED)])
+
+
+def with_virtual_data(path):
+    name, other = put_elsewhere(path)
+    layout = h5py.VirtualLayout((3, 3, 4, 4), "f4")
+    layout[...] = h5py.VirtualSource(str(other), name, shape=(3, 3, 4, 4))
+    with h5py.File(path, "a") as file:
+        file.create_virtual_dataset(name, layout)
+
+
+def with_a_claim_of_terabytes(path):
+    name, _ = put_elsewhere(path)
+    with h5py.File(path, "a") as file:
+        file.create_dataset(name, (10**6, 10**6), "f4", chunks=(1000, 1000))
+
+
+def with_whole_numbers(path):
+    name, _ = put_elsewhere(path)
+    with h5py.File(path, "a") as file:
+        file[name] = np.zeros((3, 3, 4, 4), np.int32)
+
+
+def with_a_group_for_a_tensor(path):
+    name, _ = put_elsewhere(path)
+    with h5py.File(path, "a") as file:
+        file.create_group(name)
+
+
+def with_a_tensor_less_than_it_names(path):
+    put_elsewhere(path)
+
+
+def with_a_layer_less_than_it_names(path):
+    with h5py.File(path, "a") as file:
+        del file["conv1_conv"]
+
+
+def with_a_name_twice(path):
+    with h5py.File(path, "a") as file:
+        file.attrs["layer_names"] = np.append(file.attrs["layer_names"], b"conv1_conv")
+
+
+def without_layer_names(path):
+    with h5py.File(path, "a") as file:
+        del file.attrs["layer_names"]
+
+
+def with_a_number_for_layer_names(path):
+    with h5py.File(path, "a") as file:
+        file.attrs["layer_names"] = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (with_external_link, "of its own"),
+        (with_external_group, "of its own"),
+        (with_soft_link, "of its own"),
+        (with_external_storage, "in another file"),
+        (with_virtual_data, "in another file"),
+        (with_a_claim_of_terabytes, "too large"),
+        (with_whole_numbers, "not an array of floating-point numbers"),
+        (with_a_group_for_a_tensor, "not an array of floating-point numbers"),
+        (with_a_tensor_less_than_it_names, "of its own"),
+        (with_a_layer_less_than_it_names, "has no /conv1_conv of its own"),
+        (with_a_name_twice, "holds conv1_conv/bias twice; it cannot be told"),
+        (without_layer_names, "not one of Keras's: it has no layer_names"),
+        (with_a_number_for_layer_names, "is damaged or cut short"),
+    ],
+)
+def test_hdf5_files_that_are_not_as_keras_writes_them(tmp_path, change, part):
+    path = write_keras_h5(tmp_path / "weights.h5", keras_tensors())
+    change(path)
+    assert part in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        "[]",
+        '{"config": 3}',
+        '{"config": {"layers": [3]}}',
+        '{"config": {"layers": [{"class_name": "Conv2D", "config": {}}]}}',
+        '{"config": {"layers": []}}',
+        "{",
+        '{"config": {"layers": [{"class_name": "Conv2D", "config": {"use_bias": true, "kernel_size": [1, 1], '
+        '"strides": [1, 1]}}, {"class_name": "BatchNormalization", "config": {"epsilon": "small"}}]}}',
+    ],
+)
+def test_model_descriptions_that_describe_no_resnet(tmp_path, description):
+    path = write_keras_h5(tmp_path / "weights.h5", keras_tensors(), model_config=description)
+    assert "model description" in refusal(path) or "damaged" in refusal(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Variants
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "parts"),
+    [
+        ("keras", "torchvision", ["--variant torchvision is not known", "keras, keras-2016, keras-2016-unpadded"]),
+        ("keras", "keras-2016", ["--variant keras-2016 does not fit", "the names of keras;"]),
+        ("keras-2016", "keras", ["--variant keras does not fit", "the names of keras-2016;"]),
+    ],
+)
+def test_variants_that_do_not_fit(tmp_path, capsys, family, variant, parts):
+    path = write_keras_h5(tmp_path / "weights.h5", keras_tensors(family=family))
+    is_one_error(try_to_train(capsys, tmp_path, path, "--variant", variant), 2, *parts)
+
+
+def test_a_variant_is_not_for_untrained_weights(tmp_path, capsys):
+    for name in ("random", "random-w16"):
+        result = try_to_train(capsys, tmp_path, name, "--variant", "keras")
+        is_one_error(result, 2, "--variant keras is for pretrained weights", name)
+
+
+def test_a_variant_is_not_for_a_backbone_of_ours(tmp_path, capsys, backbone_file):
+    result = try_to_train(capsys, tmp_path, backbone_file, "--variant", "keras")
+    is_one_error(result, 2, f"--variant keras is not for {backbone_file}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones in the project's own form
+
+
+@pytest.fixture(scope="module")
+def backbone_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
+    save_backbone(path, random_backbone(jax_key(), draw_shapes(10, seed=0)[0], NARROW, 32))
+    return path
+
+
+def jax_key():
+    import jax
+
+    return jax.random.key(0)
+
+
+def rewritten(backbone_file: Path, path: Path, metadata=None, **tensors) -> Path:
+    """The file with some of its metadata or tensors replaced, or left out where the new value is None."""
+    with safetensors.safe_open(backbone_file, framework="numpy") as file:
+        old = file.metadata()
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    kept = {name: value for name, value in (kept | tensors).items() if value is not None}
+    new = {name: value for name, value in (old | (metadata or {})).items() if value is not None}
+    safetensors.numpy.save_file(kept, path, new)
+    return path
+
+
+CONFIG = {
+    "stage_sizes": [1, 1], "width": 4, "stride_in_1x1": True, "conv_bias": True, "bn_epsilon": 1e-5, "pool_padding": 1
+}  # fmt: skip
+PIXELS = {"name": "torch", "channels": "rgb", "scale": 255.0, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+
+
+def test_the_file_with_its_own_metadata_again_loads(tmp_path, backbone_file):
+    metadata = {"config": json.dumps(CONFIG), "preprocessing": json.dumps(PIXELS)}
+    assert read_backbone(rewritten(backbone_file, tmp_path / "x.safetensors", metadata)).config.width == 4
+
+
+@pytest.mark.parametrize(
+    ("metadata", "part"),
+    [
+        ({"format": "pt"}, "was not written by this project"),
+        ({"format": None}, "was not written by this project"),
+        ({"config": None}, "metadata that cannot be read"),
+        ({"config": "{"}, "metadata that cannot be read"),
+        ({"config": "[1]"}, "metadata that cannot be read"),
+        ({"config": json.dumps(CONFIG | {"depth": 50})}, "metadata that cannot be read"),
+        ({"config": json.dumps(CONFIG | {"width": -4})}, "metadata that cannot be read"),
+        ({"config": json.dumps(CONFIG | {"width": "4"})}, "metadata that cannot be read"),
+        ({"config": json.dumps(CONFIG | {"stage_sizes": 5})}, "metadata that cannot be read"),
+        ({"config": json.dumps(CONFIG | {"stage_sizes": []})}, "metadata that cannot be read"),
+        ({"config": json.dumps(CONFIG | {"bn_epsilon": "x"})}, "metadata that cannot be read"),
+        ({"config": json.dumps(CONFIG | {"pool_padding": 7})}, "metadata that cannot be read"),
+        ({"config": json.dumps(CONFIG | {"width": 8})}, "where the network has"),
+        ({"config": json.dumps(CONFIG | {"width": 10**12})}, "where the network has"),
+        ({"config": json.dumps(CONFIG | {"conv_bias": False})}, "it lacks nothing and has params/"),
+        ({"config": json.dumps(CONFIG | {"stage_sizes": [1, 2]})}, "it lacks batch_stats/stage2_block2/bn1/mean"),
+        ({"preprocessing": json.dumps(PIXELS | {"mean": [0.5]})}, "metadata that cannot be read"),
+        ({"preprocessing": json.dumps(PIXELS | {"std": [0.2, 0.2, 0]})}, "metadata that cannot be read"),
+        ({"preprocessing": json.dumps(PIXELS | {"scale": "x"})}, "metadata that cannot be read"),
+        ({"preprocessing": json.dumps(PIXELS | {"channels": "hsv"})}, "metadata that cannot be read"),
+        ({"image_size": "big"}, "metadata that cannot be read"),
+        ({"image_size": "-32"}, "metadata that cannot be read"),
+        ({"image_size": "1024000000"}, "metadata that cannot be read"),
+    ],
+)
+def test_backbones_of_ours_with_wrong_metadata(tmp_path, backbone_file, metadata, part):
+    assert part in refusal(rewritten(backbone_file, tmp_path / "x.safetensors", metadata))
+
+
+def test_an_image_size_that_the_images_do_not_fit(tmp_path, capsys, backbone_file):
+    path = rewritten(backbone_file, tmp_path / "x.safetensors", {"image_size": "100"})
+    is_one_error(try_to_train(capsys, tmp_path, path), 2, "100 pixels a side", "--image-size")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "part"),
+    [
+        ({"params/stem_bn/scale": None}, "it lacks params/stem_bn/scale"),
+        ({"params/stem_bn/scales": np.ones(4, np.float32)}, "has params/stem_bn/scales that the network does not know"),
+        ({"params/stem_bn/scale": np.full(4, np.nan, np.float32)}, "not finite"),
+        ({"batch_stats/stem_bn/var": np.full(4, -1, np.float32)}, "variances below zero"),
+        ({"params/stem_bn/scale": np.ones(5, np.float32)}, "params/stem_bn/scale (5,) where the network has (4,)"),
+    ],
+)
+def test_backbones_of_ours_with_wrong_tensors(tmp_path, backbone_file, tensors, part):
+    assert part in refusal(rewritten(backbone_file, tmp_path / "x.safetensors", **tensors))
+
+
+def test_a_backbone_that_cannot_be_written_leaves_nothing(tmp_path, backbone_file):
+    backbone = read_backbone(backbone_file)
+    with full_disk(at=1000), pytest.raises(OSError, match="File too large"):
+        save_backbone(tmp_path / "copy.safetensors", backbone)
+    assert files_below(tmp_path) == []

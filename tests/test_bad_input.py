@@ -1,0 +1,652 @@
+"""Places that cannot be written, runs that are damaged, losses that are no numbers; and what holds for any input."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error, narrow_networks, tiny_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cifar_jax import files, job, run_dir
+from cifar_jax.checkpoint import load_checkpoint
+from cifar_jax.config import PRESETS, TrainConfig
+from cifar_jax.data import balanced_subset, epoch_batches, hold_out
+from cifar_jax.errors import UserError
+from cifar_jax.files import load_arrays, save_arrays, undisturbed, write_json
+from cifar_jax.fit import Diverged, EpochRow
+from cifar_jax.head import init_head
+from cifar_jax.job import Interrupted, train
+from cifar_jax.pretrained import load_backbone
+from cifar_jax.run_dir import CHECKPOINTS, CONFIG, SUMMARY, load_run
+from cifar_jax.run_writer import RunWriter
+
+PICTURES = RunWriter.pictures
+FAST = settings(max_examples=30, deadline=None)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    return tiny_run(tmp_path_factory).path
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A finished run that may be damaged."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Narrow networks and no pictures."""
+    narrow_networks(monkeypatch)
+    monkeypatch.setattr(RunWriter, "samples", lambda self: None)
+    monkeypatch.setattr(RunWriter, "pictures", lambda *_: None)
+
+
+@pytest.fixture
+def quick(monkeypatch, finished, narrow):
+    """A job that computes next to nothing: where its files go has nothing to do with what is in them."""
+    backbone = load_backbone(finished / "backbone.safetensors")
+    monkeypatch.setattr(job, "load_job_backbone", lambda *_: backbone)
+    monkeypatch.setattr(job, "make_extractor", lambda *_: no_features)
+    monkeypatch.setattr(job, "fit", one_epoch)
+
+
+def no_features(images, on_images):
+    return np.zeros((len(images), NARROW.features), np.float32)
+
+
+def one_epoch(state, run_epoch, evaluate, num_epochs, on_epoch):
+    on_epoch(EpochRow(1, 2.3, 0.1, 2.3, 0.1, 0.0), state)
+    return state, []
+
+
+def try_to_train(capsys, out, *more):
+    return command(capsys, "train", *TINY, "--epochs", 1, "--out", out, *more)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a run cannot be written
+
+
+def a_file(path):
+    path.write_text("notes")
+    return path
+
+
+def below_a_file(path):
+    return a_file(path) / "runs" / "first"
+
+
+def a_link_to_nothing(path):
+    path.symlink_to(path.with_name("nowhere"))
+    return path
+
+
+def a_link_to_a_file(path):
+    path.symlink_to(a_file(path.with_name("file")))
+    return path
+
+
+def a_directory_of_other_files(path):
+    path.mkdir()
+    a_file(path / "thesis.tex")
+    return path
+
+
+def a_directory_of_hidden_files(path):
+    path.mkdir()
+    a_file(path / ".hidden")
+    return path
+
+
+def another_programs_directory(path):
+    """A directory as Hugging Face makes them, whose config.json and checkpoints are not ours to remove."""
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "config.json").write_text('{"model_type": "resnet"}')
+    return path
+
+
+def a_name_too_long(path):
+    return path.with_name("x" * 300)
+
+
+def a_name_that_is_no_text(path):
+    return os.fsdecode(bytes(path) + b"\xe9")
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (a_file, "is a file; choose a directory"),
+        (below_a_file, "is a file; choose another directory"),
+        (a_link_to_nothing, "is a link to nothing"),
+        (a_link_to_a_file, "is a file; choose a directory"),
+        (a_directory_of_other_files, "holds other files (thesis.tex, ...)"),
+        (a_directory_of_hidden_files, "holds other files (.hidden, ...)"),
+        (another_programs_directory, "holds other files (checkpoints, ...)"),
+        (a_name_too_long, "cannot be used (File name too long)"),
+        (a_name_that_is_no_text, "is not UTF-8"),
+    ],
+)
+def test_places_that_cannot_be_written(tmp_path, capsys, make, part, overwrite):
+    out = make(tmp_path / "out")
+    before = files_below(tmp_path)
+    is_one_error(try_to_train(capsys, out, *overwrite), 2, "--out ", part)
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("out", ["out", "new/deep/out"])
+def test_a_read_only_directory(tmp_path, capsys, monkeypatch, out):
+    # To root nothing is read-only, so the answer of the system is put in its mouth.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    is_one_error(try_to_train(capsys, tmp_path / out), 2, f"as {tmp_path} is read-only; choose another directory")
+    assert files_below(tmp_path) == []
+
+
+def test_a_directory_that_may_not_be_looked_into(tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").mkdir()
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    is_one_error(try_to_train(capsys, tmp_path / "out"), 2, "cannot be used (Permission denied)")
+
+
+def test_a_place_that_vanishes_leaves_no_directory(tmp_path, capsys, quick, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(run_dir, "write_json", refuse)
+    is_one_error(try_to_train(capsys, tmp_path / "out"), 2, "cannot be written (Read-only file system)")
+    assert files_below(tmp_path) == []
+
+
+def test_a_run_is_replaced_only_when_asked_to(tmp_path, capsys, quick, run):
+    a_file(run / "my notes.txt")
+    (run / CHECKPOINTS / "9999").mkdir()
+    before = files_below(run)
+    is_one_error(try_to_train(capsys, run), 2, "already holds a run; choose another directory or --overwrite it")
+    inside = run / "backbone.safetensors"
+    is_one_error(try_to_train(capsys, run, "--overwrite", "--weights", inside), 2, "lies in the run that --overwrite")
+    assert files_below(run) == before
+    assert try_to_train(capsys, run, "--overwrite").code == 0
+    assert (run / "my notes.txt").read_text() == "notes"
+    assert json.loads((run / SUMMARY).read_text())["epochs"] == 1
+    assert [path.name for path in (run / CHECKPOINTS).iterdir()] == ["0001"]
+    assert not (run / "curves.png").exists()  # of the run that was there
+
+
+def test_a_link_to_a_directory_is_followed_and_stays(tmp_path, capsys, quick):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    assert try_to_train(capsys, tmp_path / "out").code == 0
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / SUMMARY).is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disks that fill up, losses that are no numbers
+
+
+@pytest.mark.parametrize(("room", "code", "left"), [(100, 2, []), (2_000, 1, [CONFIG])])
+def test_a_disk_that_fills_up_fails_the_run_in_one_sentence(tmp_path, capsys, quick, room, code, left):
+    """While config.json is written, and while the backbone is."""
+    with full_disk(at=room):
+        result = try_to_train(capsys, tmp_path / "out")
+    is_one_error(result, code, f"{tmp_path / 'out'} cannot be written", "File too large", "choose another")
+    assert files_below(tmp_path / "out") == left
+
+
+def test_a_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, capsys, quick, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def fail(*_):
+        raise RuntimeError("OUT_OF_RANGE: Error writing " + "x" * 500 + "; No space left on device\nStack trace")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", fail)
+    result = try_to_train(capsys, tmp_path / "out")
+    is_one_error(
+        result, 1, "/checkpoints/0001 could not be written (OUT_OF_RANGE", "No space left on device); make room"
+    )
+    assert files_below(tmp_path / "out") == ["backbone.safetensors", CHECKPOINTS, CONFIG, "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "digests.json", SUMMARY, "curves.png"])
+def test_any_file_of_a_run_may_fail(tmp_path, capsys, quick, monkeypatch, name):
+    if name == "curves.png":
+        monkeypatch.setattr(RunWriter, "pictures", PICTURES)
+    replace = os.replace
+
+    def fail(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    result = try_to_train(capsys, tmp_path / "out")
+    is_one_error(result, 1, str(tmp_path / "out"), "written ([Errno 28] No space left on device); make room")
+    left = {Path(path).name for path in files_below(tmp_path / "out")}
+    assert name not in left and not [path for path in left if path.startswith(".")]
+
+
+def test_a_cache_that_cannot_be_written_only_warns(tmp_path, capsys, quick):
+    a_file(tmp_path / "cache")
+    result = try_to_train(capsys, tmp_path / "out", "--cache-dir", tmp_path / "cache")
+    assert result.code == 0 and result.err.count("The features could not be kept in") == 2
+
+
+def test_features_that_are_damaged_in_the_cache_are_made_again(tmp_path, capsys, quick):
+    cache = tmp_path / "cache"
+    assert try_to_train(capsys, tmp_path / "one", "--cache-dir", cache).code == 0
+    kept = sorted((cache / "features").iterdir())
+    flip(kept[0] / "features.npy", 1000)
+    result = try_to_train(capsys, tmp_path / "two", "--cache-dir", cache)
+    assert result.code == 0 and f"{kept[0]}/features.npy is damaged" in result.err
+    assert result.err.count("the features are computed again") == 1
+    assert sorted((cache / "features").iterdir()) == kept
+
+
+@pytest.mark.parametrize("mode", ["cached", "live"])
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys, narrow, mode):
+    out = tmp_path / "out"
+    result = try_to_train(capsys, out, "--learning-rate", "1e30", "--mode", mode)
+    is_one_error(result, 1, "Loss or gradient was not finite in epoch 1, step 1 of 2;", "--learning-rate")
+    summary = json.loads((out / SUMMARY).read_text())
+    assert (summary["status"], summary["epochs"], summary["val_accuracy"]) == ("diverged", 0, None)
+    assert all(np.isfinite(leaf).all() for leaf in kept_head(out))
+
+
+def kept_head(out):
+    like = {"head": jax.eval_shape(lambda: init_head(jax.random.key(0), NARROW.features, (8,), 10))}
+    return jax.tree.leaves(load_checkpoint(out / CHECKPOINTS, like))
+
+
+def test_a_later_loss_that_is_no_number_keeps_what_was_done(tmp_path, capsys, quick, monkeypatch):
+    states = []
+
+    def diverge(state, run_epoch, evaluate, num_epochs, on_epoch):
+        one_epoch(state, run_epoch, evaluate, num_epochs, on_epoch)
+        states.append(state._replace(params=jax.tree.map(lambda leaf: leaf + 1, state.params)))
+        raise Diverged(states[-1], epoch=2, step=1, steps=2)
+
+    monkeypatch.setattr(job, "fit", diverge)
+    result = try_to_train(capsys, tmp_path / "out")
+    is_one_error(result, 1, "not finite in epoch 2, step 1 of 2")
+    summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
+    assert (summary["status"], summary["epochs"], summary["val_accuracy"]) == ("diverged", 1, 0.1)
+    for leaf, expected in zip(kept_head(tmp_path / "out"), jax.tree.leaves(states[0].params), strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+
+
+def test_ctrl_c_waits_for_files_that_are_being_written():
+    done = []
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the interrupt comes in the midst of the block)
+        with undisturbed():
+            signal.raise_signal(signal.SIGINT)
+            done.append("the rest of the block")
+        done.append("never")
+    assert done == ["the rest of the block"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_before_the_first_epoch_leaves_a_summary(tmp_path, quick, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "fit", interrupt)
+    config = TrainConfig(
+        dataset="shapes", weights="random-w16", train_examples=64, test_examples=10, out=str(tmp_path / "out")
+    )
+    with pytest.raises(Interrupted) as caught, files.replacing(tmp_path / "mine"):  # through a context manager
+        train(config)
+    assert (caught.value.path, caught.value.epochs_done) == (tmp_path / "out", 0)
+    summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
+    assert (summary["status"], summary["epochs"], summary["val_loss"]) == ("interrupted", 0, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that are none, or damaged
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def flip(path, position=None):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if position is None else position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (lambda run: (run / SUMMARY).unlink(), ["is not a run directory: it has no summary.json"]),
+        (lambda run: (run / CONFIG).unlink(), ["is not a run directory: it has no config.json"]),
+        (lambda run: (run / SUMMARY).write_text("{"), [SUMMARY, "cannot be read"]),
+        (lambda run: (run / SUMMARY).write_bytes(b"\xff\xfe{}"), [SUMMARY, "cannot be read"]),
+        (lambda run: (run / SUMMARY).write_text("[1]"), [SUMMARY, "does not hold what `train` writes"]),
+        (lambda run: (run / SUMMARY).write_text("{}"), ["was written by another version"]),
+        (lambda run: edit(run / SUMMARY, format_version=99), ["was written by another version"]),
+        (lambda run: edit(run / SUMMARY, dataset=None), [SUMMARY, "is not as `train` wrote it"]),
+        (lambda run: edit(run / SUMMARY, dataset={"class_names": 3}), [SUMMARY, "is not as `train` wrote it"]),
+        (lambda run: edit(run / SUMMARY, backbone={}), [SUMMARY, "is not as `train` wrote it"]),
+        (lambda run: edit(run / SUMMARY, dataset={"class_names": ["a", "b"]}), ["checkpoints/0002"]),
+        (lambda run: (run / CONFIG).write_text(""), [CONFIG, "cannot be read"]),
+        (lambda run: edit(run / CONFIG, epochs="4"), [CONFIG, "--epochs '4' cannot be: it must be of type int"]),
+        (lambda run: edit(run / CONFIG, colour="red"), [CONFIG, "fields that are not known: colour"]),
+        (lambda run: edit(run / CONFIG, hidden=[16]), ["checkpoints/0002"]),
+        (lambda run: edit(run / CONFIG, hidden=[8, 8]), ["checkpoints/0002"]),
+        (lambda run: shutil.rmtree(run / CHECKPOINTS), ["There is no checkpoint in", "train first"]),
+        (lambda run: shutil.rmtree(run / CHECKPOINTS / "0002" / "arrays"), ["checkpoints/0002", "train again"]),
+        (lambda run: (run / CHECKPOINTS / "0002" / "digests.json").write_text("{}"), ["checkpoints/0002"]),
+        (lambda run: (run / "backbone.safetensors").unlink(), ["needs the backbone", "SHA-256", "--weights"]),
+        (
+            lambda run: flip(run / "backbone.safetensors"),
+            ["needs the backbone", "backbone.safetensors is another file"],
+        ),
+    ],
+)
+def test_damaged_runs(run, picture, capsys, damage, parts):
+    damage(run)
+    before = files_below(run)
+    is_one_error(command(capsys, "predict", run, picture), 2, str(run), *parts)
+    assert files_below(run) == before
+
+
+def test_any_damaged_file_of_a_checkpoint_is_noticed(run):
+    files = sorted(path for path in (run / CHECKPOINTS).rglob("*") if path.is_file() and path.stat().st_size)
+    assert len(files) > 5
+    for path in files:
+        whole = path.read_bytes()
+        flip(path)
+        with pytest.raises(UserError, match="checkpoints/0002"):
+            load_run(run)
+        path.write_bytes(whole)
+    assert load_run(run).class_names[0] == "disc"
+
+
+@pytest.mark.parametrize("what", ["nowhere", ".", "picture.png", "x" * 300])
+@pytest.mark.parametrize("verb", ["predict", "evaluate"])
+def test_directories_that_are_no_runs(tmp_path, capsys, picture, what, verb):
+    images = [picture] if verb == "predict" else []
+    is_one_error(command(capsys, verb, tmp_path / what, *images), 2, str(tmp_path / what), "name a")
+
+
+def test_a_backbone_that_moved_is_taken_from_where_it_is_said_to_be(run, tmp_path, picture, capsys):
+    whole = command(capsys, "predict", run, picture)
+    moved = (run / "backbone.safetensors").rename(tmp_path / "moved.safetensors")
+    digest = json.loads((run / SUMMARY).read_text())["backbone"]["sha256"]
+    is_one_error(
+        command(capsys, "predict", run, picture), 2, digest, "put it back there, or name a copy with --weights"
+    )
+    other = shutil.copy(moved, tmp_path / "other.safetensors")
+    flip(other)
+    result = command(capsys, "predict", run, picture, "--weights", other)
+    is_one_error(result, 2, digest, f"{other} is another file")
+    assert command(capsys, "predict", run, picture, "--weights", moved) == whole
+    assert command(capsys, "evaluate", run, "--weights", moved).code == 0
+
+
+def test_pictures_that_cannot_be_read_stop_before_any_answer(run, tmp_path, picture, capsys):
+    text = a_file(tmp_path / "notes.png")
+    for path, part in (
+        (text, "is not an image"),
+        (tmp_path / "missing.png", "does not exist"),
+        (run, "cannot be read"),
+    ):
+        result = command(capsys, "predict", run, picture, path)
+        is_one_error(result, 2, str(path), part)
+        assert result.out == ""
+
+
+def test_other_test_images_are_not_scored(run, capsys):
+    edit(run / CONFIG, seed=1)
+    is_one_error(command(capsys, "evaluate", run), 2, "are not those that the run", "--data-dir")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"epochs": "4"},
+        {"epochs": 4.0},
+        {"epochs": True},
+        {"epochs": None},
+        {"batch_size": [64]},
+        {"learning_rate": "0.1"},
+        {"learning_rate": None},
+        {"learning_rate": float("nan")},
+        {"learning_rate": float("inf")},
+        {"momentum": 1},
+        {"hidden": 16},
+        {"hidden": "16"},
+        {"hidden": [16.0]},
+        {"hidden": ["16"]},
+        {"hidden": [[16]]},
+        {"hidden": None},
+        {"hidden": [0]},
+        {"image_size": 100},
+        {"seed": -1},
+        {"seed": 0.5},
+        {"val_fraction": 1},
+        {"shuffle": "no"},
+        {"progress": 0},
+        {"mode": "eager"},
+        {"mode": None},
+        {"precision": 32},
+        {"dataset": None},
+        {"weights": 3},
+        {"out": False},
+        {"preset": "imagenet"},
+        {"learning-rate": 0.1},
+        {"lr": 0.1},
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(fields):
+    (name,) = fields
+    with pytest.raises(UserError, match=f"{name}|{name.replace('_', '-')}"):
+        TrainConfig.from_json(json.loads(json.dumps(fields)))
+
+
+optional = st.none() | st.integers(1, 10**6)
+texts = st.none() | st.text()
+configs = st.builds(
+    TrainConfig,
+    preset=st.sampled_from(sorted(PRESETS)),
+    dataset=st.text(),
+    data_dir=texts,
+    weights=st.text(),
+    variant=texts,
+    image_size=st.none() | st.integers(1, 100).map(lambda n: 32 * n),
+    mode=st.sampled_from(["cached", "live"]),
+    epochs=st.integers(1, 10**6),
+    batch_size=st.integers(1, 10**6),
+    learning_rate=st.floats(0, exclude_min=True, allow_infinity=False),
+    momentum=st.floats(0, 1, exclude_max=True),
+    hidden=st.lists(st.integers(1, 10**6)).map(tuple),
+    seed=st.integers(0, 2**31 - 1),
+    train_examples=optional,
+    test_examples=optional,
+    val_fraction=st.floats(0, 1, exclude_max=True),
+    shuffle=st.booleans(),
+    precision=st.sampled_from(["float32", "bfloat16"]),
+    extract_batch_size=optional,
+    out=texts,
+    overwrite=st.booleans(),
+)
+
+
+@FAST
+@given(configs)
+def test_a_configuration_survives_its_json(config):
+    text = json.dumps(config.to_json(), allow_nan=False)
+    assert TrainConfig.from_json(json.loads(text)) == config
+    assert set(json.loads(text)) == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What holds for any data set
+
+
+# Of few sizes, as JAX compiles a permutation anew for each.
+labelled = st.sampled_from([1, 2, 11, 60]).flatmap(
+    lambda size: st.lists(st.integers(0, 4), min_size=size, max_size=size).map(lambda lst: np.array(lst, np.int32))
+)
+
+
+@FAST
+@given(labelled, st.data(), st.integers(0, 99))
+def test_balanced_subsets_are_balanced(labels, data, seed):
+    num = data.draw(st.integers(1, len(labels)))
+    subset = balanced_subset(labels, num, jax.random.key(seed))
+    assert len(subset) == num and (np.diff(subset) > 0).all() and subset[0] >= 0 and subset[-1] < len(labels)
+    np.testing.assert_array_equal(subset, balanced_subset(labels, num, jax.random.key(seed)))
+    # As many of each class as of any other to one, but for those that have run out.
+    there, taken = (np.bincount(of, minlength=5) for of in (labels, labels[subset]))
+    assert taken[taken < there].min(initial=num) >= taken.max() - 1
+
+
+@FAST
+@given(labelled, st.floats(0, 1), st.integers(0, 99))
+def test_held_out_images_are_the_rest(labels, fraction, seed):
+    num = round(fraction * len(labels))
+    if not 0 < num < len(labels):
+        with pytest.raises(UserError, match="leaves images on both sides"):
+            hold_out(labels, fraction, jax.random.key(seed))
+        return
+    kept, held = hold_out(labels, fraction, jax.random.key(seed))
+    assert len(held) == num
+    np.testing.assert_array_equal(np.sort(np.concatenate([kept, held])), np.arange(len(labels)))
+
+
+@FAST
+@given(st.sampled_from([1, 2, 60, 61]), st.integers(1, 70), st.integers(0, 9), st.booleans())
+def test_an_epoch_visits_each_example_once(num, batch_size, epoch, shuffle):
+    indices, counts = epoch_batches(jax.random.key(0), epoch, num, batch_size, shuffle)
+    assert indices.shape == (-(-num // batch_size), batch_size) and counts.shape == indices.shape[:1]
+    visited = np.concatenate([index[:count] for index, count in zip(indices, counts, strict=True)])
+    np.testing.assert_array_equal(np.sort(visited), np.arange(num))
+    assert (counts[:-1] == batch_size).all() and counts[-1] >= 1
+    assert shuffle or (visited == np.arange(num)).all()
+
+
+def test_an_epoch_of_cifar10_has_the_steps_that_keras_counts():
+    indices, counts = epoch_batches(jax.random.key(0), 0, 50_000, 64)
+    assert indices.shape == (782, 64) and counts[-1] == 16 and counts.sum() == 50_000
+    later, _ = epoch_batches(jax.random.key(0), 1, 50_000, 64)
+    assert (indices != later).mean() > 0.99
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What holds for any file
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}, b"bytes", {"deep": [float("inf")]}])
+def test_what_is_no_json_leaves_the_old_file(tmp_path, value):
+    path = tmp_path / "file.json"
+    write_json(path, {"old": 1})
+    with pytest.raises((ValueError, TypeError)):
+        write_json(path, value)
+    assert files_below(tmp_path) == ["file.json"] and json.loads(path.read_text()) == {"old": 1}
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.json"
+    write_json(path, {"old": 1})
+    with full_disk(at=1000), pytest.raises(OSError, match="too large"):
+        write_json(path, "x" * 2000)
+    with contextlib.suppress(KeyboardInterrupt), files.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert files_below(tmp_path) == ["file.json"] and json.loads(path.read_text()) == {"old": 1}
+    write_json(path, {"new": 2})
+    assert path.stat().st_mode & 0o777 == 0o666 & ~files._umask()
+
+
+ARRAYS = {"images": np.arange(12, dtype=np.float32).reshape(3, 4), "labels": np.arange(3, dtype=np.int32)}
+ABOUT = {"class_names": ["cat", "dög"], "version": "1.0.0"}
+
+
+@FAST
+@given(
+    st.dictionaries(
+        st.sampled_from("abc"),
+        st.tuples(
+            st.sampled_from([np.uint8, np.int32, np.float32, np.bool_]), st.lists(st.integers(0, 3), max_size=3)
+        ).map(lambda made: np.ones(made[1], made[0])),
+        max_size=3,
+    ),
+    st.dictionaries(st.text(), st.text() | st.integers() | st.lists(st.text())),
+)
+def test_arrays_come_back_as_they_were(tmp_path_factory, arrays, about):
+    directory = tmp_path_factory.mktemp("arrays") / "deep" / "kept"
+    save_arrays(directory, arrays, about)
+    loaded, told = load_arrays(directory)
+    assert told == about and set(loaded) == set(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name], array, strict=True)
+    assert [path.name for path in directory.parent.iterdir()] == ["kept"]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("arrays") / "kept"
+    save_arrays(directory, ARRAYS, ABOUT)
+    return directory
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(["images.npy", "labels.npy", "index.json"]), st.integers(0, 10**6), st.integers(0, 7))
+def test_a_flipped_bit_is_noticed_wherever_it_is(kept, name, position, bit):
+    """Or it changes nothing that is read, such as a blank between two values."""
+    path = kept / name
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[position % len(whole)] ^= 1 << bit
+    path.write_bytes(damaged)
+    try:
+        arrays, about = load_arrays(kept)
+    except ValueError as error:
+        assert str(kept) in str(error)  # noqa: PT017 (it need not be raised)
+    else:
+        assert about == ABOUT
+        for array, expected in ARRAYS.items():
+            np.testing.assert_array_equal(arrays[array], expected, strict=True)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_arrays_that_cannot_be_written_leave_nothing(tmp_path):
+    with full_disk(at=1000), pytest.raises(OSError, match=r"too large|requested"):
+        save_arrays(tmp_path / "kept", {"a": np.zeros(1000)}, {})
+    assert files_below(tmp_path) == []
+    with pytest.raises(FileNotFoundError):
+        load_arrays(tmp_path / "kept")
+
+
+def test_arrays_that_are_there_already_stay(tmp_path):
+    """Two processes may make the same directory at once: their content is the same."""
+    for _ in range(2):
+        save_arrays(tmp_path / "kept", ARRAYS, ABOUT)
+    assert load_arrays(tmp_path / "kept")[1] == ABOUT and len(list(tmp_path.iterdir())) == 1

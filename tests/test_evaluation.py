@@ -1,0 +1,56 @@
+"""Exact counting: every example once, whatever the batch size."""
+
+import jax
+import numpy as np
+import pytest
+
+from cifar_jax.evaluation import eval_step, evaluate, wilson_interval
+from cifar_jax.head import head_logits, init_head
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(101, 6)).astype(np.float32)
+    return init_head(jax.random.key(0), 6, (5,), 3), features, rng.integers(0, 3, 101).astype(np.int32)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100, 101, 500])
+def test_result_does_not_depend_on_the_batch_size(problem, batch_size):
+    params, features, labels = problem
+    result = evaluate(eval_step, params, features, labels, batch_size)
+    logits = np.asarray(head_logits(params, features), np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    predicted = logits.argmax(1)
+    expected = np.zeros((3, 3), int)
+    np.add.at(expected, (labels, predicted), 1)
+    np.testing.assert_array_equal(result.confusion, expected)
+    assert result.num == 101
+    assert result.accuracy == (predicted == labels).mean()
+    assert result.loss == pytest.approx(-log_probs[np.arange(101), labels].mean(), rel=1e-5)
+    np.testing.assert_allclose(result.class_accuracy, [(predicted == labels)[labels == c].mean() for c in range(3)])
+
+
+def test_class_without_examples_has_no_accuracy(problem):
+    params, features, _ = problem
+    result = evaluate(eval_step, params, features, np.ones(101, np.int32))
+    assert np.isnan(result.class_accuracy[[0, 2]]).all() and not np.isnan(result.class_accuracy[1])
+
+
+def test_nothing_to_evaluate_is_refused(problem):
+    params, features, labels = problem
+    with pytest.raises(ValueError, match="no examples"):
+        evaluate(eval_step, params, features[:0], labels[:0])
+
+
+def test_progress_ends_at_the_number_of_examples(problem):
+    done: list[int] = []
+    evaluate(eval_step, *problem, 40, done.append)
+    assert done == [40, 80, 101]
+
+
+def test_wilson_interval_of_known_cases():
+    # Newcombe 1998, table I: 81 of 263 has the 95 % Wilson interval 0.2553 to 0.3662.
+    assert wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    low, high = wilson_interval(1.0, 20)
+    assert low == pytest.approx(0.8389, abs=5e-5) and high == 1.0

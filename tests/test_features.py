@@ -1,0 +1,89 @@
+"""The extractor against the plain reference, for any number of images, and the cache of its features."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import relative_difference
+
+from cifar_jax.errors import RunError
+from cifar_jax.features import cached_features, extract, features_key, make_extractor
+from cifar_jax.pretrained import random_backbone
+from cifar_jax.resnet import ResNetConfig
+
+
+@pytest.fixture(scope="module")
+def backbone(shapes):
+    return random_backbone(jax.random.key(0), shapes.images[:64], ResNetConfig(stage_sizes=(1, 1), width=8), 64)
+
+
+@pytest.mark.parametrize(("num", "batch_size"), [(1, 8), (8, 8), (21, 8), (5, None)])
+def test_any_number_of_images_gives_the_plain_features(backbone, shapes, num, batch_size):
+    images = shapes.images[:num]
+    done: list[int] = []
+    features = make_extractor(backbone, batch_size=batch_size)(images, done.append)
+    assert features.shape == (num, backbone.config.features) and done[-1] == num
+    assert relative_difference(features, extract(backbone, images)) < 1e-5
+
+
+def test_no_images_give_no_features(backbone, shapes):
+    assert make_extractor(backbone)(shapes.images[:0]).shape == (0, backbone.config.features)
+
+
+def test_calibrated_features_are_alive(backbone, shapes):
+    features = make_extractor(backbone)(shapes.images)
+    assert (features.std(0) > 1e-3).mean() > 0.9
+
+
+def test_features_carry_no_gradient(backbone, shapes):
+    def total(variables):
+        return extract(backbone.replace(variables=variables), shapes.images[:2]).sum()
+
+    grads = jax.grad(total)(backbone.variables)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
+
+
+def test_two_files_of_one_network_share_a_compiled_function(backbone, shapes):
+    run = jax.jit(extract)
+    run(backbone, shapes.images[:2])
+    run(backbone.replace(sha256="another", source="elsewhere"), shapes.images[:2])
+    assert run._cache_size() == 1
+
+
+def test_broken_weights_are_noticed(backbone, shapes):
+    broken = backbone.replace(variables=jax.tree.map(lambda leaf: leaf * np.float32(np.nan), backbone.variables))
+    with pytest.raises(RunError, match="not finite"):
+        make_extractor(broken)(shapes.images[:4])
+
+
+def test_key_names_all_that_the_features_depend_on(backbone, shapes):
+    images = shapes.images[:4]
+    key = features_key(backbone, 64, "float32", images)
+    assert key == features_key(backbone, 64, "float32", images.copy())
+    others = {
+        features_key(backbone, 96, "float32", images),
+        features_key(backbone, 64, "bfloat16", images),
+        features_key(backbone, 64, "float32", images[::-1]),
+        features_key(backbone.replace(sha256="other"), 64, "float32", images),
+    }
+    assert len(others | {key}) == 5
+
+
+def test_cache_computes_once_and_repairs_what_is_damaged(tmp_path):
+    features, calls, said = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32), [], []
+
+    def compute():
+        calls.append(1)
+        return features
+
+    for expected_calls in (1, 1):
+        np.testing.assert_array_equal(cached_features(tmp_path, "k" * 64, compute, said.append), features)
+        assert len(calls) == expected_calls
+    assert not said
+    file = next(tmp_path.glob("*/features.npy"))
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    np.testing.assert_array_equal(cached_features(tmp_path, "k" * 64, compute, said.append), features)
+    assert len(calls) == 2 and "damaged" in said[0]
+    np.testing.assert_array_equal(cached_features(tmp_path, "k" * 64, compute, said.append), features)
+    assert len(calls) == 2

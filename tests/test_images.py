@@ -1,0 +1,213 @@
+"""Image files of every kind a user may have: upright RGB pixels, or a sentence."""
+
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cifar_jax.errors import UserError
+from cifar_jax.images import MAX_PIXELS, read_image
+
+WHITE, RED = (255, 255, 255), (255, 0, 0)
+
+
+def gradient(width=32, height=32):
+    """A picture whose corners all differ, so that a turned one is told from an upright one."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
+
+
+def read(tmp_path, image, size=32, format="PNG", **how):
+    path = tmp_path / f"picture.{format.lower()}"
+    image.save(path, format, **how)
+    pixels = read_image(path, size)
+    assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
+    return pixels
+
+
+def refusal(path):
+    with pytest.raises(UserError) as caught:
+        read_image(path, 32)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and str(path) in sentence, sentence
+    return sentence
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are images
+
+
+def test_a_picture_of_the_right_size_is_read_to_the_bit(tmp_path):
+    np.testing.assert_array_equal(read(tmp_path, gradient()), np.asarray(gradient()))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_usual_formats(tmp_path, format):
+    difference = read(tmp_path, gradient(), format=format).astype(int) - np.asarray(gradient())
+    assert np.abs(difference).mean() < 8  # lossy ones and the palette of a GIF
+
+
+def test_one_pixel_fills_the_square(tmp_path):
+    assert (read(tmp_path, Image.new("RGB", (1, 1), RED)) == RED).all()
+
+
+def test_the_centred_square_is_cut_out(tmp_path):
+    wide = Image.new("RGB", (96, 32), RED)
+    wide.paste(gradient(), (32, 0))
+    np.testing.assert_array_equal(read(tmp_path, wide), np.asarray(gradient()))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "I;16", "LA"])
+def test_grey_pictures_become_rgb(tmp_path, mode):
+    grey = gradient().convert("L")
+    # Of 16 bits, white is 65535.
+    picture = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    pixels = read(tmp_path, picture)
+    assert (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all()
+    expected = np.asarray(picture.convert("L") if mode == "1" else grey)
+    np.testing.assert_array_equal(pixels[..., 0], expected)
+
+
+@pytest.mark.parametrize(("dtype", "white"), [(np.float32, 255), (np.int32, 65535), (np.float32, 65535)])
+def test_grey_tiffs_of_32_bits_are_not_all_white(tmp_path, dtype, white):
+    grey = np.tile(np.linspace(0, white, 32), (32, 1)).astype(dtype)
+    pixels = read(tmp_path, Image.fromarray(grey), format="TIFF")
+    assert pixels[0, 0, 0] == 0 and pixels[0, -1, 0] == 255 and 100 < pixels[0, 15, 0] < 150
+
+
+def transparent(mode):
+    """Red with a transparent left half, in one of the ways that PNG knows."""
+    rgba = Image.new("RGBA", (32, 32), (*RED, 255))
+    rgba.paste((0, 0, 255, 0), (0, 0, 16, 32))  # blue that nobody sees
+    if mode == "RGBA":
+        return rgba, {}
+    if mode == "half":
+        rgba.paste((*RED, 128), (0, 0, 16, 32))
+        return rgba, {}
+    rgb = rgba.convert("RGB")
+    if mode == "tRNS":
+        return rgb, {"transparency": (0, 0, 255)}
+    palette = rgb.quantize(2)
+    index = palette.getpixel((0, 0))
+    as_bytes = bytes(0 if entry == index else 255 for entry in range(2))
+    return palette, {"transparency": as_bytes if mode == "P bytes" else index}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "half", "tRNS", "P", "P bytes"])
+def test_transparent_parts_are_white(tmp_path, mode):
+    picture, how = transparent(mode)
+    pixels = read(tmp_path, picture, **how)
+    left = [255, 127, 127] if mode == "half" else WHITE
+    np.testing.assert_allclose(pixels[:, :16], np.broadcast_to(left, (32, 16, 3)), atol=1)
+    np.testing.assert_array_equal(pixels[:, 16:], np.broadcast_to(RED, (32, 16, 3)))
+
+
+def test_cmyk_jpegs_have_their_colours(tmp_path):
+    pixels = read(tmp_path, Image.new("RGB", (32, 32), RED).convert("CMYK"), format="JPEG", quality=95)
+    assert np.abs(pixels.astype(int) - RED).max() < 30
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(tmp_path, orientation):
+    """The stored pixels are turned the other way, so that every file shows the same picture."""
+    turns = {
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }
+    stored = gradient(48, 32)
+    for turn in turns.get(orientation, []):
+        stored = stored.transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(read(tmp_path, stored, exif=exif), read(tmp_path, gradient(48, 32)))
+
+
+def test_the_first_picture_of_an_animation_is_taken(tmp_path):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    for format in ("GIF", "PNG", "WEBP"):
+        how = {"lossless": True} if format == "WEBP" else {}
+        pixels = read(tmp_path, frames[0], format=format, save_all=True, append_images=frames[1:], **how)
+        assert (pixels == RED).all(), format
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are none
+
+
+def png_that_claims(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def saved(format="PNG"):
+    buffer = io.BytesIO()
+    gradient().save(buffer, format)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "is not an image that can be read"),
+        (b"a letter", "is not an image that can be read"),
+        (b"<!DOCTYPE html><html></html>", "is not an image that can be read"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image that can be read"),
+        (saved()[: len(saved()) // 2], "cannot be read as an image (image file is truncated"),
+        (saved("JPEG")[:-100], "cannot be read as an image (image file is truncated"),
+        (saved("JPEG")[:100], "cannot be read as an image ("),
+        (saved()[:20], "cannot be read as an image ("),
+        (png_that_claims(32, 32), "cannot be read as an image ("),
+        (png_that_claims(10_001, 10_000), "10001x10000 pixels, more than the 100 million"),
+        (png_that_claims(100_000, 100_000), "cannot be read as an image (Image size (10000000000 pixels) exceeds"),
+        (png_that_claims(2**31 - 1, 2**31 - 1), "cannot be read as an image (Image size"),
+        # Pillow would hand it to Ghostscript, which runs what stands in it.
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not an image that can be read"),
+    ],
+)
+def test_files_that_are_no_images(tmp_path, content, part):
+    path = tmp_path / "picture.png"
+    path.write_bytes(content)
+    sentence = refusal(path)
+    assert part in sentence and sentence.endswith(("give a PNG or JPEG file.", "make it smaller."))
+
+
+def test_paths_that_are_no_files(tmp_path):
+    assert "does not exist" in refusal(tmp_path / "missing.png")
+    assert "cannot be read as an image (" in refusal(tmp_path)
+    assert "File name too long" in refusal(tmp_path / ("x" * 300))
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        read_image("a\0b", 32)
+
+
+def test_the_limit_is_that_of_a_large_photograph():
+    assert MAX_PIXELS == 10_000 * 10_000
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    format=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM"]),
+    changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4),
+    length=st.floats(0.1, 1),
+)
+def test_damaged_images_give_pixels_or_a_sentence(tmp_path_factory, format, changes, length):
+    content = bytearray(saved(format))
+    for position, value in changes:
+        content[position % min(len(content), 200)] = value  # mostly in the headers
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(content[: int(length * len(content))])
+    with contextlib.suppress(UserError):
+        assert read_image(path, 32).shape == (32, 32, 3)

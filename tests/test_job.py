@@ -1,0 +1,118 @@
+"""The whole job, tiny: what it leaves behind, both modes, held-out images, reproducibility, real images."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from cifar_jax import load_run, predict_probs
+from cifar_jax.config import TrainConfig, preset
+from cifar_jax.job import train
+from cifar_jax.predict import evaluate_run
+from cifar_jax.run_dir import CONTENTS
+
+TINY = {
+    "dataset": "shapes",
+    "weights": "random-w16",
+    "image_size": 32,
+    "train_examples": 160,
+    "test_examples": 50,
+    "epochs": 2,
+    "hidden": (16,),
+    "batch_size": 32,
+    "learning_rate": 0.1,
+}
+
+
+def rows_of(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("job")
+    return train(TrainConfig(**TINY, out=str(root / "run"), cache_dir=str(root / "cache")))
+
+
+def test_leaves_what_it_says_it_leaves(run):
+    assert {path.name for path in run.iterdir()} == set(CONTENTS)
+    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in CONTENTS if name.endswith(".png"))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "complete" and summary["format_version"] == 1
+    assert summary["num_train"] == 160 and summary["num_test"] == 50 and summary["val_split"] == "test"
+    assert np.sum(summary["confusion"]) == 50
+    assert summary["val_accuracy"] == rows_of(run)[-1]["val_accuracy"] == np.trace(summary["confusion"]) / 50
+    assert TrainConfig.from_json(json.loads((run / "config.json").read_text())).train_examples == 160
+
+
+def test_run_reads_back_and_scores_the_same(run):
+    summary = json.loads((run / "summary.json").read_text())
+    scores = evaluate_run(run)
+    assert scores["test_accuracy"] == summary["val_accuracy"]
+    assert scores["test_loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
+    assert scores["class_accuracy"] == summary["class_accuracy"]
+
+
+def test_predict_probs_is_pure_and_agrees_with_the_run(run, shapes):
+    read = load_run(run)
+    compiled = jax.jit(predict_probs, static_argnames="image_size")
+    probs = compiled(read.backbone, read.head_params, shapes.images[:20], image_size=32)
+    assert probs.shape == (20, 10)
+    np.testing.assert_allclose(probs.sum(1), 1, rtol=1e-5)
+
+
+def test_same_command_same_bits(run, tmp_path):
+    again = train(TrainConfig(**TINY, out=str(tmp_path / "again"), cache_dir=str(tmp_path / "cache")))
+    assert rows_of(again) == rows_of(run)
+    a, b = (jax.tree.leaves(load_run(path).head_params) for path in (run, again))
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_live_gives_what_cached_gives(run, tmp_path):
+    live = train(TrainConfig(**TINY, mode="live", out=str(tmp_path / "live"), cache_dir=str(tmp_path)))
+    for a, b in zip(rows_of(run), rows_of(live), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_held_out_images_choose_the_epoch_and_the_test_images_do_not(tmp_path):
+    config = TrainConfig(
+        **(TINY | {"epochs": 4}), val_fraction=0.25, out=str(tmp_path / "run"), cache_dir=str(tmp_path)
+    )
+    run = train(config)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["num_train"], summary["num_val"], summary["num_test"]) == (120, 40, 50)
+    rows = rows_of(run)
+    best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    assert summary["selected_epoch"] == best["epoch"] and summary["val_accuracy"] == best["val_accuracy"]
+    assert summary["test_accuracy"] == evaluate_run(run)["test_accuracy"]
+
+
+def test_features_come_from_the_cache_the_second_time(run):
+    config = TrainConfig.from_json(json.loads((run / "config.json").read_text()))
+    again = train(TrainConfig.from_json(config.to_json() | {"out": str(run.parent / "second")}))
+    assert json.loads((again / "summary.json").read_text())["images_per_second"] is None
+    assert rows_of(again) == rows_of(run)
+
+
+def test_presets_are_what_the_readme_says():
+    demo, main = preset("demo"), preset("cifar10")
+    assert (main.dataset, main.weights, main.epochs, main.batch_size) == ("cifar10", "keras-resnet50", 4, 64)
+    assert (main.learning_rate, main.momentum, main.hidden) == (0.01, 0.0, (1024, 512))
+    assert (demo.dataset, demo.train_examples, demo.test_examples, demo.epochs) == ("shapes", 5000, 1000, 4)
+
+
+def test_real_images_train(cifar10, session_cache, tmp_path):
+    config = TrainConfig(
+        weights="random-w16",
+        train_examples=2000,
+        test_examples=500,
+        cache_dir=str(session_cache),
+        out=str(tmp_path / "run"),
+    )
+    summary = json.loads((train(config) / "summary.json").read_text())
+    assert summary["dataset"]["name"] == "cifar10" and summary["dataset"]["version"] == "3.0.2"
+    rows = rows_of(tmp_path / "run")
+    assert rows[-1]["train_accuracy"] > rows[0]["train_accuracy"] + 0.03
