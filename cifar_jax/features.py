@@ -69,11 +69,15 @@ def make_extractor(
       precision: `float32` or `bfloat16`.
       batch_size: images a compiled call; chosen by device and image size if None.
 
+    Raises:
+      RunError: when the backbone has a value that is not finite; the extractor itself, when features are not.
+
     Example:
       >>> features = make_extractor(backbone)(splits.test.images)  # doctest: +SKIP
       >>> features.shape  # doctest: +SKIP
       (10000, 2048)
     """
+    _require_finite(backbone)
     size = image_size or backbone.image_size
     batch_size = batch_size or default_batch_size(size)
     on_device = jax.device_put(backbone)
@@ -95,6 +99,16 @@ def make_extractor(
         return features
 
     return extractor
+
+
+def _require_finite(backbone: Backbone) -> None:
+    """Features cannot tell: compiled for a CPU, a relu makes 0 of NaN."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(backbone.variables):
+        if not np.isfinite(leaf).all():
+            raise RunError(
+                f"The backbone {backbone.source} has values that are not finite in "
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')}; nothing was extracted: get its weights again."
+            )
 
 
 def default_batch_size(image_size: int) -> int:

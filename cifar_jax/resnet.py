@@ -70,17 +70,19 @@ class ResNet(nn.Module):
       config: shape and variant.
       dtype: what activations are computed in, float32 or bfloat16; parameters and statistics stay float32.
       bn_momentum: share of the old running statistics that a training step keeps (Keras's 0.99).
+      convs_as_dots: whether 3x3 convolutions are run as matrix products over patches. The parameters are the same.
     """
 
     config: ResNetConfig
     dtype: jnp.dtype = jnp.dtype("float32")
     bn_momentum: float = 0.99
+    convs_as_dots: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch size size 3"], train: bool = False) -> ResNetOutput:
         """Runs the network. With `train`, BatchNorm uses and updates batch statistics (make `batch_stats` mutable)."""
         config = self.config
-        layers = _Layers(config, self.dtype, self.bn_momentum, train)
+        layers = _Layers(config, self.dtype, self.bn_momentum, self.convs_as_dots, train)
         x = x.astype(self.dtype)
         x = layers.conv(config.width, 7, 2, "stem_conv")(x)
         x = nn.relu(layers.norm("stem_bn")(x))
@@ -108,6 +110,7 @@ class _Layers:
     config: ResNetConfig
     dtype: jnp.dtype
     bn_momentum: float
+    convs_as_dots: bool
     train: bool
 
     @property
@@ -115,19 +118,10 @@ class _Layers:
         # float32 means float32: by default JAX would take TF32 on recent GPUs and bfloat16 passes on TPU.
         return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
-    def conv(self, features: int, size: int, stride: int, name: str) -> nn.Conv:
+    def conv(self, features: int, size: int, stride: int, name: str) -> "Conv":
         """A convolution with half its size as padding on every side."""
-        pad = size // 2
-        return nn.Conv(
-            features,
-            (size, size),
-            (stride, stride),
-            padding=((pad, pad), (pad, pad)),
-            use_bias=self.config.conv_bias,
-            dtype=self.dtype,
-            precision=self.precision,
-            name=name,
-        )
+        as_dot = self.convs_as_dots and size == 3
+        return Conv(features, size, stride, self.config.conv_bias, as_dot, self.dtype, self.precision, name=name)
 
     def conv1x1(self, features: int, name: str) -> nn.Dense:
         """A 1x1 convolution is a matrix product over channels, and as one XLA:CPU runs it much faster."""
@@ -151,6 +145,42 @@ class _Layers:
             name=name,
         )
         return lambda x: norm(x.astype(jnp.float32)).astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """A convolution padded by half its size on every side, with the parameters of `nn.Conv`.
+
+    Run by XLA's convolution, or as a matrix product over patches: with `as_dot`, and on any map that is smaller than
+    the kernel, for which XLA:CPU falls back to a loop that is thirty times slower.
+    """
+
+    features: int
+    size: int
+    stride: int
+    use_bias: bool
+    as_dot: bool
+    dtype: jnp.dtype
+    precision: jax.lax.Precision
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h2 w2 features"]:
+        """Runs the layer."""
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        if self.as_dot or min(x.shape[1:3]) < self.size:
+            patches = _patches(x, self.size, self.stride)
+            y = jnp.dot(patches, kernel.reshape(-1, self.features), precision=self.precision)
+        else:
+            pad = self.size // 2
+            padding = ((pad, pad), (pad, pad))
+            layout = ("NHWC", "HWIO", "NHWC")
+            strides = (self.stride, self.stride)
+            y = jax.lax.conv_general_dilated(
+                x, kernel, strides, padding, dimension_numbers=layout, precision=self.precision
+            )
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,)).astype(self.dtype)
+        return y
 
 
 class Bottleneck(nn.Module):
@@ -178,3 +208,11 @@ class Bottleneck(nn.Module):
 def _subsample(x: Float[Array, "batch h w c"], stride: int) -> Float[Array, "batch h2 w2 c"]:
     """What a strided 1x1 convolution sees of its input."""
     return x if stride == 1 else x[:, ::stride, ::stride]
+
+
+def _patches(x: Float[Array, "batch h w c"], size: int, stride: int) -> Float[Array, "batch h2 w2 size*size*c"]:
+    """What each position of a convolution sees, in the order of its kernel's rows."""
+    pad, (height, width) = size // 2, x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    shifts = [(i, j) for i in range(size) for j in range(size)]
+    return jnp.concatenate([x[:, i : i + height : stride, j : j + width : stride] for i, j in shifts], axis=-1)

@@ -1,4 +1,4 @@
-"""Makes weights/manifests again: names and shapes of what the published ResNet50 files of Keras hold, without values.
+"""Makes tests/golden/manifests again: names and shapes of what the published ResNet50 files of Keras hold, without values.
 
     python tests/make_manifests.py
 
@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 from parity.networks import WRITERS, modern, of_2016
 
-DIRECTORY = Path(__file__).resolve().parent.parent / "weights" / "manifests"
+DIRECTORY = Path(__file__).resolve().parent / "golden" / "manifests"
 IMAGE_SIZE = 224
 
 Manifest = dict[str, list[tuple[str, tuple[int, ...]]]]  # layer -> (name of a weight, shape)
@@ -59,6 +59,6 @@ def to_json(layers: Manifest) -> str:
 if __name__ == "__main__":
     import tf_keras
 
-    DIRECTORY.mkdir(exist_ok=True)
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
     for name, layers in manifests(tf_keras).items():
         (DIRECTORY / f"{name}.json").write_text(to_json(layers), encoding="utf-8")

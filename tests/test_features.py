@@ -50,9 +50,17 @@ def test_two_files_of_one_network_share_a_compiled_function(backbone, shapes):
 
 
 def test_broken_weights_are_noticed(backbone, shapes):
-    broken = backbone.replace(variables=jax.tree.map(lambda leaf: leaf * np.float32(np.nan), backbone.variables))
-    with pytest.raises(RunError, match="not finite"):
-        make_extractor(broken)(shapes.images[:4])
+    variables = jax.tree.map(np.array, backbone.variables)
+    variables["params"]["stage1_block1"]["conv2"]["kernel"][0, 0, 0, 0] = np.nan
+    with pytest.raises(RunError, match="not finite in params/stage1_block1/conv2/kernel"):
+        make_extractor(backbone.replace(variables=variables))
+
+
+def test_features_that_overflow_are_noticed(backbone, shapes):
+    huge = jax.tree.map(np.array, backbone.variables)
+    huge["params"]["stage2_block1"]["bn3"]["scale"][:] = 3e38
+    with pytest.raises(RunError, match="not finite for images 0 to 3"):
+        make_extractor(backbone.replace(variables=huge))(shapes.images[:4])
 
 
 def test_key_names_all_that_the_features_depend_on(backbone, shapes):

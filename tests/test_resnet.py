@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from cifar_jax.pretrained.merge import variable_shapes
 from cifar_jax.pretrained.untrained import init_variables
-from cifar_jax.resnet import ResNet, ResNetConfig
+from cifar_jax.resnet import Conv, ResNet, ResNetConfig
 
 NARROW = ResNetConfig(stage_sizes=(1, 2), width=4)
 
@@ -63,6 +64,20 @@ def test_unpadded_pool_gives_55():
 def test_pooled_is_the_mean_of_the_last_stage(variables, images):
     out = ResNet(NARROW).apply(variables, images)
     np.testing.assert_allclose(out.pooled, np.asarray(out.stages[-1]).mean((1, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("as_dot", [False, True])
+@pytest.mark.parametrize("side", [1, 2, 7, 8])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [3, 7])
+def test_conv_is_that_of_flax_however_it_is_run(as_dot, side, stride, size):
+    x = jax.random.normal(jax.random.key(0), (2, side, side, 5))
+    pad = ((size // 2, size // 2),) * 2
+    reference = nn.Conv(6, (size, size), (stride, stride), padding=pad, bias_init=nn.initializers.normal(1.0))
+    variables = reference.init(jax.random.key(1), x)
+    ours = Conv(6, size, stride, True, as_dot, jnp.dtype("float32"), jax.lax.Precision.HIGHEST)
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, variables)
+    np.testing.assert_allclose(ours.apply(variables, x), reference.apply(variables, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"stride_in_1x1": False}, {"bn_epsilon": 1e-2}, {"pool_padding": 0}])

@@ -43,6 +43,11 @@ def read_keras_h5(path: Path) -> KerasFile:
     try:
         with h5py.File(path, "r") as file:
             root = _own(file, "model_weights", path) if "model_weights" in file else file
+            if "layers" in root and "layer_names" not in root.attrs:
+                raise WeightsError(
+                    f"{path} was written by Keras 3's save_weights, which keeps no layer names to match by; save the "
+                    "whole model with model.save('model.h5') and give that file."
+                )
             if "layer_names" not in root.attrs:
                 raise WeightsError(
                     f"{path} is an HDF5 file but not one of Keras's: it has no layer_names; give the weights file of a "

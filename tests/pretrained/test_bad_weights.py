@@ -277,6 +277,11 @@ def without_layer_names(path):
         del file.attrs["layer_names"]
 
 
+def as_keras_3_saves_weights(path):
+    with h5py.File(path, "w") as file:
+        file.create_group("layers/conv2d/vars")["0"] = np.zeros((7, 7, 3, 4), np.float32)
+
+
 def with_a_number_for_layer_names(path):
     with h5py.File(path, "a") as file:
         file.attrs["layer_names"] = 3
@@ -297,6 +302,7 @@ def with_a_number_for_layer_names(path):
         (with_a_layer_less_than_it_names, "has no /conv1_conv of its own"),
         (with_a_name_twice, "holds conv1_conv/bias twice; it cannot be told"),
         (without_layer_names, "not one of Keras's: it has no layer_names"),
+        (as_keras_3_saves_weights, "written by Keras 3's save_weights"),
         (with_a_number_for_layer_names, "is damaged or cut short"),
     ],
 )

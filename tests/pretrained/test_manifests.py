@@ -20,7 +20,7 @@ from cifar_jax.preprocess import CAFFE
 from cifar_jax.pretrained.registry import entries
 from cifar_jax.resnet import ResNetConfig
 
-MANIFESTS = Path(__file__).resolve().parents[2] / "weights" / "manifests"
+MANIFESTS = Path(__file__).resolve().parents[1] / "golden" / "manifests"
 TOPS = ("probs", "fc1000")
 VARIABLES = 23_587_712
 
