@@ -107,7 +107,7 @@ def _require_finite(backbone: Backbone) -> None:
         if not np.isfinite(leaf).all():
             raise RunError(
                 f"The backbone {backbone.source} has values that are not finite in "
-                f"{jax.tree_util.keystr(path, simple=True, separator='/')}; nothing was extracted: get its weights again."
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')}; get its weights again."
             )
 
 

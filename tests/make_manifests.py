@@ -1,4 +1,4 @@
-"""Makes tests/golden/manifests again: names and shapes of what the published ResNet50 files of Keras hold, without values.
+"""Makes tests/golden/manifests again: names and shapes, no values, of what Keras's published ResNet50 files hold.
 
     python tests/make_manifests.py
 
