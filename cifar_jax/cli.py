@@ -228,5 +228,5 @@ def _one_sentence(box: str, command: str) -> str:
         if re.fullmatch(r"[─╰╯\s]*", line):
             break
         text.append(line)
-    sentence = " ".join(text).rstrip(".")
+    sentence = " ".join(text).rstrip(".").removeprefix("Error parsing ")
     return f"{sentence}; `python -m cifar_jax {command} --help` lists the options."

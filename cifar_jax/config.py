@@ -79,6 +79,8 @@ class TrainConfig:
         _require(self, "momentum", lambda v: 0 <= v < 1, "at least 0 and below 1")
         _require(self, "val_fraction", lambda v: 0 <= v < 1, "at least 0 and below 1")
         _require(self, "hidden", lambda v: all(1 <= width <= 2**20 for width in v), "widths of 1 to 1048576")
+        for name in ("dataset", "weights"):
+            _require(self, name, str.strip, "a name")
         sides = range(32, 4097, 32)  # the images' own side is 32
         _require(self, "image_size", lambda v: v is None or v in sides, "a multiple of 32, at most 4096")
         if self.preset not in PRESETS:
@@ -122,6 +124,8 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def _type_name(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"list of {_type_name(get_args(hint)[0])}"
     return hint.__name__ if type(hint) is type else str(hint)
 
 

@@ -1,5 +1,6 @@
 """The main job from end to end: data, backbone, features, training, evaluation, pictures, the run directory."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Problem, load_problem
 from cifar_jax.data.dataset import IMAGE_SHAPE
 from cifar_jax.environment import device_description
-from cifar_jax.errors import UserError
+from cifar_jax.errors import RunError, UserError
 from cifar_jax.evaluation import EvalResult
 from cifar_jax.features import cached_features, features_key, make_extractor
 from cifar_jax.files import cache_root, undisturbed
@@ -35,7 +36,7 @@ from cifar_jax.optimizer import make_optimizer
 from cifar_jax.pretrained import UNTRAINED, Backbone, load_backbone, random_backbone
 from cifar_jax.pretrained.untrained import calibration_images
 from cifar_jax.reporter import Reporter, Silent
-from cifar_jax.run_dir import check_run_dir, default_run_dir, start_run_dir
+from cifar_jax.run_dir import check_run_dir, default_run_dir
 from cifar_jax.run_writer import Clock, RunWriter
 from cifar_jax.training import StepMetrics, TrainState, init_state
 
@@ -49,20 +50,35 @@ class Interrupted(Exception):
         super().__init__(f"{epochs_done} epochs are in {path}")
 
 
-def load_job_backbone(config: TrainConfig, train: Dataset, reporter: Reporter) -> Backbone:
-    """The backbone of a configuration: loaded, or for `random` made, which is said loudly.
+def load_problem_and_backbone(config: TrainConfig, reporter: Reporter, clock: Clock) -> tuple[Problem, Backbone]:
+    """The images and the backbone of a configuration: loaded, or for `random` made from the images.
 
     Raises:
-      UserError: when the weights cannot be had or do not fit the image size.
+      UserError: when either cannot be had, or they do not fit together.
     """
-    if config.weights not in UNTRAINED:
-        return load_backbone(
-            config.weights, config.variant, cache_dir=config.cache_dir, say=reporter.say, progress=reporter.progress
-        )
-    if config.variant is not None:
+    untrained = config.weights in UNTRAINED
+    if untrained and config.variant is not None:
         raise UserError(
             f"--variant {config.variant} is for pretrained weights; leave it out with --weights {config.weights}."
         )
+    # Weights first: a name typed wrong should not cost the download of a data set.
+    with clock("weights"):
+        loaded = (
+            None
+            if untrained
+            else load_backbone(
+                config.weights, config.variant, cache_dir=config.cache_dir, say=reporter.say, progress=reporter.progress
+            )
+        )
+    with clock("data"):
+        problem = load_problem(config, reporter.say)
+    with clock("weights"):
+        backbone = loaded or make_untrained(config, problem.train, reporter)
+    return problem, backbone
+
+
+def make_untrained(config: TrainConfig, train: Dataset, reporter: Reporter) -> Backbone:
+    """A random backbone calibrated on the training images, which is said loudly."""
     reporter.warn(
         f"--weights {config.weights} is an UNTRAINED network: random kernels, BatchNorm statistics calibrated on "
         "training images. Its accuracy is a baseline, not transfer learning."
@@ -93,10 +109,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
     out = Path(config.out) if config.out else default_run_dir(config)
     check_run_dir(out, config)
     clock = Clock()
-    with clock("data"):
-        problem = load_problem(config, reporter.say)
-    with clock("weights"):
-        backbone = load_job_backbone(config, problem.train, reporter)
+    problem, backbone = load_problem_and_backbone(config, reporter, clock)
     image_size = config.image_size or backbone.image_size
     if image_size % IMAGE_SHAPE[0]:
         raise UserError(
@@ -104,10 +117,10 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
             f"{IMAGE_SHAPE[0]}; name another --image-size."
         )
     reporter.header(_header(config, problem, backbone, image_size, out))
+    writer = RunWriter(out, config, problem, backbone, image_size, clock)
     try:
         with undisturbed():
-            start_run_dir(out, config)
-            writer = RunWriter(out, config, problem, backbone, image_size, clock)
+            writer.start()
         with clock("pictures"):
             writer.samples()
         route = (_cached if config.mode == "cached" else _live)(config, problem, backbone, image_size, reporter, writer)
@@ -123,8 +136,11 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
             writer.finish("interrupted")
         raise Interrupted(out, len(writer.history)) from None
     except Diverged as error:
-        writer.checkpoint(error.state.params)
-        writer.finish("diverged")
+        writer.diverged(error.state.params)
+        raise
+    except RunError:
+        with contextlib.suppress(RunError):  # a full disk may keep this from being written too
+            writer.finish("failed")
         raise
     return out
 

@@ -22,7 +22,7 @@ from cifar_jax.fit import EpochRow, probabilities
 from cifar_jax.head import HeadParams
 from cifar_jax.keys import stream_key
 from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
-from cifar_jax.run_dir import BACKBONE, CHECKPOINTS, FORMAT_VERSION, SUMMARY, write_metrics
+from cifar_jax.run_dir import BACKBONE, CHECKPOINTS, FORMAT_VERSION, SUMMARY, start_run_dir, write_metrics
 
 PICTURED_PREDICTIONS = 32
 
@@ -56,16 +56,20 @@ class RunWriter:
     def __init__(
         self, out: Path, config: TrainConfig, problem: Problem, backbone: Backbone, image_size: int, clock: Clock
     ):
-        """Takes what the run is about; a backbone that no file can bring back is kept in the run itself."""
+        """Takes what the run is about; nothing is written yet."""
         self.out, self.config, self.problem, self.backbone = out, config, problem, backbone
         self.image_size, self.clock = image_size, clock
         self.history: list[EpochRow] = []
         self.selected_epoch = 0
         self._images, self._seconds = 0, 0.0
-        if config.weights in UNTRAINED:
-            with _or_run_error(out):
-                digest = save_backbone(out / BACKBONE, backbone)
-            self.backbone = backbone.replace(sha256=digest)
+
+    def start(self) -> None:
+        """Makes the directory; a backbone that no file can bring back is kept in the run itself."""
+        start_run_dir(self.out, self.config)
+        if self.config.weights in UNTRAINED:
+            with _or_run_error(self.out):
+                digest = save_backbone(self.out / BACKBONE, self.backbone)
+            self.backbone = self.backbone.replace(sha256=digest)
 
     @contextlib.contextmanager
     def extracting(self, dataset: Dataset) -> Iterator[None]:
@@ -83,7 +87,14 @@ class RunWriter:
 
     def checkpoint(self, params: HeadParams) -> None:
         """Keeps the head."""
-        save_checkpoint(self.out / CHECKPOINTS, self.selected_epoch, {"head": params})
+        save_checkpoint(self.out / CHECKPOINTS, len(self.history), {"head": params})
+
+    def diverged(self, params: HeadParams) -> None:
+        """Keeps the head of the step before, which no epoch's figures belong to, unless held-out images chose one."""
+        if not (self.problem.held_out and self.selected_epoch):
+            self.selected_epoch = 0
+            self.checkpoint(params)
+        self.finish("diverged")
 
     def samples(self) -> None:
         """Writes samples.png, before any training."""
@@ -120,7 +131,7 @@ class RunWriter:
                 plots.save_figure(figure, self.out / name)
 
     def finish(self, status: str, val: EvalResult | None = None, test: EvalResult | None = None) -> None:
-        """Writes summary.json: `complete`, `interrupted` or `diverged`."""
+        """Writes summary.json: `complete`, `interrupted`, `diverged` or `failed`."""
         problem, last = self.problem, self.history[self.selected_epoch - 1] if self.selected_epoch else None
         summary: dict[str, Any] = {
             "format_version": FORMAT_VERSION,

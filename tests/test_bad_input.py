@@ -63,7 +63,7 @@ def narrow(monkeypatch):
 def quick(monkeypatch, finished, narrow):
     """A job that computes next to nothing: where its files go has nothing to do with what is in them."""
     backbone = load_backbone(finished / "backbone.safetensors")
-    monkeypatch.setattr(job, "load_job_backbone", lambda *_: backbone)
+    monkeypatch.setattr(job, "make_untrained", lambda *_: backbone)
     monkeypatch.setattr(job, "make_extractor", lambda *_: no_features)
     monkeypatch.setattr(job, "fit", one_epoch)
 
@@ -206,7 +206,7 @@ def test_a_link_to_a_directory_is_followed_and_stays(tmp_path, capsys, quick):
 # Disks that fill up, losses that are no numbers
 
 
-@pytest.mark.parametrize(("room", "code", "left"), [(100, 2, []), (2_000, 1, [CONFIG])])
+@pytest.mark.parametrize(("room", "code", "left"), [(100, 2, []), (2_000, 1, [CONFIG, SUMMARY])])
 def test_a_disk_that_fills_up_fails_the_run_in_one_sentence(tmp_path, capsys, quick, room, code, left):
     """While config.json is written, and while the backbone is."""
     with full_disk(at=room):
@@ -226,7 +226,8 @@ def test_a_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, capsys, qui
     is_one_error(
         result, 1, "/checkpoints/0001 could not be written (OUT_OF_RANGE", "No space left on device); make room"
     )
-    assert files_below(tmp_path / "out") == ["backbone.safetensors", CHECKPOINTS, CONFIG, "metrics.jsonl"]
+    assert files_below(tmp_path / "out") == ["backbone.safetensors", CHECKPOINTS, CONFIG, "metrics.jsonl", SUMMARY]
+    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["status"] == "failed"
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "digests.json", SUMMARY, "curves.png"])
@@ -291,7 +292,7 @@ def test_a_later_loss_that_is_no_number_keeps_what_was_done(tmp_path, capsys, qu
     result = try_to_train(capsys, tmp_path / "out")
     is_one_error(result, 1, "not finite in epoch 2, step 1 of 2")
     summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
-    assert (summary["status"], summary["epochs"], summary["val_accuracy"]) == ("diverged", 1, 0.1)
+    assert (summary["status"], summary["epochs"], summary["val_accuracy"]) == ("diverged", 1, None)
     for leaf, expected in zip(kept_head(tmp_path / "out"), jax.tree.leaves(states[0].params), strict=True):
         np.testing.assert_array_equal(leaf, expected)
 
@@ -471,12 +472,13 @@ def test_a_configuration_that_cannot_be_is_refused(fields):
 
 optional = st.none() | st.integers(1, 10**6)
 texts = st.none() | st.text()
+names = st.text().filter(str.strip)
 configs = st.builds(
     TrainConfig,
     preset=st.sampled_from(sorted(PRESETS)),
-    dataset=st.text(),
+    dataset=names,
     data_dir=texts,
-    weights=st.text(),
+    weights=names,
     variant=texts,
     image_size=st.none() | st.integers(1, 100).map(lambda n: 32 * n),
     mode=st.sampled_from(["cached", "live"]),

@@ -63,12 +63,10 @@ def balanced_subset(
     A class that runs out is filled up from the others. The indices ascend, so the subset keeps the data set's order.
 
     Raises:
-      UserError: when more examples are asked for than there are.
+      ValueError: when more examples are asked for than there are, or none.
     """
     if not 1 <= num_examples <= len(labels):
-        raise UserError(
-            f"{num_examples} examples were asked for of the {len(labels)} there are; choose at most that many."
-        )
+        raise ValueError(f"{num_examples} of {len(labels)} examples cannot be drawn")
     shuffled = np.asarray(jax.random.permutation(key, len(labels)))
     # Rank of each example within its class, in shuffled order: taking by rank takes the classes in turn.
     rank = np.empty(len(labels), np.int64)

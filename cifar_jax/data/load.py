@@ -45,14 +45,19 @@ def load_splits(
         return _draw_splits(train_examples or SHAPES_TRAIN, test_examples or SHAPES_TEST, seed)
     splits = load_tfds(name, data_dir, cache_dir, say)
     return splits._replace(
-        train=_subset(splits.train, train_examples, stream_key(seed, "train_subset")),
-        test=_subset(splits.test, test_examples, stream_key(seed, "test_subset")),
+        train=_subset(splits.train, train_examples, stream_key(seed, "train_subset"), "training"),
+        test=_subset(splits.test, test_examples, stream_key(seed, "test_subset"), "test"),
     )
 
 
-def _subset(dataset: Dataset, num_examples: int | None, key: PRNGKeyArray) -> Dataset:
+def _subset(dataset: Dataset, num_examples: int | None, key: PRNGKeyArray, split: str) -> Dataset:
     if num_examples is None:
         return dataset
+    if num_examples > len(dataset.labels):
+        option = "--train-examples" if split == "training" else "--test-examples"
+        raise UserError(
+            f"{option} {num_examples} is more than the {len(dataset.labels)} {split} images there are; choose fewer."
+        )
     return dataset.take(balanced_subset(np.asarray(dataset.labels), num_examples, key))
 
 

@@ -66,12 +66,17 @@ def load_backbone(
         if variant is not None:
             raise WeightsError(f"--variant {variant} is not for {path}, which says itself how it is run; leave it out.")
         return read_backbone(path)
-    return _from_keras(path, variant)
+    return _from_keras(path, variant, say)
 
 
-def _from_keras(path: Path, asked: str | None) -> Backbone:
+def _from_keras(path: Path, asked: str | None, say: Callable[[str], None]) -> Backbone:
     check_signature(path)
     entry = registry.entry_of_file(path)
+    if entry is None and (twins := registry.entries_of_size(path)):
+        say(
+            f"{path} has the size of {twins[0].name} and not its MD5 {twins[0].md5}: changed weights, or a damaged "
+            "copy of them."
+        )
     file = read_keras_h5(path)
     family = keras_names.family_of(file.layers)
     if family is None:

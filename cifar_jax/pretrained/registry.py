@@ -69,10 +69,15 @@ def md5_of_file(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
+def entries_of_size(path: Path) -> list[Entry]:
+    """The registry's entries for files of a file's size."""
+    size = path.stat().st_size
+    return [entry for entry in entries().values() if entry.size == size]
+
+
 def entry_of_file(path: Path) -> Entry | None:
     """The registry's entry for a file, by size and hash, or None."""
-    size = path.stat().st_size
-    same_size = [entry for entry in entries().values() if entry.size == size]
+    same_size = entries_of_size(path)
     if not same_size:
         return None
     digest = md5_of_file(path)
