@@ -1,6 +1,7 @@
 """The known files: found by their hash wherever they may lie, downloaded whole or not at all."""
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import json
@@ -217,3 +218,15 @@ def test_the_registry_is_whole():
         assert entry.url.startswith("https://") and entry.url.endswith(entry.file) and entry.variant in VARIANTS
         assert len(bytes.fromhex(entry.md5)) == 16 and entry.size > 90e6 and entry.licence
     assert len({entry.md5 for entry in entries.values()}) == len(entries)
+
+
+def test_a_damaged_copy_of_a_known_file_is_named(tmp_path, monkeypatch):
+    narrow_networks(monkeypatch)
+    path, said = write_keras_h5(tmp_path / "weights.h5", keras_tensors()), []
+    content = {"size": path.stat().st_size, "md5": registry.md5_of_file(path)}
+    entry = registry.entries()[NAME]
+    monkeypatch.setattr(registry, "entries", lambda: {NAME: dataclasses.replace(entry, **content)})
+    assert load_backbone(path, say=said.append).variant == "keras (by its hash)" and not said
+    monkeypatch.setattr(registry, "entries", lambda: {NAME: dataclasses.replace(entry, size=content["size"])})
+    assert load_backbone(path, say=said.append).variant == "keras (by its tensor names)"
+    assert f"{path} has the size of {NAME} and not its MD5 {entry.md5}" in said[0]
