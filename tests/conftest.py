@@ -1,6 +1,7 @@
 """What every test runs under: strict dtypes, a home and a cache of its own, no skips where CI forbids them."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.setenv("CIFAR_JAX_CACHE", str(home / "cache"))
     for name in ("KERAS_HOME", "XDG_CACHE_HOME", "CIFAR_JAX_WEIGHTS"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C works in tests and in the processes they start, even where a shell began us with it ignored."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
 
 
 @pytest.fixture(scope="session")
