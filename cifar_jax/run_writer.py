@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,19 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from cifar_jax.checkpoint import save_checkpoint
+from cifar_jax.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Problem
 from cifar_jax.environment import device_description, package_versions
 from cifar_jax.errors import RunError
 from cifar_jax.evaluation import EvalResult, wilson_interval
 from cifar_jax.files import write_json
-from cifar_jax.fit import EpochRow, probabilities
-from cifar_jax.head import HeadParams
+from cifar_jax.fit import EpochRow
 from cifar_jax.keys import stream_key
 from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
+from cifar_jax.resume import checkpoint_parts
 from cifar_jax.run_dir import BACKBONE, CHECKPOINTS, FORMAT_VERSION, SUMMARY, write_metrics
+from cifar_jax.training import TrainState
 
 PICTURED_PREDICTIONS = 32
 
@@ -54,15 +55,21 @@ class RunWriter:
     """What has been done so far, and where it is written."""
 
     def __init__(
-        self, out: Path, config: TrainConfig, problem: Problem, backbone: Backbone, image_size: int, clock: Clock
+        self,
+        out: Path,
+        config: TrainConfig,
+        problem: Problem,
+        backbone: Backbone,
+        image_size: int,
+        clock: Clock,
+        history: Sequence[EpochRow] = (),
     ):
-        """Takes what the run is about; a backbone that no file can bring back is kept in the run itself."""
+        """Takes what the run is about and what of it is done; a backbone that no file can bring back is kept in it."""
         self.out, self.config, self.problem, self.backbone = out, config, problem, backbone
         self.image_size, self.clock = image_size, clock
-        self.history: list[EpochRow] = []
-        self.selected_epoch = 0
+        self.history = list(history)
         self._images, self._seconds = 0, 0.0
-        if config.weights in UNTRAINED:
+        if config.weights in UNTRAINED and config.mode != "finetune":
             with _or_run_error(out):
                 digest = save_backbone(out / BACKBONE, backbone)
             self.backbone = backbone.replace(sha256=digest)
@@ -75,15 +82,44 @@ class RunWriter:
         self._seconds += time.perf_counter() - start
         self._images += len(dataset.labels)
 
+    @property
+    def selected_epoch(self) -> int:
+        """The last epoch, or where images were held out for it the best one; 0 before the first."""
+        if not self.problem.held_out:
+            return len(self.history)
+        best = max(self.history, key=lambda row: (row.val_accuracy, -row.val_loss), default=None)
+        return best.epoch if best else 0
+
     def epoch(self, row: EpochRow) -> None:
         """Adds a line to metrics.jsonl."""
         self.history.append(row)
         with _or_run_error(self.out):
             write_metrics(self.out, [row._asdict() for row in self.history])
 
-    def checkpoint(self, params: HeadParams) -> None:
-        """Keeps the head."""
-        save_checkpoint(self.out / CHECKPOINTS, self.selected_epoch, {"head": params})
+    def checkpoint(self, state: TrainState) -> None:
+        """Keeps the state of the last epoch, from which a run can go on, and that of the selected one."""
+        parts = checkpoint_parts(state)
+        save_checkpoint(self.out / CHECKPOINTS, len(self.history), parts, keep=[self.selected_epoch])
+
+    def last_good(self, state: TrainState) -> None:
+        """Keeps what a run that diverged had come to, in place of its checkpoints: from there it cannot go on."""
+        save_checkpoint(self.out / CHECKPOINTS, self.selected_epoch, checkpoint_parts(state, resumable=False))
+
+    def _keep_trained_backbone(self) -> None:
+        """In the mode finetune keeps the selected epoch's backbone as a file like any other, as that of the run."""
+        if self.config.mode != "finetune" or not list_checkpoints(self.out / CHECKPOINTS):
+            return
+        like = {"backbone": jax.eval_shape(lambda: self.backbone.variables)}
+        initial = f"{self.backbone.source} (SHA-256 {self.backbone.sha256[:16]})"
+        self.backbone = self.backbone.replace(
+            variables=load_checkpoint(self.out / CHECKPOINTS, like, self.selected_epoch)["backbone"],
+            image_size=self.image_size,
+            source=f"trained on {self.problem.splits.name} from {initial}",
+            top=None,
+        )
+        with _or_run_error(self.out):
+            digest = save_backbone(self.out / BACKBONE, self.backbone)
+        self.backbone = self.backbone.replace(sha256=digest)
 
     def samples(self) -> None:
         """Writes samples.png, before any training."""
@@ -98,8 +134,7 @@ class RunWriter:
 
     def pictures(
         self,
-        params: HeadParams,
-        val_features: Callable[[Int32[np.ndarray, "m"]], Float32[np.ndarray, "m features"]],
+        val_probabilities: Callable[[Int32[np.ndarray, "m"]], Float32[np.ndarray, "m classes"]],
         val: EvalResult,
     ) -> None:
         """Writes curves.png, predictions.png and confusion.png."""
@@ -108,7 +143,7 @@ class RunWriter:
         images, labels = self.problem.val
         key = stream_key(self.config.seed, "pictures")
         shown = np.asarray(jax.random.permutation(key, len(labels))[:PICTURED_PREDICTIONS], np.int32)
-        probs = probabilities(params, val_features(shown))
+        probs = val_probabilities(shown)
         names, val_name = self.problem.splits.class_names, self.problem.val_name
         figures = {
             "curves.png": plots.plot_curves([row._asdict() for row in self.history], val_name=val_name),
@@ -121,6 +156,7 @@ class RunWriter:
 
     def finish(self, status: str, val: EvalResult | None = None, test: EvalResult | None = None) -> None:
         """Writes summary.json: `complete`, `interrupted` or `diverged`."""
+        self._keep_trained_backbone()
         problem, last = self.problem, self.history[self.selected_epoch - 1] if self.selected_epoch else None
         summary: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
