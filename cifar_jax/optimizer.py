@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
@@ -21,9 +22,12 @@ def make_schedule(config: TrainConfig, peak: float, steps_per_epoch: int) -> opt
     steps = config.epochs * steps_per_epoch
     # The last step lies below `epochs`, so at least one is left to the cosine.
     warmup = min(round(config.warmup_epochs * steps_per_epoch), steps - 1)
-    if not warmup:
-        return optax.cosine_decay_schedule(peak, steps)
-    return optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, steps)
+    if warmup:
+        schedule = optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, steps)
+    else:
+        schedule = optax.cosine_decay_schedule(peak, steps)
+    # Optax divides the count as it comes, which strict dtype promotion does not let it do with an integer.
+    return lambda count: schedule(jnp.asarray(count, jnp.float32))
 
 
 def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:

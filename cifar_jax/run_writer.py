@@ -115,6 +115,8 @@ class RunWriter:
             variables=load_checkpoint(self.out / CHECKPOINTS, like, self.selected_epoch)["backbone"],
             image_size=self.image_size,
             source=f"trained on {self.problem.splits.name} from {initial}",
+            # How it is run has not changed, but it is no longer untrained.
+            variant="trained from random weights" if self.config.weights in UNTRAINED else self.backbone.variant,
             top=None,
         )
         with _or_run_error(self.out):

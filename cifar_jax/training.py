@@ -63,8 +63,8 @@ def batch_loss(
     """Mean cross-entropy over the real examples of a batch, from logits, and the sums that metrics are made of.
 
     Keras's `SparseCategoricalCrossentropy` on softmax probabilities is the same number, computed with fewer digits.
-    With `label_smoothing` that share of each label is spread evenly over all classes; the metrics have the loss with it,
-    as Keras reports what it optimises.
+    With `label_smoothing` that share of each label is spread evenly over all classes; the metrics have the loss
+    with it, as Keras reports what it optimises.
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     if label_smoothing:
