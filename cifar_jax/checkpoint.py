@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ from jaxtyping import PyTree
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.files import sha256_of_arrays, sha256_of_file, write_json
 
-_DIGESTS, _ARRAYS, _FORMAT = "digests.json", "arrays", 1
+_DIGESTS, _ARRAYS, _FORMAT = "digests.json", "arrays", 2
 
 
-def save_checkpoint(directory: Path, epoch: int, tree: PyTree) -> Path:
-    """Writes a checkpoint, whole or not at all, and removes the older ones.
+def save_checkpoint(directory: Path, epoch: int, tree: Mapping[str, PyTree], keep: Collection[int] = ()) -> Path:
+    """Writes a checkpoint, whole or not at all, and removes the others.
 
     Args:
       directory: of the run's checkpoints; made if need be.
       epoch: that the checkpoint was made after, 0 for none.
-      tree: of arrays.
+      tree: the checkpoint's parts by name, each a tree of arrays, which can be read without the others.
+      keep: epochs of other checkpoints that stay.
 
     Raises:
       RunError: when it cannot be written.
@@ -37,20 +38,22 @@ def save_checkpoint(directory: Path, epoch: int, tree: PyTree) -> Path:
             temporary = Path(name) / "checkpoint"
             temporary.mkdir()
             with _checkpointer() as checkpointer:
-                checkpointer.save((temporary / _ARRAYS).absolute(), tree)
-                checkpointer.wait_until_finished()
+                for part, leaves in tree.items():
+                    checkpointer.save((temporary / _ARRAYS / part).absolute(), leaves)
+                    checkpointer.wait_until_finished()
             about = {
                 "format": _FORMAT,
                 "epoch": epoch,
-                "shapes": _shapes(tree),
-                "files": _file_digests(temporary),
-                "leaves": digests(tree),
+                "shapes": {part: _shapes(leaves) for part, leaves in tree.items()},
+                "files": {part: _file_digests(temporary / _ARRAYS / part) for part in tree},
+                "leaves": {part: digests(leaves) for part, leaves in tree.items()},
             }
             write_json(temporary / _DIGESTS, about)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
-        for older in list_checkpoints(directory)[:-1]:
-            shutil.rmtree(older)
+        for other in list_checkpoints(directory):
+            if other != target and int(other.name) not in keep:
+                shutil.rmtree(other)
     except Exception as error:  # Orbax raises what its many layers happen to raise
         raise RunError(
             f"The checkpoint {target} could not be written ({_reason(error)}); make room or choose another --out."
@@ -63,33 +66,38 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(path.parent for path in directory.glob(f"[0-9]*/{_DIGESTS}"))
 
 
-def load_checkpoint(directory: Path, like: PyTree) -> PyTree:
-    """Reads a run's newest checkpoint, every file and every leaf checked against its digest.
+def load_checkpoint(directory: Path, like: Mapping[str, PyTree], epoch: int | None = None) -> dict[str, PyTree]:
+    """Reads a run's checkpoint, every file and every leaf checked against its digest.
 
     Args:
       directory: of the run's checkpoints.
-      like: a tree of the same structure, of arrays or shapes.
+      like: the parts to read, each a tree of the same structure, of arrays or shapes.
+      epoch: that the checkpoint was made after; the newest one if None.
 
     Raises:
-      UserError: when there is none, or it is damaged.
+      UserError: when there is none, it lacks a part, or it is damaged.
     """
-    checkpoints = list_checkpoints(directory)
+    checkpoints = [path for path in list_checkpoints(directory) if epoch in (None, int(path.name))]
     if not checkpoints:
         raise UserError(f"There is no checkpoint in {directory}; train first, or name another run directory.")
-    newest = checkpoints[-1]
+    chosen = checkpoints[-1]
     try:
-        about = json.loads((newest / _DIGESTS).read_text(encoding="utf-8"))
+        about = json.loads((chosen / _DIGESTS).read_text(encoding="utf-8"))
         # First what can be told without Orbax, which leaves half-done reads behind when it fails.
-        if about["shapes"] != _shapes(like):
-            raise UserError(f"The checkpoint {newest} is of another network than its config.json says; train again.")
-        _require_equal(about["files"], _file_digests(newest), newest)
+        if missing := sorted(set(like) - set(about["shapes"])):
+            raise UserError(f"The checkpoint {chosen} holds no {missing[0]}; train again.")
+        if any(about["shapes"][part] != _shapes(like[part]) for part in like):
+            raise UserError(f"The checkpoint {chosen} is of another network than its config.json says; train again.")
+        for part in like:
+            _require_equal(about["files"][part], _file_digests(chosen / _ARRAYS / part), chosen)
         with _checkpointer() as checkpointer:
-            tree = checkpointer.restore((newest / _ARRAYS).absolute(), like)
+            tree = {part: checkpointer.restore((chosen / _ARRAYS / part).absolute(), like[part]) for part in like}
     except UserError:
         raise
     except Exception as error:  # Orbax raises what its many layers happen to raise
-        raise UserError(f"The checkpoint {newest} cannot be read ({_reason(error)}); train again.") from error
-    _require_equal(about["leaves"], digests(tree), newest)
+        raise UserError(f"The checkpoint {chosen} cannot be read ({_reason(error)}); train again.") from error
+    for part in like:
+        _require_equal(about["leaves"][part], digests(tree[part]), chosen)
     return tree
 
 

@@ -18,27 +18,57 @@ class TrainConfig:
     """
 
     preset: str = "cifar10"
-    """where the other options get their defaults from: cifar10 (the main job) or demo (drawn shapes, a minute)"""
+    """where the other options get their defaults from: cifar10 (the main job), demo (drawn shapes, a minute),
+    finetune (all layers train) or pretrain (a small backbone from scratch)"""
     dataset: str = "cifar10"
     """cifar10, shapes (drawn, needs no download), or the name of another 32x32 classification set of TFDS"""
     data_dir: str | None = None
     """where TFDS keeps its data sets; else $TFDS_DATA_DIR, else ~/tensorflow_datasets"""
     weights: str = "keras-resnet50"
-    """the frozen backbone: a file, a name that `info` lists, or random / random-w16 (untrained)"""
+    """the backbone: a file, a name that `info` lists, or random / random-w16 (untrained)"""
     variant: str | None = None
     """how to run the weights, where their file leaves a choice: keras, keras-2016 or keras-2016-unpadded"""
     image_size: int | None = None
     """side in pixels to which images are upsampled; a multiple of 32; else the weights' own (224 for ImageNet's)"""
-    mode: Literal["cached", "live"] = "cached"
-    """cached: features once, then the head on them; live: every step through the whole network, as Keras does"""
+    mode: Literal["cached", "live", "finetune"] = "cached"
+    """cached: features once, then the head on them; live: every step through the whole network, as Keras does;
+    finetune: backbone and head train together"""
     epochs: int = 4
     """passes over the training images"""
     batch_size: int = 64
     """examples a step; the last step of an epoch takes what is left"""
     learning_rate: float = 0.01
-    """step size of SGD"""
+    """step size of SGD; with --schedule cosine its peak"""
     momentum: float = 0.0
     """momentum of SGD, 0 to below 1"""
+    nesterov: bool = False
+    """Nesterov's form of momentum"""
+    weight_decay: float = 0.0
+    """share of every kernel that is added to its gradient; biases and BatchNorm are left out"""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """how the learning rate goes on: constant, or to zero along a cosine over all steps"""
+    warmup_epochs: float = 0.0
+    """epochs over which --schedule cosine first rises to the learning rate; below --epochs"""
+    label_smoothing: float = 0.0
+    """share of each label that is spread over all classes, 0 to below 1; the training loss is reported with it"""
+    clip_norm: float | None = None
+    """gradients of a larger norm (over all trained parameters together) are scaled down to it"""
+    augment: tuple[Literal["flip", "crop", "cutout"], ...] = ()
+    """random changes to each training image: flip, crop (padded by 4), cutout (a grey square); not with cached"""
+    freeze_stages: int = 0
+    """finetune: the stem and that many stages keep their parameters and statistics, 1 to 4; 0 freezes nothing"""
+    backbone_learning_rate: float | None = None
+    """finetune: step size of the backbone's parameters; else --learning-rate"""
+    bn_statistics: Literal["batch", "frozen"] = "batch"
+    """finetune: BatchNorm normalises by each batch and updates its statistics as Keras does, or keeps its statistics"""
+    bn_momentum: float = 0.99
+    """finetune: share of its old statistics that BatchNorm keeps at each step, 0 to below 1"""
+    zero_gamma: bool = False
+    """finetune: start with zero scale in the last BatchNorm of each block, so that blocks begin as identities"""
+    micro_batch: int | None = None
+    """finetune: run a step in pieces of that many examples, which takes less memory; each piece is normalised alone"""
+    remat: bool = False
+    """finetune: compute each block's activations again in the backward pass, which takes less memory and more time"""
     hidden: tuple[int, ...] = (1024, 512)
     """widths of the head's hidden layers"""
     seed: int = 0
@@ -59,6 +89,8 @@ class TrainConfig:
     """where decoded data, features and downloaded weights are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
     out: str | None = None
     """the run directory; else runs/TIME-PRESET"""
+    resume: bool = False
+    """go on with the unfinished run in --out after its newest checkpoint, to the same bits; starts it if need be"""
     overwrite: bool = False
     """replace the run that is already in the run directory"""
     progress: bool = True
@@ -71,13 +103,20 @@ class TrainConfig:
         for name, hint in get_type_hints(TrainConfig).items():
             must_be = " or ".join(get_args(hint)) if get_origin(hint) is Literal else f"of type {_type_name(hint)}"
             _require(self, name, lambda v, hint=hint: _is_a(v, hint), must_be)
-        counts = ("epochs", "batch_size", "train_examples", "test_examples", "extract_batch_size")
+        counts = ("epochs", "batch_size", "train_examples", "test_examples", "extract_batch_size", "micro_batch")
         for name in counts:
             _require(self, name, lambda v: v is None or v >= 1, "at least 1")
         _require(self, "seed", lambda v: 0 <= v < 2**31, "in 0..2147483647")
-        _require(self, "learning_rate", lambda v: 0 < v < math.inf, "a positive number")
-        _require(self, "momentum", lambda v: 0 <= v < 1, "at least 0 and below 1")
-        _require(self, "val_fraction", lambda v: 0 <= v < 1, "at least 0 and below 1")
+        for name in ("learning_rate", "backbone_learning_rate", "clip_norm"):
+            _require(self, name, lambda v: v is None or 0 < v < math.inf, "a positive number")
+        for name in ("momentum", "val_fraction", "label_smoothing", "bn_momentum"):
+            _require(self, name, lambda v: 0 <= v < 1, "at least 0 and below 1")
+        _require(self, "weight_decay", lambda v: 0 <= v < math.inf, "a number of at least 0")
+        _require(self, "warmup_epochs", lambda v: 0 <= v < self.epochs, f"at least 0 and below --epochs {self.epochs}")
+        _require(self, "freeze_stages", lambda v: 0 <= v <= 4, "in 0..4")
+        _require(self, "augment", lambda v: len(set(v)) == len(v), "each of flip, crop and cutout at most once")
+        at_most = f"at most --batch-size {self.batch_size}"
+        _require(self, "micro_batch", lambda v: v is None or v <= self.batch_size, at_most)
         _require(self, "hidden", lambda v: all(1 <= width <= 2**20 for width in v), "widths of 1 to 1048576")
         for name in ("dataset", "weights"):
             _require(self, name, str.strip, "a name")
@@ -85,10 +124,11 @@ class TrainConfig:
         _require(self, "image_size", lambda v: v is None or v in sides, "a multiple of 32, at most 4096")
         if self.preset not in PRESETS:
             raise UserError(f"--preset {self.preset!r} is not known; choose one of {', '.join(sorted(PRESETS))}.")
+        _check_together(self)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; `from_json` reads them back."""
-        return dataclasses.asdict(self) | {"hidden": list(self.hidden)}
+        return dataclasses.asdict(self) | {"hidden": list(self.hidden), "augment": list(self.augment)}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "TrainConfig":
@@ -111,6 +151,44 @@ def _require(config: TrainConfig, name: str, holds: Any, must_be: str) -> None:
         raise UserError(f"--{name.replace('_', '-')} {shown} cannot be: it must be {must_be}.")
 
 
+# What has a meaning only where the backbone trains.
+FINETUNE_ONLY = (
+    "freeze_stages",
+    "backbone_learning_rate",
+    "bn_statistics",
+    "bn_momentum",
+    "zero_gamma",
+    "micro_batch",
+    "remat",
+)
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Refuses options that do not go with each other."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    for name in FINETUNE_ONLY:
+        if config.mode != "finetune" and getattr(config, name) != defaults[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} has no meaning in --mode {config.mode}, in which the backbone does not "
+                "train; leave it out or use --mode finetune."
+            )
+    if config.augment and config.mode == "cached":
+        raise UserError(
+            "--augment needs the pixels at every step, which --mode cached sees only once; leave it out or use --mode "
+            "live or finetune."
+        )
+    if config.nesterov and not config.momentum:
+        raise UserError("--nesterov is a form of momentum; give --momentum as well, or leave it out.")
+    if config.warmup_epochs and config.schedule != "cosine":
+        raise UserError("--warmup-epochs goes with --schedule cosine; give that as well, or leave it out.")
+    if config.bn_momentum != defaults["bn_momentum"] and config.bn_statistics == "frozen":
+        raise UserError("--bn-momentum moves no statistics with --bn-statistics frozen; leave one of them out.")
+    if config.resume and config.overwrite:
+        raise UserError("--resume goes on with the run that --overwrite removes; leave one of them out.")
+    if config.resume and config.out is None:
+        raise UserError("--resume needs the directory of the run it goes on with; name it with --out.")
+
+
 def _is_a(value: Any, hint: Any) -> bool:
     """Whether a value is of a field's type; a whole number will do for a float, but a bool is no number."""
     arguments = get_args(hint)
@@ -129,7 +207,9 @@ def _type_name(hint: Any) -> str:
     return hint.__name__ if type(hint) is type else str(hint)
 
 
-# What each preset changes. `cifar10` is the job of the Keras notebook; `demo` shows it all in a minute, offline.
+# What each preset changes. `cifar10` is the job of the Keras notebook; `demo` shows it all in a minute, offline;
+# `finetune` is the recipe of the Keras lab that the notebook descends from, which trains all layers; `pretrain` makes a
+# quarter-width backbone from scratch.
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {},
     "demo": {
@@ -137,6 +217,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weights": "random-w16",
         "train_examples": 5000,
         "test_examples": 1000,
+    },
+    "finetune": {"mode": "finetune"},
+    "pretrain": {
+        "dataset": "cifar100_subset",
+        "weights": "random-w16",
+        "image_size": 64,
+        "mode": "finetune",
+        "epochs": 24,
+        "batch_size": 128,
+        "learning_rate": 0.2,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+        "schedule": "cosine",
+        "warmup_epochs": 2.0,
+        "label_smoothing": 0.1,
+        "augment": ("flip", "crop"),
+        "bn_momentum": 0.9,
+        "zero_gamma": True,
+        "hidden": (),
     },
 }
 

@@ -1,4 +1,4 @@
-"""The loop over epochs, and the two ways to run one: on cached features, or live through the whole network."""
+"""The loop over epochs, and how one is run: on cached features, or step by step through the whole network."""
 
 import time
 from collections.abc import Callable
@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Float32, Int32, PRNGKeyArray, PyTree
 
+from cifar_jax.augment import Augmentation
 from cifar_jax.data import Dataset, epoch_batches
 from cifar_jax.errors import RunError
 from cifar_jax.evaluation import EvalResult, EvalSums, eval_step, evaluate, logits_sums
@@ -19,7 +20,7 @@ from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.training import Batch, StepMetrics, TrainState, make_cached_epoch, make_live_step, real_weights
 
 RunEpoch = Callable[[TrainState, int], tuple[TrainState, StepMetrics]]
-Evaluate = Callable[[Any], EvalResult]
+Evaluate = Callable[..., EvalResult]  # (params, batch_stats) -> EvalResult
 
 
 class EpochRow(NamedTuple):
@@ -36,13 +37,18 @@ class EpochRow(NamedTuple):
 class Diverged(RunError):
     """Training met a loss or gradient that is not finite. `state` is the last good one."""
 
-    def __init__(self, state: TrainState, epoch: int, step: int, steps: int):
-        """Takes the last good state, the epoch counted from one, and the step within it."""
-        self.state, self.epoch = state, epoch
+    def __init__(self, state: TrainState, epoch: int, step: int, steps: int, learning_rate: float | None = None):
+        """Takes the last good state, the epoch counted from one, the step within it, and its rate where it is known."""
+        self.state, self.epoch, self.step, self.steps = state, epoch, step, steps
+        rate = f"the learning rate was {learning_rate:.3g}, and " if learning_rate is not None else ""
         super().__init__(
-            f"Loss or gradient was not finite in epoch {epoch}, step {step} of {steps}; training stopped with the "
-            "parameters of the step before. A lower --learning-rate usually helps."
+            f"Loss or gradient was not finite in epoch {epoch}, step {step} of {steps}; {rate}training stopped with "
+            "the parameters of the step before. A lower --learning-rate usually helps."
         )
+
+    def at(self, learning_rate: float) -> "Diverged":
+        """The same, with the learning rate of the step in its message."""
+        return Diverged(self.state, self.epoch, self.step, self.steps, learning_rate)
 
 
 class EpochOrder(NamedTuple):
@@ -65,9 +71,10 @@ def cached_runner(
     labels: Int32[np.ndarray, "n"],
     tx: optax.GradientTransformation,
     order: EpochOrder,
+    label_smoothing: float = 0.0,
 ) -> RunEpoch:
     """Epochs over features that are put on the device once."""
-    epoch_fn = make_cached_epoch(tx)
+    epoch_fn = make_cached_epoch(tx, label_smoothing)
     on_device = jax.device_put((np.asarray(features), np.asarray(labels)))
 
     def run_epoch(state: TrainState, epoch: int) -> tuple[TrainState, StepMetrics]:
@@ -84,14 +91,29 @@ def live_runner(
     order: EpochOrder,
     image_size: int,
     precision: str,
+    label_smoothing: float = 0.0,
+    augmentation: Augmentation | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Epochs of the literal step: every image goes through the whole network every time.
+    """Epochs of the literal step: every image goes through the whole network every time; see `step_runner`."""
+    step = make_live_step(tx, image_size, precision, label_smoothing, augmentation)
+    on_device = jax.device_put(backbone)
+    return step_runner(lambda carry, batch, key: step(carry, on_device, batch, key), dataset, order)
+
+
+def step_runner(
+    step: Callable[..., Any], dataset: Dataset, order: EpochOrder, fill_up: bool = True
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Epochs as a loop over compiled steps on uint8 images.
+
+    Args:
+      step: `((state, going), batch, key) -> ((state, going), metrics)`.
+      dataset: the training images.
+      order: how they are gone through.
+      fill_up: whether the last batch is filled up to the others' shape, its examples weighted; else it is shorter.
 
     Returns:
       A `RunEpoch` that takes a third argument, to be called with the number of examples done after each step.
     """
-    step = make_live_step(tx, image_size, precision)
-    on_device = jax.device_put(backbone)
 
     def run_epoch(
         state: TrainState, epoch: int, on_examples: Callable[[int], None] = lambda _: None
@@ -99,9 +121,11 @@ def live_runner(
         indices, counts = order.batches(epoch, len(dataset.labels))
         carry, metrics = (state, jnp.array(True)), []
         for number, (index, count) in enumerate(zip(indices, counts, strict=True)):
+            if not fill_up:
+                index = index[:count]
             weights = real_weights(len(index), jnp.int32(count))
             batch = Batch(jnp.asarray(dataset.images[index]), jnp.asarray(dataset.labels[index]), weights)
-            carry, step_metrics = step(carry, on_device, batch, order.step_key)
+            carry, step_metrics = step(carry, batch, order.step_key)
             metrics.append(step_metrics)
             # Looking one step back keeps the device busy and still stops a diverged run at once.
             if number and not metrics[-2].finite:
@@ -115,14 +139,14 @@ def live_runner(
 def cached_evaluator(features: Float32[np.ndarray, "n features"], labels: Int32[np.ndarray, "n"]) -> Evaluate:
     """Evaluation of head parameters on features that are put on the device once."""
     on_device = jax.device_put(np.asarray(features))
-    return lambda params: evaluate(eval_step, params, on_device, np.asarray(labels))
+    return lambda params, batch_stats=(): evaluate(eval_step, params, on_device, np.asarray(labels))
 
 
 def live_evaluator(backbone: Backbone, dataset: Dataset, image_size: int, precision: str) -> Callable[..., EvalResult]:
     """Evaluation of head parameters through the whole network.
 
     Returns:
-      An `Evaluate` that takes a second argument, to be called with the number of examples done after each batch.
+      An `Evaluate` that takes a third argument, to be called with the number of examples done after each batch.
     """
     on_device = jax.device_put(backbone)
 
@@ -131,7 +155,9 @@ def live_evaluator(backbone: Backbone, dataset: Dataset, image_size: int, precis
         features = extract(params[0], batch.inputs, image_size, precision)
         return logits_sums(head_logits(params[1], features), batch)
 
-    def evaluate_params(params: HeadParams, on_examples: Callable[[int], None] = lambda _: None) -> EvalResult:
+    def evaluate_params(
+        params: HeadParams, batch_stats: PyTree = (), on_examples: Callable[[int], None] = lambda _: None
+    ) -> EvalResult:
         labels, batch_size = np.asarray(dataset.labels), default_batch_size(image_size)
         return evaluate(step, (on_device, params), dataset.images, labels, batch_size, on_examples)
 
@@ -144,25 +170,27 @@ def fit(
     evaluate_params: Evaluate,
     num_epochs: int,
     on_epoch: Callable[[EpochRow, TrainState], None] = lambda *_: None,
+    first_epoch: int = 0,
 ) -> tuple[TrainState, list[EpochRow]]:
     """Trains for a number of epochs, evaluating after each.
 
     Args:
       state: from `init_state`; donated.
-      run_epoch: from `cached_runner` or `live_runner`.
-      evaluate_params: from `cached_evaluator` or `live_evaluator`.
-      num_epochs: how many.
+      run_epoch: from `cached_runner`, `live_runner` or `finetune_runner`.
+      evaluate_params: from the evaluator of the same name.
+      num_epochs: how many in all.
       on_epoch: is called after each with its figures and the state, whose memory the next epoch takes over.
+      first_epoch: how many of them `state` has behind it already.
 
     Raises:
       Diverged: when a loss or gradient was not finite; it carries the last good state.
     """
     history = []
-    for epoch in range(num_epochs):
+    for epoch in range(first_epoch, num_epochs):
         start = time.perf_counter()
         state, metrics = run_epoch(state, epoch)
         _check_finite(state, metrics, epoch)
-        result = evaluate_params(state.params)
+        result = evaluate_params(state.params, state.batch_stats)
         count = metrics.num.sum()
         row = EpochRow(
             epoch=epoch + 1,

@@ -4,7 +4,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 # Appended to, never reordered: a stream's place in this list is part of what a seed means.
-STREAMS = ("init", "order", "step", "hold_out", "backbone", "train_subset", "test_subset", "pictures")
+STREAMS = ("init", "order", "step", "hold_out", "backbone", "train_subset", "test_subset", "pictures", "augment")
 
 
 def stream_key(seed: int, stream: str) -> PRNGKeyArray:

@@ -5,7 +5,7 @@ out: `SAME` at stride 2 pads on one side only, so published weights would load w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -71,18 +71,25 @@ class ResNet(nn.Module):
       dtype: what activations are computed in, float32 or bfloat16; parameters and statistics stay float32.
       bn_momentum: share of the old running statistics that a training step keeps (Keras's 0.99).
       convs_as_dots: whether 3x3 convolutions are run as matrix products over patches. The parameters are the same.
+      frozen_stages: with `train`, the stem and that many stages still use their running statistics and keep them.
+      remat: whether a block's activations are computed again in the backward pass instead of kept for it.
     """
 
     config: ResNetConfig
     dtype: jnp.dtype = jnp.dtype("float32")
     bn_momentum: float = 0.99
     convs_as_dots: bool = False
+    frozen_stages: int = 0
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch size size 3"], train: bool = False) -> ResNetOutput:
         """Runs the network. With `train`, BatchNorm uses and updates batch statistics (make `batch_stats` mutable)."""
         config = self.config
-        layers = _Layers(config, self.dtype, self.bn_momentum, self.convs_as_dots, train)
+        trained = _Layers(config, self.dtype, self.bn_momentum, self.convs_as_dots, train)
+        frozen = replace(trained, train=False)
+        layers = frozen if self.frozen_stages else trained
+        make_block = nn.remat(Bottleneck) if self.remat else Bottleneck
         x = x.astype(self.dtype)
         x = layers.conv(config.width, 7, 2, "stem_conv")(x)
         x = nn.relu(layers.norm("stem_bn")(x))
@@ -91,9 +98,10 @@ class ResNet(nn.Module):
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((pad, pad), (pad, pad)))
         stages = []
         for stage, num_blocks in enumerate(config.stage_sizes):
+            layers = frozen if stage < self.frozen_stages else trained
             for block in range(num_blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = Bottleneck(layers, config.width * 2**stage, stride, name=block_name(stage, block))(x)
+                x = make_block(layers, config.width * 2**stage, stride, name=block_name(stage, block))(x)
             stages.append(x)
         return ResNetOutput(tuple(stages), jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
 

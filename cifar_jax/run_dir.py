@@ -48,7 +48,7 @@ class Run:
       path: of its directory.
       config: what it was told.
       summary: what summary.json holds.
-      backbone: the frozen network, found again by its hash.
+      backbone: the network, found again by its hash; in the mode finetune the run's own.
       head_params: the trained head.
       class_names: by label.
     """
@@ -73,14 +73,19 @@ def default_run_dir(config: TrainConfig) -> Path:
     return base if not base.exists() else next(path for path in numbered if not path.exists())
 
 
-def check_run_dir(path: Path, config: TrainConfig) -> None:
+def check_run_dir(path: Path, config: TrainConfig, resumes: bool = False) -> None:
     """Finds out, before any work is done, whether a run can be written to `path`.
+
+    Args:
+      path: of the run directory.
+      config: of the run.
+      resumes: whether the run in the directory is the one to go on with.
 
     Raises:
       UserError: when it is a file, cannot be written, or holds something already.
     """
     try:
-        _check_run_dir(path, config)
+        _check_run_dir(path, config, resumes)
         str(path.absolute()).encode()  # Orbax writes below no other name
     except UnicodeEncodeError as error:
         raise UserError(f"--out {path.absolute()} is not UTF-8; choose another directory.") from error
@@ -88,7 +93,7 @@ def check_run_dir(path: Path, config: TrainConfig) -> None:
         raise UserError(f"--out {path} cannot be used ({error.strerror}); choose another directory.") from error
 
 
-def _check_run_dir(path: Path, config: TrainConfig) -> None:
+def _check_run_dir(path: Path, config: TrainConfig, resumes: bool) -> None:
     if path.is_symlink() and not path.exists():
         raise UserError(f"--out {path} is a link to nothing; choose another directory.")
     if path.exists() and not path.is_dir():
@@ -99,15 +104,20 @@ def _check_run_dir(path: Path, config: TrainConfig) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--out {path} cannot be written, as {existing} is read-only; choose another directory.")
     if path.is_dir() and (entries := sorted(entry.name for entry in path.iterdir())):
-        if not _is_run(path):
+        if not is_run(path):
             raise UserError(f"--out {path} holds other files ({entries[0]}, ...); choose an empty or a new directory.")
+        if resumes:
+            return
         if not config.overwrite:
-            raise UserError(f"--out {path} already holds a run; choose another directory or --overwrite it.")
+            raise UserError(
+                f"--out {path} already holds a run; choose another directory or --overwrite it, or "
+                "--resume it where it is unfinished."
+            )
         if Path(config.weights).resolve().is_relative_to(path.resolve()):
             raise UserError(f"--weights {config.weights} lies in the run that --overwrite removes; move it out first.")
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Whether the directory's config.json is one of ours: other programs have files of that name too."""
     try:
         return {"preset", "dataset", "weights"} <= set(read_json(path / CONFIG))
@@ -134,6 +144,18 @@ def start_run_dir(path: Path, config: TrainConfig) -> None:
         if made:
             shutil.rmtree(path, ignore_errors=True)
         raise UserError(f"--out {path} cannot be written ({error.strerror}); choose another directory.") from error
+
+
+def write_config(path: Path, config: TrainConfig) -> None:
+    """Writes the config.json of a run that goes on: it may be told another number of epochs.
+
+    Raises:
+      UserError: when it cannot be written.
+    """
+    try:
+        write_json(path / CONFIG, config.to_json())
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written ({error.strerror}); make room there.") from error
 
 
 def write_metrics(path: Path, rows: list[Mapping[str, Any]]) -> None:
@@ -184,10 +206,11 @@ def load_run(path: str | os.PathLike[str], weights: str | None = None) -> Run:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / SUMMARY} is not as `train` wrote it; name another run directory.") from error
     backbone = _find_backbone(path, config, about, weights)
+    selected = summary.get("selected_epoch")
     like = {"head": jax.eval_shape(
         lambda: init_head(jax.random.key(0), backbone.config.features, config.hidden, len(class_names))
     )}  # fmt: skip
-    head_params = load_checkpoint(path / CHECKPOINTS, like)["head"]
+    head_params = load_checkpoint(path / CHECKPOINTS, like, selected)["head"]
     return Run(path, config, summary, backbone, head_params, class_names)
 
 
@@ -202,7 +225,8 @@ def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], we
             continue
         digest = sha256_of_file(candidate)
         if digest == about["sha256"]:
-            return load_backbone(candidate, config.variant)
+            # A file of the project's own says itself how it is run, whatever the one it was made from was told.
+            return load_backbone(candidate, None if candidate.suffix == ".safetensors" else config.variant)
         other = f" ({candidate} is another file)"
     raise UserError(
         f"The run {path} needs the backbone it was trained on, {about['source']} with SHA-256 {about['sha256']}, which "

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,27 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from cifar_jax.checkpoint import save_checkpoint
+from cifar_jax.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Problem
 from cifar_jax.environment import device_description, package_versions
 from cifar_jax.errors import RunError
 from cifar_jax.evaluation import EvalResult, wilson_interval
 from cifar_jax.files import write_json
-from cifar_jax.fit import EpochRow, probabilities
-from cifar_jax.head import HeadParams
+from cifar_jax.fit import EpochRow
 from cifar_jax.keys import stream_key
 from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
-from cifar_jax.run_dir import BACKBONE, CHECKPOINTS, FORMAT_VERSION, SUMMARY, start_run_dir, write_metrics
+from cifar_jax.resume import checkpoint_parts, clear_leftovers
+from cifar_jax.run_dir import (
+    BACKBONE,
+    CHECKPOINTS,
+    FORMAT_VERSION,
+    SUMMARY,
+    start_run_dir,
+    write_config,
+    write_metrics,
+)
+from cifar_jax.training import TrainState
 
 PICTURED_PREDICTIONS = 32
 
@@ -54,19 +63,34 @@ class RunWriter:
     """What has been done so far, and where it is written."""
 
     def __init__(
-        self, out: Path, config: TrainConfig, problem: Problem, backbone: Backbone, image_size: int, clock: Clock
+        self,
+        out: Path,
+        config: TrainConfig,
+        problem: Problem,
+        backbone: Backbone,
+        image_size: int,
+        clock: Clock,
+        history: Sequence[EpochRow] = (),
     ):
-        """Takes what the run is about; nothing is written yet."""
+        """Takes what the run is about, and what of it is done already; nothing is written yet."""
         self.out, self.config, self.problem, self.backbone = out, config, problem, backbone
         self.image_size, self.clock = image_size, clock
-        self.history: list[EpochRow] = []
-        self.selected_epoch = 0
+        self.history = list(history)
         self._images, self._seconds = 0, 0.0
 
-    def start(self) -> None:
-        """Makes the directory; a backbone that no file can bring back is kept in the run itself."""
-        start_run_dir(self.out, self.config)
-        if self.config.weights in UNTRAINED:
+    def start(self, resumes: bool) -> None:
+        """Makes the directory, or makes that of a stopped run ready to go on.
+
+        A backbone that no file can bring back is kept in the run itself.
+        """
+        if resumes:
+            clear_leftovers(self.out)
+        if self.history:
+            write_config(self.out, self.config)
+            self._write_metrics()
+        else:
+            start_run_dir(self.out, self.config)
+        if self.config.weights in UNTRAINED and self.config.mode != "finetune":
             with _or_run_error(self.out):
                 digest = save_backbone(self.out / BACKBONE, self.backbone)
             self.backbone = self.backbone.replace(sha256=digest)
@@ -79,22 +103,51 @@ class RunWriter:
         self._seconds += time.perf_counter() - start
         self._images += len(dataset.labels)
 
+    @property
+    def selected_epoch(self) -> int:
+        """The last epoch, or where images were held out for it the best one; 0 before the first."""
+        if not self.problem.held_out:
+            return len(self.history)
+        best = max(self.history, key=lambda row: (row.val_accuracy, -row.val_loss), default=None)
+        return best.epoch if best else 0
+
     def epoch(self, row: EpochRow) -> None:
         """Adds a line to metrics.jsonl."""
         self.history.append(row)
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
         with _or_run_error(self.out):
             write_metrics(self.out, [row._asdict() for row in self.history])
 
-    def checkpoint(self, params: HeadParams) -> None:
-        """Keeps the head."""
-        save_checkpoint(self.out / CHECKPOINTS, len(self.history), {"head": params})
+    def checkpoint(self, state: TrainState) -> None:
+        """Keeps the state of the last epoch, from which a run can go on, and that of the selected one."""
+        parts = checkpoint_parts(state)
+        save_checkpoint(self.out / CHECKPOINTS, len(self.history), parts, keep=[self.selected_epoch])
 
-    def diverged(self, params: HeadParams) -> None:
-        """Keeps the head of the step before, which no epoch's figures belong to, unless held-out images chose one."""
-        if not (self.problem.held_out and self.selected_epoch):
-            self.selected_epoch = 0
-            self.checkpoint(params)
+    def diverged(self, state: TrainState) -> None:
+        """Keeps the state of the step before, from which no run can go on, unless held-out images chose another."""
+        if not (self.problem.held_out and self.history):
+            save_checkpoint(self.out / CHECKPOINTS, len(self.history), checkpoint_parts(state, resumable=False))
         self.finish("diverged")
+
+    def _keep_trained_backbone(self) -> None:
+        """In the mode finetune keeps the selected epoch's backbone as a file like any other, as that of the run."""
+        if self.config.mode != "finetune" or not list_checkpoints(self.out / CHECKPOINTS):
+            return
+        like = {"backbone": jax.eval_shape(lambda: self.backbone.variables)}
+        initial = f"{self.backbone.source} (SHA-256 {self.backbone.sha256[:16]})"
+        self.backbone = self.backbone.replace(
+            variables=load_checkpoint(self.out / CHECKPOINTS, like, self.selected_epoch)["backbone"],
+            image_size=self.image_size,
+            source=f"trained on {self.problem.splits.name} from {initial}",
+            # How it is run has not changed, but it is no longer untrained.
+            variant="trained from random weights" if self.config.weights in UNTRAINED else self.backbone.variant,
+            top=None,
+        )
+        with _or_run_error(self.out):
+            digest = save_backbone(self.out / BACKBONE, self.backbone)
+        self.backbone = self.backbone.replace(sha256=digest)
 
     def samples(self) -> None:
         """Writes samples.png, before any training."""
@@ -109,8 +162,7 @@ class RunWriter:
 
     def pictures(
         self,
-        params: HeadParams,
-        val_features: Callable[[Int32[np.ndarray, "m"]], Float32[np.ndarray, "m features"]],
+        val_probabilities: Callable[[Int32[np.ndarray, "m"]], Float32[np.ndarray, "m classes"]],
         val: EvalResult,
     ) -> None:
         """Writes curves.png, predictions.png and confusion.png."""
@@ -119,7 +171,7 @@ class RunWriter:
         images, labels = self.problem.val
         key = stream_key(self.config.seed, "pictures")
         shown = np.asarray(jax.random.permutation(key, len(labels))[:PICTURED_PREDICTIONS], np.int32)
-        probs = probabilities(params, val_features(shown))
+        probs = val_probabilities(shown)
         names, val_name = self.problem.splits.class_names, self.problem.val_name
         figures = {
             "curves.png": plots.plot_curves([row._asdict() for row in self.history], val_name=val_name),
@@ -132,12 +184,16 @@ class RunWriter:
 
     def finish(self, status: str, val: EvalResult | None = None, test: EvalResult | None = None) -> None:
         """Writes summary.json: `complete`, `interrupted`, `diverged` or `failed`."""
-        problem, last = self.problem, self.history[self.selected_epoch - 1] if self.selected_epoch else None
+        self._keep_trained_backbone()
+        problem = self.problem
+        # What a run kept that diverged without held-out images lies between two epochs: no figures belong to it.
+        selected = self.selected_epoch if status != "diverged" or problem.held_out else 0
+        last = self.history[selected - 1] if selected else None
         summary: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "status": status,
             "epochs": len(self.history),
-            "selected_epoch": self.selected_epoch,
+            "selected_epoch": selected,
             "val_split": "held out of the training images" if problem.held_out else "test",
             "val_loss": last and last.val_loss,
             "val_accuracy": last and last.val_accuracy,

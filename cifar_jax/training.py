@@ -1,7 +1,8 @@
 """Training: a pure step, an epoch as one compiled scan over cached features, and the literal step through the network.
 
-The state is a pytree that is passed, never hidden. Only `make_cached_epoch` and `make_live_step` compile and donate;
-`make_train_step` gives a bare function, to be used, tested or wrapped as one likes.
+The state is a pytree that is passed, never hidden. Only `make_cached_epoch`, `make_live_step` and
+`make_finetune_step` compile and donate; `make_train_step` gives a bare function, to be used, tested or wrapped as
+one likes.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, PyTree
 
+from cifar_jax.augment import Augmentation
 from cifar_jax.features import extract
 from cifar_jax.head import HeadParams, head_logits
 from cifar_jax.pretrained.backbone import Backbone
@@ -45,21 +47,30 @@ class StepMetrics(NamedTuple):
 
 
 LossFn = Callable[[PyTree, PyTree, Batch, PRNGKeyArray], tuple[Float[Array, ""], tuple[StepMetrics, PyTree]]]
+GradFn = Callable[[PyTree, PyTree, Batch, PRNGKeyArray], Any]  # -> ((loss, (metrics, batch_stats)), gradients)
 TrainStep = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, StepMetrics]]
 
 
 def init_state(params: PyTree, tx: optax.GradientTransformation, batch_stats: PyTree = ()) -> TrainState:
     """The state before the first step. The parameters are copied, as compiled steps donate the state they are given."""
-    params = jax.tree.map(jnp.array, params)
+    params, batch_stats = jax.tree.map(jnp.array, (params, batch_stats))
     return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32))
 
 
-def batch_loss(logits: Float[Array, "batch classes"], batch: Batch) -> tuple[Float[Array, ""], StepMetrics]:
+def batch_loss(
+    logits: Float[Array, "batch classes"], batch: Batch, label_smoothing: float = 0.0
+) -> tuple[Float[Array, ""], StepMetrics]:
     """Mean cross-entropy over the real examples of a batch, from logits, and the sums that metrics are made of.
 
     Keras's `SparseCategoricalCrossentropy` on softmax probabilities is the same number, computed with fewer digits.
+    With `label_smoothing` that share of each label is spread evenly over all classes; the metrics have the loss
+    with it, as Keras reports what it optimises.
     """
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels) * batch.weights
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    if label_smoothing:
+        even = -jax.nn.log_softmax(logits).mean(axis=-1)
+        losses = (1 - label_smoothing) * losses + label_smoothing * even
+    losses = losses * batch.weights
     correct = (jnp.argmax(logits, axis=-1) == batch.labels) & (batch.weights > 0)
     loss_sum, count = losses.sum(), batch.weights.sum()
     metrics = StepMetrics(loss_sum, correct.sum(dtype=jnp.int32), count.astype(jnp.int32), jnp.isfinite(loss_sum))
@@ -67,20 +78,21 @@ def batch_loss(logits: Float[Array, "batch classes"], batch: Batch) -> tuple[Flo
 
 
 def head_loss(
-    params: HeadParams, batch_stats: PyTree, batch: Batch, key: PRNGKeyArray
+    params: HeadParams, batch_stats: PyTree, batch: Batch, key: PRNGKeyArray, label_smoothing: float = 0.0
 ) -> tuple[Float[Array, ""], tuple[StepMetrics, PyTree]]:
     """Loss of the head on features."""
     del key  # nothing random: the head has no dropout
-    loss, metrics = batch_loss(head_logits(params, batch.inputs), batch)
+    loss, metrics = batch_loss(head_logits(params, batch.inputs), batch, label_smoothing)
     return loss, (metrics, batch_stats)
 
 
-def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> TrainStep:
+def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, micro_batch: int | None = None) -> TrainStep:
     """One step of an optimiser on any loss, as a pure function.
 
     Args:
       loss_fn: `(params, batch_stats, batch, key) -> (loss, (metrics, new batch_stats))`.
       tx: the optimiser.
+      micro_batch: examples at a time, their gradients added up; all at once if None. See `in_pieces`.
 
     Returns:
       `train_step(state, batch, key) -> (state, metrics)`. A step whose loss or gradients are not finite leaves the
@@ -90,18 +102,46 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> TrainS
       >>> tx = optax.sgd(0.01)
       >>> train_step = jax.jit(make_train_step(head_loss, tx))
     """
+    grad_fn: GradFn = jax.value_and_grad(loss_fn, has_aux=True)
+    if micro_batch is not None:
+        grad_fn = in_pieces(grad_fn, micro_batch)
 
     def train_step(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (metrics, batch_stats)), grads = grad_fn(state.params, state.batch_stats, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         stepped = TrainState(params, batch_stats, opt_state, state.step + 1)
         # The norm is finite only if every update is, and no update of a gradient that is not finite is.
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
+        # The statistics are looked at as well: compiled for a CPU, a relu behind them makes 0 of NaN.
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm((updates, batch_stats)))
         return _keep_if(finite, stepped, state), metrics._replace(finite=finite)
 
     return train_step
+
+
+def in_pieces(grad_fn: GradFn, micro_batch: int) -> GradFn:
+    """Gradients of a batch in pieces of `micro_batch` examples, the last one shorter: the memory of a piece at a time.
+
+    Each piece counts by its real examples, so loss and gradients are those of the whole batch, but for BatchNorm: a
+    piece is normalised by its own statistics, and the running ones are updated piece after piece. The loop is unrolled:
+    inside `jax.lax.scan` XLA:CPU runs convolutions many times slower.
+    """
+
+    def pieced(params: PyTree, batch_stats: PyTree, batch: Batch, key: PRNGKeyArray) -> Any:
+        count, total = batch.weights.sum(), None
+        for number, start in enumerate(range(0, batch.labels.shape[0], micro_batch)):
+            piece: Batch = jax.tree.map(lambda leaf, at=start: leaf[at : at + micro_batch], batch)
+            (loss, (metrics, batch_stats)), grads = grad_fn(params, batch_stats, piece, jax.random.fold_in(key, number))
+            share = piece.weights.sum() / count
+            part = jax.tree.map(lambda leaf, share=share: leaf * share, (loss, grads)), metrics
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
+            # Nothing else keeps XLA from running all pieces side by side, in the memory of them all.
+            params, batch_stats, total = jax.lax.optimization_barrier((params, batch_stats, total))
+        assert total is not None, "a batch has examples"
+        (loss, grads), metrics = total
+        return (loss, (metrics._replace(finite=jnp.isfinite(loss)), batch_stats)), grads
+
+    return pieced
 
 
 def halting(train_step: TrainStep) -> Callable[..., tuple[tuple[TrainState, Bool[Array, ""]], StepMetrics]]:
@@ -121,14 +161,16 @@ def halting(train_step: TrainStep) -> Callable[..., tuple[tuple[TrainState, Bool
     return step
 
 
-def make_cached_epoch(tx: optax.GradientTransformation) -> Callable[..., tuple[TrainState, StepMetrics]]:
+def make_cached_epoch(
+    tx: optax.GradientTransformation, label_smoothing: float = 0.0
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """An epoch over features that lie on the device, as one compiled call.
 
     Returns:
       `epoch(state, features [n, features], labels [n], indices [steps, batch], counts [steps], key)
       -> (state, metrics)`, where each metric has one entry a step. The state that goes in is donated.
     """
-    step = halting(make_train_step(head_loss, tx))
+    step = halting(make_train_step(partial(head_loss, label_smoothing=label_smoothing), tx))
 
     @partial(jax.jit, donate_argnums=0)
     def epoch(
@@ -151,7 +193,11 @@ def make_cached_epoch(tx: optax.GradientTransformation) -> Callable[..., tuple[T
 
 
 def make_live_step(
-    tx: optax.GradientTransformation, image_size: int | None = None, precision: str = "float32"
+    tx: optax.GradientTransformation,
+    image_size: int | None = None,
+    precision: str = "float32",
+    label_smoothing: float = 0.0,
+    augmentation: Augmentation | None = None,
 ) -> Callable[..., tuple[tuple[TrainState, Bool[Array, ""]], StepMetrics]]:
     """The literal step, as one compiled call: uint8 pixels, upsampling, preprocessing, frozen backbone, head, update.
 
@@ -168,8 +214,10 @@ def make_live_step(
             params: HeadParams, batch_stats: PyTree, batch: Batch, key: PRNGKeyArray
         ) -> tuple[Float[Array, ""], tuple[StepMetrics, PyTree]]:
             features = extract(backbone, batch.inputs, image_size, precision)
-            return head_loss(params, batch_stats, batch._replace(inputs=features), key)
+            return head_loss(params, batch_stats, batch._replace(inputs=features), key, label_smoothing)
 
+        if augmentation:
+            batch = batch._replace(inputs=augmentation(carry[0].step, batch.inputs))
         return halting(make_train_step(loss_fn, tx))(carry, batch, jax.random.fold_in(key, carry[0].step))
 
     return step

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cifar_jax import files, job, run_dir
+from cifar_jax import files, job, routes, run_dir
 from cifar_jax.checkpoint import load_checkpoint
 from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.data import balanced_subset, epoch_batches, hold_out
@@ -64,7 +64,7 @@ def quick(monkeypatch, finished, narrow):
     """A job that computes next to nothing: where its files go has nothing to do with what is in them."""
     backbone = load_backbone(finished / "backbone.safetensors")
     monkeypatch.setattr(job, "make_untrained", lambda *_: backbone)
-    monkeypatch.setattr(job, "make_extractor", lambda *_: no_features)
+    monkeypatch.setattr(routes, "make_extractor", lambda *_: no_features)
     monkeypatch.setattr(job, "fit", one_epoch)
 
 
@@ -72,7 +72,7 @@ def no_features(images, on_images):
     return np.zeros((len(images), NARROW.features), np.float32)
 
 
-def one_epoch(state, run_epoch, evaluate, num_epochs, on_epoch):
+def one_epoch(state, run_epoch, evaluate, num_epochs, on_epoch, first_epoch):
     on_epoch(EpochRow(1, 2.3, 0.1, 2.3, 0.1, 0.0), state)
     return state, []
 
@@ -283,8 +283,8 @@ def kept_head(out):
 def test_a_later_loss_that_is_no_number_keeps_what_was_done(tmp_path, capsys, quick, monkeypatch):
     states = []
 
-    def diverge(state, run_epoch, evaluate, num_epochs, on_epoch):
-        one_epoch(state, run_epoch, evaluate, num_epochs, on_epoch)
+    def diverge(state, run_epoch, evaluate, num_epochs, on_epoch, first_epoch):
+        one_epoch(state, run_epoch, evaluate, num_epochs, on_epoch, first_epoch)
         states.append(state._replace(params=jax.tree.map(lambda leaf: leaf + 1, state.params)))
         raise Diverged(states[-1], epoch=2, step=1, steps=2)
 

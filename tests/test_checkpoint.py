@@ -49,3 +49,17 @@ def test_a_network_of_another_shape_is_refused(tmp_path, head):
 def test_no_checkpoint_is_said(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         load_checkpoint(tmp_path, {})
+
+
+def test_other_epochs_stay_where_they_are_asked_for_and_parts_are_read_alone(tmp_path, head):
+    for epoch in (1, 2, 3):
+        save_checkpoint(tmp_path, epoch, head | {"more": {"epoch": np.int32(epoch) * np.ones(2, np.int32)}}, keep=[1])
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["0001", "0003"]
+    like = jax.eval_shape(lambda: {"more": {"epoch": np.ones(2, np.int32)}})
+    assert load_checkpoint(tmp_path, like)["more"]["epoch"][0] == 3
+    assert load_checkpoint(tmp_path, like, epoch=1)["more"]["epoch"][0] == 1
+    assert set(load_checkpoint(tmp_path, head)) == {"head"}
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_checkpoint(tmp_path, like, epoch=2)
+    with pytest.raises(UserError, match="holds no other"):
+        load_checkpoint(tmp_path, {"other": head["head"]})

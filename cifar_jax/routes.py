@@ -1,0 +1,178 @@
+"""The ways to a trained head: on cached features, live through a frozen backbone, or with the backbone training too."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from cifar_jax.augment import Augmentation
+from cifar_jax.config import TrainConfig
+from cifar_jax.data import Dataset, Problem
+from cifar_jax.evaluation import EvalResult
+from cifar_jax.features import cached_features, features_key, make_extractor
+from cifar_jax.files import cache_root
+from cifar_jax.finetune import finetune_evaluator, finetune_probabilities, finetune_runner, init_finetune
+from cifar_jax.fit import (
+    EpochOrder,
+    Evaluate,
+    RunEpoch,
+    cached_evaluator,
+    cached_runner,
+    live_evaluator,
+    live_runner,
+    probabilities,
+)
+from cifar_jax.head import HeadParams, init_head
+from cifar_jax.keys import stream_key
+from cifar_jax.optimizer import make_optimizer
+from cifar_jax.pretrained import Backbone
+from cifar_jax.reporter import Reporter
+from cifar_jax.run_writer import RunWriter
+from cifar_jax.training import StepMetrics, TrainState, init_state
+
+
+class Route(NamedTuple):
+    """One of the ways, ready to go."""
+
+    state: TrainState  # before the first step
+    run_epoch: RunEpoch
+    evaluate_val: Evaluate
+    evaluate_test: Evaluate
+    val_probabilities: Callable[[TrainState, Int32[np.ndarray, "m"]], Float32[np.ndarray, "m classes"]]
+
+
+class Job(NamedTuple):
+    """What every way is given."""
+
+    config: TrainConfig
+    problem: Problem
+    backbone: Backbone
+    image_size: int
+    reporter: Reporter
+    writer: RunWriter
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """A short last step included."""
+        return -(-len(self.problem.train.labels) // self.config.batch_size)
+
+
+def make_route(job: Job) -> Route:
+    """The way that the configuration asks for."""
+    return {"cached": _cached, "live": _live, "finetune": _finetune}[job.config.mode](job)
+
+
+def _cached(job: Job) -> Route:
+    """Every image passes the backbone once; the head trains on the features."""
+    config, problem, backbone, image_size, reporter, writer = job
+    extractor = make_extractor(backbone, image_size, config.precision, config.extract_batch_size)
+    directory = cache_root(config.cache_dir) / "features"
+
+    def features_of(dataset: Dataset, name: str) -> Float32[np.ndarray, "n features"]:
+        def compute() -> Float32[np.ndarray, "n features"]:
+            with reporter.progress(f"Features of {name}", len(dataset.labels)) as bar, writer.extracting(dataset):
+                return extractor(dataset.images, bar)
+
+        key = features_key(backbone, image_size, config.precision, dataset.images)
+        return cached_features(directory, key, compute, reporter.say)
+
+    with writer.clock("features"):
+        train = features_of(problem.train, "training images")
+        val = features_of(problem.val, f"{problem.val_name} images")
+        test = features_of(problem.test, "test images") if problem.held_out else val
+    tx = make_optimizer(config, job.steps_per_epoch)
+    return Route(
+        init_state(_init_head(job), tx),
+        cached_runner(train, problem.train.labels, tx, _order(config), config.label_smoothing),
+        cached_evaluator(val, problem.val.labels),
+        cached_evaluator(test, problem.test.labels),
+        lambda state, indices: probabilities(state.params, np.asarray(val[indices])),
+    )
+
+
+def _live(job: Job) -> Route:
+    """Every step goes through the whole network, as in the notebook."""
+    config, problem, backbone, image_size, _, _ = job
+    tx = make_optimizer(config, job.steps_per_epoch)
+    run_epoch = live_runner(
+        backbone,
+        problem.train,
+        tx,
+        _order(config),
+        image_size,
+        config.precision,
+        config.label_smoothing,
+        _augmentation(config),
+    )
+    extractor = make_extractor(backbone, image_size, config.precision, config.extract_batch_size)
+    return Route(
+        init_state(_init_head(job), tx),
+        _shown_epoch(job, run_epoch),
+        _shown_evaluation(
+            job, live_evaluator(backbone, problem.val, image_size, config.precision), problem.val, problem.val_name
+        ),
+        _shown_evaluation(
+            job, live_evaluator(backbone, problem.test, image_size, config.precision), problem.test, "test"
+        ),
+        lambda state, indices: probabilities(state.params, extractor(problem.val.images[indices])),
+    )
+
+
+def _finetune(job: Job) -> Route:
+    """Backbone and head train together."""
+    config, problem, backbone, image_size, _, _ = job
+    tx = make_optimizer(config, job.steps_per_epoch)
+    run_epoch = finetune_runner(config, backbone, problem.train, tx, _order(config), image_size, _augmentation(config))
+
+    def evaluator(dataset: Dataset, name: str) -> Evaluate:
+        return _shown_evaluation(
+            job, finetune_evaluator(backbone, dataset, image_size, config.precision), dataset, name
+        )
+
+    def val_probabilities(state: TrainState, indices: Int32[np.ndarray, "m"]) -> Float32[np.ndarray, "m classes"]:
+        images = problem.val.images[indices]
+        return finetune_probabilities(backbone, state.params, state.batch_stats, images, image_size, config.precision)
+
+    return Route(
+        init_finetune(backbone.variables, _init_head(job), tx, config.zero_gamma),
+        _shown_epoch(job, run_epoch),
+        evaluator(problem.val, problem.val_name),
+        evaluator(problem.test, "test"),
+        val_probabilities,
+    )
+
+
+def _init_head(job: Job) -> HeadParams:
+    num_classes = len(job.problem.splits.class_names)
+    key = stream_key(job.config.seed, "init")
+    return init_head(key, job.backbone.config.features, job.config.hidden, num_classes)
+
+
+def _order(config: TrainConfig) -> EpochOrder:
+    keys = (stream_key(config.seed, "order"), stream_key(config.seed, "step"))
+    return EpochOrder(*keys, config.batch_size, config.shuffle)
+
+
+def _augmentation(config: TrainConfig) -> Augmentation | None:
+    return Augmentation(stream_key(config.seed, "augment"), config.augment) if config.augment else None
+
+
+def _shown_epoch(job: Job, run_epoch: Callable[..., tuple[TrainState, StepMetrics]]) -> RunEpoch:
+    """An epoch with a bar."""
+
+    def shown(state: TrainState, epoch: int) -> tuple[TrainState, StepMetrics]:
+        with job.reporter.progress(f"Epoch {epoch + 1}", len(job.problem.train.labels)) as bar:
+            return run_epoch(state, epoch, bar)
+
+    return shown
+
+
+def _shown_evaluation(job: Job, evaluate: Callable[..., EvalResult], dataset: Dataset, name: str) -> Evaluate:
+    """An evaluation with a bar."""
+
+    def shown(params: Any, batch_stats: Any = ()) -> EvalResult:
+        with job.reporter.progress(f"Evaluating {name} images", len(dataset.labels)) as bar:
+            return evaluate(params, batch_stats, bar)
+
+    return shown

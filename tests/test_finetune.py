@@ -1,0 +1,259 @@
+"""Training of all layers: statistics, frozen stages, pieces, recomputation, precision, and what is refused."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import NARROW, TINY, command, is_one_error
+
+from cifar_jax.config import TrainConfig, preset
+from cifar_jax.finetune import (
+    finetune_evaluator,
+    finetune_runner,
+    init_finetune,
+    make_finetune_loss,
+    make_network,
+)
+from cifar_jax.fit import Diverged, EpochOrder, fit
+from cifar_jax.head import head_logits, init_head
+from cifar_jax.optimizer import make_optimizer, param_labels
+from cifar_jax.preprocess import preprocess
+from cifar_jax.pretrained import WeightsError, load_backbone, random_backbone, save_backbone
+from cifar_jax.resnet import ResNet
+from cifar_jax.training import Batch, in_pieces, make_train_step
+
+KEY = jax.random.key(7)
+ORDER = EpochOrder(jax.random.key(1), jax.random.key(2), batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def backbone(shapes):
+    return random_backbone(jax.random.key(0), shapes.images[:64], NARROW, 32)
+
+
+def config(**options):
+    return TrainConfig(mode="finetune", batch_size=16, **({"learning_rate": 0.1} | options))
+
+
+def start(backbone, tx=None, **options):
+    head = init_head(jax.random.key(3), NARROW.features, (8,), 10)
+    return init_finetune(backbone.variables, head, tx or optax.sgd(0.1), **options)
+
+
+def batch_of(shapes, count):
+    return Batch(jnp.asarray(shapes.images[:count]), jnp.asarray(shapes.labels[:count]), jnp.ones(count))
+
+
+def loss_of(backbone, config):
+    network = make_network(config, backbone.config)
+    return make_finetune_loss(network, backbone.preprocessing, 32, config.bn_statistics, config.label_smoothing)
+
+
+def gradients(backbone, config, batch, state=None):
+    state = state or start(backbone)
+    grad_fn = jax.value_and_grad(loss_of(backbone, config), has_aux=True)
+    if config.micro_batch:
+        grad_fn = in_pieces(grad_fn, config.micro_batch)
+    return jax.jit(grad_fn)(state.params, state.batch_stats, batch, KEY)
+
+
+def assert_close(a, b, tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def train(backbone, config, dataset, epochs=1):
+    tx = make_optimizer(config, -(-len(dataset.labels) // config.batch_size))
+    run = finetune_runner(config, backbone, dataset, tx, ORDER, 32)
+    return fit(start(backbone, tx), run, finetune_evaluator(backbone, dataset, 32, config.precision), epochs)
+
+
+def test_loss_falls_and_the_short_last_batch_trains(backbone, shapes):
+    state, rows = train(backbone, config(momentum=0.9), shapes.take(np.arange(150)), epochs=6)
+    assert int(state.step) == 6 * 10
+    assert rows[-1].train_loss < rows[0].train_loss - 0.1 and np.isfinite(rows[-1].val_loss)
+
+
+def test_statistics_move_as_keras_moves_them(backbone, shapes):
+    """New = 0.9 old + 0.1 of the batch, whose variance is the biased one: seen at the stem, whose input is known."""
+    batch, variables = batch_of(shapes, 5), backbone.variables
+    (_, (_, new)), _ = gradients(backbone, config(bn_momentum=0.9), batch)
+    x = preprocess(batch.inputs, backbone.preprocessing, 32)
+    stem = variables["params"]["stem_conv"]
+    layout = ("NHWC", "HWIO", "NHWC")
+    pads = ((3, 3), (3, 3))
+    y = jax.lax.conv_general_dilated(x, jnp.asarray(stem["kernel"]), (2, 2), pads, dimension_numbers=layout)
+    y = np.asarray(y + stem["bias"], np.float64)
+    old = variables["batch_stats"]["stem_bn"]
+    for name, seen in (("mean", y.mean(axis=(0, 1, 2))), ("var", y.var(axis=(0, 1, 2)))):
+        np.testing.assert_allclose(new["stem_bn"][name], 0.9 * old[name] + 0.1 * seen, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("freeze_stages", [1, 2])
+def test_frozen_stages_are_bit_equal_and_the_rest_moves(backbone, shapes, freeze_stages):
+    before = start(backbone)
+    state, _ = train(backbone, config(freeze_stages=freeze_stages, weight_decay=1e-2, momentum=0.9), shapes)
+    labels = param_labels(before.params, freeze_stages)
+    # A bias in front of a BatchNorm changes nothing, so it need not move.
+    at = jax.tree_util.tree_leaves_with_path(labels)
+    leaves = zip(at, jax.tree.leaves(before.params), jax.tree.leaves(state.params), strict=True)
+    for (path, label), old, new in leaves:
+        if label == "frozen":
+            np.testing.assert_array_equal(old, new)
+        elif str(path[-1]) != "['bias']":
+            assert np.asarray(old != new).any(), path
+    for name, old in before.batch_stats.items():
+        frozen = name.startswith("stem") or int(name[5]) <= freeze_stages
+        same = [
+            np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (old, state.batch_stats[name])), strict=True)
+        ]
+        assert all(same) if frozen else not any(same), name
+
+
+def test_frozen_statistics_stay_and_normalise(backbone, shapes):
+    batch, state = batch_of(shapes, 8), start(backbone)
+    (loss, (_, stats)), _ = gradients(backbone, config(bn_statistics="frozen"), batch)
+    for old, new in zip(jax.tree.leaves(state.batch_stats), jax.tree.leaves(stats), strict=True):
+        np.testing.assert_array_equal(old, new)
+    pooled = ResNet(NARROW).apply(backbone.variables, preprocess(batch.inputs, backbone.preprocessing, 32)).pooled
+    log_probs = jax.nn.log_softmax(head_logits(state.params["head"], pooled))
+    assert float(loss) == pytest.approx(-float(log_probs[jnp.arange(8), batch.labels].mean()), rel=1e-5)
+
+
+def test_pieces_count_by_their_examples_and_a_short_last_one_does_too(backbone, shapes):
+    """With frozen statistics pieces are independent, so they must add up to the whole batch."""
+    batch = batch_of(shapes, 11)
+    (loss, (metrics, _)), grads = gradients(backbone, config(bn_statistics="frozen"), batch)
+    pieced = config(bn_statistics="frozen", micro_batch=4)
+    (loss_4, (metrics_4, _)), grads_4 = gradients(backbone, pieced, batch)
+    assert float(loss_4) == pytest.approx(float(loss), rel=1e-5)
+    assert int(metrics_4.num) == 11 and int(metrics_4.correct) == int(metrics.correct)
+    assert float(metrics_4.loss_sum) == pytest.approx(float(metrics.loss_sum), rel=1e-5) and metrics_4.finite
+    assert_close(grads, grads_4, 1e-5)
+
+
+def test_pieces_update_the_statistics_one_after_the_other(backbone, shapes):
+    batch, state = batch_of(shapes, 7), start(backbone)
+    (_, (_, stats)), _ = gradients(backbone, config(micro_batch=4), batch)
+    for rows in (slice(0, 4), slice(4, 7)):
+        piece = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch)
+        (_, (_, new)), _ = gradients(backbone, config(), piece, state)
+        state = state._replace(batch_stats=new)
+    assert_close(stats, state.batch_stats, 1e-6)
+
+
+def test_recomputed_activations_give_the_same_gradients(backbone, shapes):
+    batch = batch_of(shapes, 8)
+    plain, again = (gradients(backbone, config(remat=remat), batch) for remat in (False, True))
+    assert_close(plain[0][0], again[0][0], 1e-6)
+    assert_close(plain[0][1][1], again[0][1][1], 1e-6)
+    assert_close(plain[1], again[1], 1e-5)
+
+
+def test_matrix_products_and_convolutions_have_the_same_gradients(backbone, shapes):
+    batch, state = batch_of(shapes, 8), start(backbone)
+    found = []
+    for as_dots in (False, True):
+        network = make_network(config(), NARROW).clone(convs_as_dots=as_dots)
+        grad_fn = jax.grad(make_finetune_loss(network, backbone.preprocessing, 32), has_aux=True)
+        found.append(jax.jit(grad_fn)(state.params, state.batch_stats, batch, KEY)[0])
+    assert_close(*found, 1e-5)
+
+
+def test_bfloat16_computes_in_half_and_keeps_float32(backbone, shapes):
+    batch = batch_of(shapes, 16)
+    (full, _), _ = gradients(backbone, config(), batch)
+    (half, (_, stats)), grads = gradients(backbone, config(precision="bfloat16"), batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves((stats, grads))} == {jnp.dtype("float32")}
+    assert float(half) != float(full) and float(half) == pytest.approx(float(full), rel=0.05)
+
+
+def test_smoothed_labels_are_shared_out_evenly(backbone, shapes):
+    batch, state = batch_of(shapes, 8), start(backbone)
+    (loss, (metrics, _)), _ = gradients(backbone, config(label_smoothing=0.1, bn_statistics="frozen"), batch)
+    pooled = ResNet(NARROW).apply(backbone.variables, preprocess(batch.inputs, backbone.preprocessing, 32)).pooled
+    labels = optax.smooth_labels(jax.nn.one_hot(batch.labels, 10), 0.1)
+    expected = optax.softmax_cross_entropy(head_logits(state.params["head"], pooled), labels).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(metrics.loss_sum) == pytest.approx(8 * float(loss), rel=1e-6)
+
+
+def test_blocks_with_zero_gamma_begin_as_their_shortcut(backbone):
+    params = start(backbone, zero_gamma=True).params["backbone"]
+    blocks = [name for name in params if name.startswith("stage")]
+    assert blocks and not any(np.any(params[name]["bn3"]["scale"]) for name in blocks)
+    assert all(np.any(params[name]["bn2"]["scale"]) for name in blocks) and np.any(params["stem_bn"]["scale"])
+
+
+def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(backbone, shapes):
+    tx = make_optimizer(config(momentum=0.9), 7)
+    before = start(backbone, tx)
+    broken = jax.tree.map(lambda leaf: leaf, before.params)
+    broken["head"][0]["kernel"] = broken["head"][0]["kernel"].at[0, 0].set(jnp.nan)
+    before = before._replace(params=broken)
+    step = jax.jit(make_train_step(loss_of(backbone, config()), tx))
+    after, metrics = step(before, batch_of(shapes, 8), KEY)
+    assert not metrics.finite
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_divergence_names_the_step_and_keeps_what_was_good(backbone, shapes):
+    with pytest.raises(Diverged, match=r"epoch 1, step \d of \d+;") as raised:
+        train(backbone, config(learning_rate=1e30), shapes)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(raised.value.state.params))
+    assert "the learning rate was 0.25, and" in str(raised.value.at(0.25))
+
+
+@pytest.mark.parametrize(
+    ("typed", "parts"),
+    [
+        ("--freeze-stages 5 --mode finetune", ["--freeze-stages 5 cannot be", "0..4"]),
+        ("--freeze-stages -1 --mode finetune", ["--freeze-stages -1 cannot be"]),
+        ("--micro-batch 65 --mode finetune", ["--micro-batch 65 cannot be", "at most --batch-size 64"]),
+        ("--micro-batch 0 --mode finetune", ["--micro-batch 0 cannot be", "at least 1"]),
+        ("--augment flip", ["--augment", "--mode cached", "live or finetune"]),
+        ("--augment mirror --mode live", ["--augment", "mirror"]),
+        ("--augment flip flip --mode live", ["--augment flip flip cannot be", "at most once"]),
+        ("--freeze-stages 1", ["--freeze-stages has no meaning in --mode cached", "--mode finetune"]),
+        ("--remat --mode live", ["--remat has no meaning in --mode live"]),
+        ("--micro-batch 8", ["--micro-batch has no meaning in --mode cached"]),
+        ("--bn-momentum 0.5", ["--bn-momentum has no meaning"]),
+        ("--bn-statistics frozen --mode live", ["--bn-statistics has no meaning"]),
+        ("--zero-gamma", ["--zero-gamma has no meaning"]),
+        ("--backbone-learning-rate 0.1", ["--backbone-learning-rate has no meaning"]),
+        ("--mode finetune --bn-statistics frozen --bn-momentum 0.5", ["--bn-momentum moves no statistics"]),
+        ("--bn-momentum 1 --mode finetune", ["--bn-momentum 1.0 cannot be"]),
+        ("--nesterov", ["--nesterov is a form of momentum", "--momentum"]),
+        ("--warmup-epochs 1", ["--warmup-epochs goes with --schedule cosine"]),
+        ("--warmup-epochs 4 --schedule cosine", ["--warmup-epochs 4.0 cannot be", "below --epochs 4"]),
+        ("--label-smoothing 1", ["--label-smoothing 1.0 cannot be"]),
+        ("--weight-decay -1", ["--weight-decay -1.0 cannot be"]),
+        ("--clip-norm 0", ["--clip-norm 0.0 cannot be"]),
+        ("--resume --overwrite", ["--resume", "--overwrite"]),
+    ],
+)
+def test_options_that_cannot_be(tmp_path, capsys, typed, parts):
+    result = command(capsys, "train", *TINY, "--out", tmp_path / "out", *typed.split())
+    is_one_error(result, 2, *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_needs_a_place(capsys):
+    is_one_error(command(capsys, "train", *TINY, "--resume"), 2, "--resume needs", "--out")
+
+
+def test_a_file_whose_width_does_not_fit_is_refused(tmp_path, backbone):
+    save_backbone(tmp_path / "weights.safetensors", backbone.replace(config=replace(NARROW, width=8)))
+    with pytest.raises(WeightsError, match=r"does not fit the network: .* where the network has"):
+        load_backbone(tmp_path / "weights.safetensors")
+
+
+def test_presets_are_the_recipes_they_claim_to_be():
+    lab, pretrain = preset("finetune"), preset("pretrain")
+    assert (lab.mode, lab.learning_rate, lab.batch_size, lab.epochs) == ("finetune", 0.01, 64, 4)
+    assert (lab.dataset, lab.weights, lab.momentum, lab.augment) == ("cifar10", "keras-resnet50", 0.0, ())
+    assert (pretrain.dataset, pretrain.weights, pretrain.image_size) == ("cifar100_subset", "random-w16", 64)
+    assert TrainConfig.from_json(pretrain.to_json()) == pretrain
