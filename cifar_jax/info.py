@@ -24,7 +24,7 @@ def _weights_row(entry: registry.Entry, cache_dir: str | None) -> dict[str, str]
     return {
         "name": entry.name,
         "MB": f"{entry.size / 1e6:.1f}",
-        "MD5": entry.md5,
+        "digest": entry.digest,
         "licence": entry.licence,
         "variant": entry.variant,
         "local copy": str(found or "none"),
@@ -32,7 +32,14 @@ def _weights_row(entry: registry.Entry, cache_dir: str | None) -> dict[str, str]
 
 
 def _untrained_row(name: str) -> dict[str, str]:
-    return {"name": name, "MB": "", "MD5": "", "licence": "", "variant": "untrained", "local copy": "made when needed"}
+    return {
+        "name": name,
+        "MB": "",
+        "digest": "",
+        "licence": "",
+        "variant": "untrained",
+        "local copy": "made when needed",
+    }
 
 
 def _data(data_dir: str | None) -> dict[str, str]:

@@ -233,7 +233,7 @@ def test_info_names_all_that_is_known(run, capsys, tmp_path):
     result = command(capsys, "info", "--data-dir", tmp_path)
     assert result.code == 0 and f"cifar10 3.0.2 in {tmp_path}" in result.out and "\x1b" not in result.out
     for entry in registry.entries().values():
-        assert re.search(rf"^{entry.name}\t.*{entry.md5}", result.out, re.MULTILINE)
+        assert re.search(rf"^{entry.name}\t.*{entry.digest}", result.out, re.MULTILINE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,13 +20,20 @@ from cifar_jax.resnet import ResNetConfig
 FORMAT = "cifar_jax backbone 1"
 
 
-def save_backbone(path: Path, backbone: Backbone) -> str:
+def save_backbone(path: Path, backbone: Backbone, half: bool = False) -> str:
     """Writes a backbone, whole or not at all, and returns the file's SHA-256.
 
-    Tensors are named `params/stage1_block1/conv1/kernel` and kept in float32; the metadata holds the configuration, the
-    preprocessing and the image size, so nothing has to be guessed when it is read.
+    Tensors are named `params/stage1_block1/conv1/kernel`; the metadata holds the configuration, the preprocessing and
+    the image size, so nothing has to be guessed when it is read.
+
+    Args:
+      path: of the file.
+      backbone: to write.
+      half: keep kernels in float16, which halves the file; BatchNorm, whose variances may be tiny, stays float32.
     """
     tensors = {"/".join(at): np.asarray(leaf) for at, leaf in flatten_dict(backbone.variables).items()}
+    if half:
+        tensors |= {name: leaf.astype(np.float16) for name, leaf in tensors.items() if name.endswith("/kernel")}
     metadata = {
         "format": FORMAT,
         "config": json.dumps(dataclasses.asdict(backbone.config)),

@@ -74,8 +74,8 @@ def _from_keras(path: Path, asked: str | None, say: Callable[[str], None]) -> Ba
     entry = registry.entry_of_file(path)
     if entry is None and (twins := registry.entries_of_size(path)):
         say(
-            f"{path} has the size of {twins[0].name} and not its MD5 {twins[0].md5}: changed weights, or a damaged "
-            "copy of them."
+            f"{path} has the size of {twins[0].name} and not its digest, {twins[0].digest}: changed weights, or a "
+            "damaged copy of them."
         )
     file = read_keras_h5(path)
     family = keras_names.family_of(file.layers)

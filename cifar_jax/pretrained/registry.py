@@ -27,13 +27,13 @@ def no_progress(description: str, total: int) -> AbstractContextManager[Callable
 
 @dataclass(frozen=True)
 class Entry:
-    """A published weights file.
+    """A known weights file.
 
     Attributes:
       name: as `--weights` takes it.
       file: name of the file.
-      url: where it is published.
-      md5: of the whole file, as its publisher gives it.
+      url: where it is published; None for one that comes with this project.
+      digest: `md5:HEX` or `sha256:HEX`, as its publisher gives it; HEX may be the start of it.
       size: in bytes.
       variant: how it is run.
       licence: of the weights.
@@ -42,12 +42,16 @@ class Entry:
 
     name: str
     file: str
-    url: str
-    md5: str
+    url: str | None
+    digest: str
     size: int
     variant: str
     licence: str
     about: str
+
+    def is_at(self, path: Path) -> bool:
+        """Whether a file is this one, by size and hash."""
+        return path.stat().st_size == self.size and has_digest(path, self.digest)
 
 
 def weights_dir() -> Path:
@@ -63,10 +67,12 @@ def entries() -> dict[str, Entry]:
     return {name: Entry(name, **fields) for name, fields in table.items()}
 
 
-def md5_of_file(path: Path) -> str:
-    """MD5 of a file, in hex: the digest that Keras publishes for its weights, an identity and no protection."""
+def has_digest(path: Path, digest: str) -> bool:
+    """Whether a file has a digest `md5:HEX` or `sha256:HEX`. MD5, which Keras publishes, identifies, no more."""
+    algorithm, _, start = digest.partition(":")
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        found = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
+    return found.hexdigest().startswith(start)
 
 
 def entries_of_size(path: Path) -> list[Entry]:
@@ -77,15 +83,13 @@ def entries_of_size(path: Path) -> list[Entry]:
 
 def entry_of_file(path: Path) -> Entry | None:
     """The registry's entry for a file, by size and hash, or None."""
-    same_size = entries_of_size(path)
-    if not same_size:
-        return None
-    digest = md5_of_file(path)
-    return next((entry for entry in same_size if entry.md5 == digest), None)
+    return next((entry for entry in entries_of_size(path) if has_digest(path, entry.digest)), None)
 
 
 def places(entry: Entry, cache_dir: str | None = None) -> Iterator[Path]:
-    """Where a copy of a file may lie: $CIFAR_JAX_WEIGHTS (a file or a directory), our cache, the cache of Keras."""
+    """Where a copy may lie: with the project, $CIFAR_JAX_WEIGHTS (file or directory), our cache, the cache of Keras."""
+    if entry.url is None:
+        yield weights_dir() / entry.file
     if named := os.environ.get("CIFAR_JAX_WEIGHTS"):
         given = Path(os.path.expanduser(named))
         yield given / entry.file if given.is_dir() else given
@@ -111,9 +115,9 @@ def find_local(entry: Entry, cache_dir: str | None = None) -> tuple[Path | None,
         if not os.path.isfile(path):
             continue
         try:
-            if path.stat().st_size == entry.size and md5_of_file(path) == entry.md5:
+            if entry.is_at(path):
                 return path, notes
-            notes.append(f"{path} is another file (its size or MD5 differs)")
+            notes.append(f"{path} is another file (its size or hash differs)")
         except OSError as error:
             notes.append(f"{path} cannot be read ({error.strerror})")
     return None, notes
@@ -140,16 +144,21 @@ def fetch(name: str, cache_dir: str | None = None, say: Say = lambda _: None, pr
     found, notes = find_local(entry, cache_dir)
     if found is not None:
         return found
+    also = "".join(f" {note}." for note in notes)
+    if entry.url is None:
+        raise WeightsError(
+            f"The weights {name} come with this project, and {weights_dir() / entry.file} is not there whole: install "
+            f"it again.{also}"
+        )
     target = downloaded_to(entry, cache_dir)
     say(f"{name} is not on this machine: downloading {entry.size / 1e6:.0f} MB from {entry.url}")
     try:
         with progress(f"Downloading {name}", entry.size) as bar:
             _download(entry, target, bar)
     except (requests.RequestException, ValueError, OSError) as error:
-        also = "".join(f" {note}." for note in notes)
         raise WeightsError(
             f"The weights {name} are not on this machine and could not be downloaded ({_cause(error)}): get "
-            f"{entry.url} (MD5 {entry.md5}) on a machine with a network and put it at {target}, or name it with "
+            f"{entry.url} ({entry.digest}) on a machine with a network and put it at {target}, or name it with "
             f"--weights or CIFAR_JAX_WEIGHTS.{also}"
         ) from error
     return target
@@ -159,7 +168,7 @@ def _download(entry: Entry, target: Path, bar: Callable[[int], None]) -> None:
     pooch.get_logger().setLevel("ERROR")
     pooch.retrieve(
         entry.url,
-        known_hash=f"md5:{entry.md5}",
+        known_hash=entry.digest,
         fname=target.name,
         path=target.parent,
         downloader=pooch.HTTPDownloader(progressbar=_Bar(bar), timeout=DOWNLOAD_TIMEOUT),

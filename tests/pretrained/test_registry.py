@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from helpers import files_below, keras_tensors, narrow_networks, write_keras_h5
 
+from cifar_jax.files import sha256_of_file
 from cifar_jax.pretrained import WeightsError, load_backbone, registry
 from cifar_jax.pretrained.variants import VARIANTS
 
@@ -63,8 +64,8 @@ def entry(server, monkeypatch):
 
 
 def known(monkeypatch, url, content=CONTENT, variant="keras"):
-    md5 = hashlib.md5(content).hexdigest()
-    entry = registry.Entry(NAME, "weights.h5", url, md5, len(content), variant, "MIT", "For tests.")
+    digest = f"md5:{hashlib.md5(content).hexdigest()}"
+    entry = registry.Entry(NAME, "weights.h5", url, digest, len(content), variant, "MIT", "For tests.")
     monkeypatch.setattr(registry, "entries", lambda: {NAME: entry})
     return entry
 
@@ -114,7 +115,7 @@ def test_a_bad_answer_leaves_nothing_and_is_explained(tmp_path, server, entry, a
     sentence = refusal(tmp_path)
     assert f"could not be downloaded ({cause}" in sentence
     target = registry.downloaded_to(entry, str(tmp_path / "cache"))
-    assert all(part in sentence for part in (entry.url, entry.md5, str(target), "--weights", "CIFAR_JAX_WEIGHTS"))
+    assert all(part in sentence for part in (entry.url, entry.digest, str(target), "--weights", "CIFAR_JAX_WEIGHTS"))
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
@@ -173,7 +174,7 @@ def test_a_file_of_the_same_name_but_another_hash_is_not_used(tmp_path, server, 
     monkeypatch.setenv("CIFAR_JAX_WEIGHTS", str(places[0]))
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     sentence = refusal(tmp_path)
-    assert all(f"{path} is another file (its size or MD5 differs)." in sentence for path in places), sentence
+    assert all(f"{path} is another file (its size or hash differs)." in sentence for path in places), sentence
     assert all(path.read_bytes() == content for path in places)
 
 
@@ -215,18 +216,22 @@ def test_the_registry_is_whole():
     table = json.loads((registry.weights_dir() / "registry.json").read_text())
     assert list(entries) == list(table) and NAME in entries
     for entry in entries.values():
+        if entry.url is None:
+            assert entry.is_at(registry.weights_dir() / entry.file) and entry.licence == "Apache-2.0"
+            continue
         assert entry.url.startswith("https://") and entry.url.endswith(entry.file) and entry.variant in VARIANTS
-        assert len(bytes.fromhex(entry.md5)) == 16 and entry.size > 90e6 and entry.licence
-    assert len({entry.md5 for entry in entries.values()}) == len(entries)
+        algorithm, _, value = entry.digest.partition(":")
+        assert algorithm == "md5" and len(bytes.fromhex(value)) == 16 and entry.size > 90e6 and entry.licence
+    assert len({entry.digest for entry in entries.values()}) == len(entries)
 
 
 def test_a_damaged_copy_of_a_known_file_is_named(tmp_path, monkeypatch):
     narrow_networks(monkeypatch)
     path, said = write_keras_h5(tmp_path / "weights.h5", keras_tensors()), []
-    content = {"size": path.stat().st_size, "md5": registry.md5_of_file(path)}
+    content = {"size": path.stat().st_size, "digest": f"sha256:{sha256_of_file(path)[:8]}"}
     entry = registry.entries()[NAME]
     monkeypatch.setattr(registry, "entries", lambda: {NAME: dataclasses.replace(entry, **content)})
     assert load_backbone(path, say=said.append).variant == "keras (by its hash)" and not said
     monkeypatch.setattr(registry, "entries", lambda: {NAME: dataclasses.replace(entry, size=content["size"])})
     assert load_backbone(path, say=said.append).variant == "keras (by its tensor names)"
-    assert f"{path} has the size of {NAME} and not its MD5 {entry.md5}" in said[0]
+    assert f"{path} has the size of {NAME} and not its digest, {entry.digest}" in said[0]
