@@ -16,6 +16,7 @@ import tyro
 from cifar_jax.config import PRESETS, TrainConfig, preset
 from cifar_jax.console import ConsoleReporter
 from cifar_jax.errors import RunError, UserError
+from cifar_jax.files import without_nan
 
 USAGE = """usage: python -m cifar_jax COMMAND [options]
 
@@ -156,9 +157,10 @@ def _evaluate(arguments: list[str]) -> int:
     reporter = ConsoleReporter()
     scores = evaluate_run(options.run, options.data_dir, options.weights, reporter)
     if options.json:
-        print(json.dumps(scores))
-    else:
-        reporter.header({name: str(value) for name, value in scores.items()})
+        print(json.dumps(without_nan(scores)))
+        return 0
+    classes = {f"  {name}": f"{accuracy:.4f}" for name, accuracy in scores.pop("class_accuracy").items()}
+    reporter.header({name: str(value) for name, value in scores.items()} | {"class_accuracy": ""} | classes)
     return 0
 
 

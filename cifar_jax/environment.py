@@ -18,12 +18,13 @@ def package_versions() -> dict[str, str]:
 
 
 def device_description() -> str:
-    """The devices that JAX uses, for people: `8 x tpu (TPU v5 lite)`, `cpu (Intel ..., 2 cores)`."""
+    """The device that is used, for people: `tpu (TPU v5 lite), 1 of 8`, `cpu (Intel ..., 2 cores)`."""
     devices = jax.devices()
     first = devices[0]
     if first.platform == "cpu":
         return f"cpu ({_processor()}, {os.cpu_count()} cores)"
-    return f"{len(devices)} x {first.platform} ({first.device_kind})"
+    others = f", 1 of {len(devices)}" if len(devices) > 1 else ""
+    return f"{first.platform} ({first.device_kind}){others}"
 
 
 def unused_accelerator() -> str | None:

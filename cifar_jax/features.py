@@ -1,6 +1,7 @@
 """Pooled features of a frozen backbone: the plain reference, an extractor for any number of images, the cache."""
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,12 +16,14 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from cifar_jax.errors import RunError
-from cifar_jax.files import load_arrays, save_arrays, sha256_of_arrays
+from cifar_jax.files import load_arrays, save_arrays, sha256_of_arrays, sha256_of_file
 from cifar_jax.preprocess import preprocess
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.resnet import ResNet
 
 _CACHE_FORMAT = 1
+# Who changes one of these wants features of the changed network, not those in the cache.
+_CODE = ("features.py", "preprocess.py", "resnet.py")
 
 
 class Extractor(Protocol):
@@ -144,7 +147,10 @@ def _copy_out(
 
 
 def features_key(backbone: Backbone, image_size: int, precision: str, images_u8: UInt8[np.ndarray, "n h w 3"]) -> str:
-    """Names a feature matrix by everything that its bits depend on, but for the machine's arithmetic units."""
+    """Names a feature matrix by what it depends on: pixels, weights, how they are run, and the code that runs them.
+
+    The number of images at a time and the machine's arithmetic units move its last digits and are no part of it.
+    """
     about = {
         "format": _CACHE_FORMAT,
         "backbone": backbone.sha256,
@@ -154,7 +160,8 @@ def features_key(backbone: Backbone, image_size: int, precision: str, images_u8:
         "precision": precision,
         "images": sha256_of_arrays(images_u8),
         "backend": jax.default_backend(),
-        "jax": jax.__version__,
+        "packages": [importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")],
+        "code": [sha256_of_file(Path(__file__).with_name(name)) for name in _CODE],
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
@@ -175,7 +182,9 @@ def cached_features(
     """
     kept = directory / key[:32]
     try:
-        return load_arrays(kept)[0]["features"]
+        features = load_arrays(kept)[0]["features"]
+        say(f"The features come from the cache, {kept}.")
+        return features
     except FileNotFoundError:
         pass
     except (ValueError, KeyError) as error:

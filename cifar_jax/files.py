@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -67,6 +68,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON that a person can read, whole or not at all. NaN has no place in JSON and raises ValueError."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have, such as the accuracy of a class without examples."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def sha256_of_file(path: Path) -> str:

@@ -160,7 +160,7 @@ def finetune_runner(
 
 
 def finetune_evaluator(
-    backbone: Backbone, dataset: Dataset, image_size: int, precision: str
+    backbone: Backbone, dataset: Dataset, image_size: int, precision: str, batch_size: int | None = None
 ) -> Callable[..., EvalResult]:
     """Evaluation of the network as it is now, with its running statistics, over all images.
 
@@ -175,8 +175,8 @@ def finetune_evaluator(
     def evaluate_params(
         params: Params, batch_stats: PyTree, on_examples: Callable[[int], None] = lambda _: None
     ) -> EvalResult:
-        labels, batch_size = np.asarray(dataset.labels), default_batch_size(image_size)
-        return evaluate(step, (params, batch_stats), dataset.images, labels, batch_size, on_examples)
+        at_once, labels = batch_size or default_batch_size(image_size), np.asarray(dataset.labels)
+        return evaluate(step, (params, batch_stats), dataset.images, labels, at_once, on_examples)
 
     return evaluate_params
 

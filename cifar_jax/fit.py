@@ -37,18 +37,18 @@ class EpochRow(NamedTuple):
 class Diverged(RunError):
     """Training met a loss or gradient that is not finite. `state` is the last good one."""
 
-    def __init__(self, state: TrainState, epoch: int, step: int, steps: int, learning_rate: float | None = None):
+    def __init__(self, state: TrainState, epoch: int, step: int, learning_rate: float | None = None):
         """Takes the last good state, the epoch counted from one, the step within it, and its rate where it is known."""
-        self.state, self.epoch, self.step, self.steps = state, epoch, step, steps
+        self.state, self.epoch, self.step = state, epoch, step
         rate = f"the learning rate was {learning_rate:.3g}, and " if learning_rate is not None else ""
         super().__init__(
-            f"Loss or gradient was not finite in epoch {epoch}, step {step} of {steps}; {rate}training stopped with "
+            f"Loss or gradient was not finite in epoch {epoch}, step {step}; {rate}training stopped with "
             "the parameters of the step before. A lower --learning-rate usually helps."
         )
 
     def at(self, learning_rate: float) -> "Diverged":
         """The same, with the learning rate of the step in its message."""
-        return Diverged(self.state, self.epoch, self.step, self.steps, learning_rate)
+        return Diverged(self.state, self.epoch, self.step, learning_rate)
 
 
 class EpochOrder(NamedTuple):
@@ -72,14 +72,22 @@ def cached_runner(
     tx: optax.GradientTransformation,
     order: EpochOrder,
     label_smoothing: float = 0.0,
-) -> RunEpoch:
-    """Epochs over features that are put on the device once."""
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Epochs over features that are put on the device once.
+
+    Returns:
+      A `RunEpoch` that takes a third argument, to be called with the number of examples done at its end.
+    """
     epoch_fn = make_cached_epoch(tx, label_smoothing)
     on_device = jax.device_put((np.asarray(features), np.asarray(labels)))
 
-    def run_epoch(state: TrainState, epoch: int) -> tuple[TrainState, StepMetrics]:
+    def run_epoch(
+        state: TrainState, epoch: int, on_examples: Callable[[int], None] = lambda _: None
+    ) -> tuple[TrainState, StepMetrics]:
         state, metrics = epoch_fn(state, *on_device, *order.batches(epoch, len(labels)), order.step_key)
-        return state, jax.device_get(metrics)
+        metrics = jax.device_get(metrics)
+        on_examples(len(labels))
+        return state, metrics
 
     return run_epoch
 
@@ -142,7 +150,9 @@ def cached_evaluator(features: Float32[np.ndarray, "n features"], labels: Int32[
     return lambda params, batch_stats=(): evaluate(eval_step, params, on_device, np.asarray(labels))
 
 
-def live_evaluator(backbone: Backbone, dataset: Dataset, image_size: int, precision: str) -> Callable[..., EvalResult]:
+def live_evaluator(
+    backbone: Backbone, dataset: Dataset, image_size: int, precision: str, batch_size: int | None = None
+) -> Callable[..., EvalResult]:
     """Evaluation of head parameters through the whole network.
 
     Returns:
@@ -158,8 +168,8 @@ def live_evaluator(backbone: Backbone, dataset: Dataset, image_size: int, precis
     def evaluate_params(
         params: HeadParams, batch_stats: PyTree = (), on_examples: Callable[[int], None] = lambda _: None
     ) -> EvalResult:
-        labels, batch_size = np.asarray(dataset.labels), default_batch_size(image_size)
-        return evaluate(step, (on_device, params), dataset.images, labels, batch_size, on_examples)
+        at_once, labels = batch_size or default_batch_size(image_size), np.asarray(dataset.labels)
+        return evaluate(step, (on_device, params), dataset.images, labels, at_once, on_examples)
 
     return evaluate_params
 
@@ -207,7 +217,7 @@ def fit(
 
 def _check_finite(state: TrainState, metrics: StepMetrics, epoch: int) -> None:
     if not metrics.finite.all():
-        raise Diverged(state, epoch + 1, int(np.argmin(metrics.finite)) + 1, len(metrics.finite))
+        raise Diverged(state, epoch + 1, int(np.argmin(metrics.finite)) + 1)
 
 
 def probabilities(params: HeadParams, features: Array | np.ndarray) -> Float32[np.ndarray, "n classes"]:

@@ -28,9 +28,10 @@ def predict_probs(
     head_params: HeadParams,
     images_u8: UInt8[Array, "batch h w 3"],
     image_size: int | None = None,
+    precision: str = "float32",
 ) -> Float[Array, "batch classes"]:
     """Class probabilities of a batch of images, plainly: `extract`, head, softmax. Pure; jit it as you like."""
-    return jax.nn.softmax(head_logits(head_params, extract(backbone, images_u8, image_size)))
+    return jax.nn.softmax(head_logits(head_params, extract(backbone, images_u8, image_size, precision)))
 
 
 class Prediction(NamedTuple):
@@ -53,9 +54,9 @@ def predict_files(run: Run, paths: Sequence[str | Path], direct: bool = False, t
     Raises:
       UserError: when a file cannot be read.
     """
-    side = run.image_size if direct else TRAINED_SIDE
+    side = run.backbone.image_size if direct else TRAINED_SIDE
     images = np.stack([read_image(path, side) for path in paths])
-    features = make_extractor(run.backbone, run.image_size, run.config.precision)(images)
+    features = make_extractor(run.backbone, run.backbone.image_size, run.config.precision)(images)
     probs = probabilities(run.head_params, features)
     return [Prediction(str(path), _top(row, run.class_names, top)) for path, row in zip(paths, probs, strict=True)]
 
@@ -88,7 +89,7 @@ def evaluate_run(
             f"The test images of {config.dataset} are not those that the run {run.path} was scored on; name the "
             "directory of the same version with --data-dir."
         )
-    extractor = make_extractor(run.backbone, run.image_size, config.precision, config.extract_batch_size)
+    extractor = make_extractor(run.backbone, run.backbone.image_size, config.precision, config.extract_batch_size)
     with reporter.progress("Features of test images", len(problem.test.labels)) as bar:
         features = extractor(problem.test.images, bar)
     result = cached_evaluator(features, problem.test.labels)(run.head_params)

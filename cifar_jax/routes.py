@@ -84,7 +84,7 @@ def _cached(job: Job) -> Route:
     tx = make_optimizer(config, job.steps_per_epoch)
     return Route(
         init_state(_init_head(job), tx),
-        cached_runner(train, problem.train.labels, tx, _order(config), config.label_smoothing),
+        _shown_epoch(job, cached_runner(train, problem.train.labels, tx, _order(config), config.label_smoothing)),
         cached_evaluator(val, problem.val.labels),
         cached_evaluator(test, problem.test.labels),
         lambda state, indices: probabilities(state.params, np.asarray(val[indices])),
@@ -106,15 +106,16 @@ def _live(job: Job) -> Route:
         _augmentation(config),
     )
     extractor = make_extractor(backbone, image_size, config.precision, config.extract_batch_size)
+
+    def evaluator(dataset: Dataset, name: str) -> Evaluate:
+        on_images = live_evaluator(backbone, dataset, image_size, config.precision, config.extract_batch_size)
+        return _shown_evaluation(job, on_images, dataset, name)
+
     return Route(
         init_state(_init_head(job), tx),
         _shown_epoch(job, run_epoch),
-        _shown_evaluation(
-            job, live_evaluator(backbone, problem.val, image_size, config.precision), problem.val, problem.val_name
-        ),
-        _shown_evaluation(
-            job, live_evaluator(backbone, problem.test, image_size, config.precision), problem.test, "test"
-        ),
+        evaluator(problem.val, problem.val_name),
+        evaluator(problem.test, "test"),
         lambda state, indices: probabilities(state.params, extractor(problem.val.images[indices])),
     )
 
@@ -126,9 +127,8 @@ def _finetune(job: Job) -> Route:
     run_epoch = finetune_runner(config, backbone, problem.train, tx, _order(config), image_size, _augmentation(config))
 
     def evaluator(dataset: Dataset, name: str) -> Evaluate:
-        return _shown_evaluation(
-            job, finetune_evaluator(backbone, dataset, image_size, config.precision), dataset, name
-        )
+        on_images = finetune_evaluator(backbone, dataset, image_size, config.precision, config.extract_batch_size)
+        return _shown_evaluation(job, on_images, dataset, name)
 
     def val_probabilities(state: TrainState, indices: Int32[np.ndarray, "m"]) -> Float32[np.ndarray, "m classes"]:
         images = problem.val.images[indices]

@@ -14,7 +14,7 @@ import jax
 from cifar_jax.checkpoint import load_checkpoint
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import UserError
-from cifar_jax.files import sha256_of_file, write_json, write_text
+from cifar_jax.files import sha256_of_file, without_nan, write_json, write_text
 from cifar_jax.head import HeadParams, init_head
 from cifar_jax.pretrained import Backbone, load_backbone, registry
 
@@ -48,7 +48,7 @@ class Run:
       path: of its directory.
       config: what it was told.
       summary: what summary.json holds.
-      backbone: the network, found again by its hash; in the mode finetune the run's own.
+      backbone: the network, found again by its hash, with the image size of the run.
       head_params: the trained head.
       class_names: by label.
     """
@@ -59,11 +59,6 @@ class Run:
     backbone: Backbone
     head_params: HeadParams
     class_names: tuple[str, ...]
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the network's input."""
-        return self.config.image_size or self.backbone.image_size
 
 
 def default_run_dir(config: TrainConfig) -> Path:
@@ -160,7 +155,7 @@ def write_config(path: Path, config: TrainConfig) -> None:
 
 def write_metrics(path: Path, rows: list[Mapping[str, Any]]) -> None:
     """Writes metrics.jsonl: a line an epoch, the whole file at once."""
-    write_text(path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path / METRICS, "".join(json.dumps(without_nan(row)) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -206,6 +201,8 @@ def load_run(path: str | os.PathLike[str], weights: str | None = None) -> Run:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / SUMMARY} is not as `train` wrote it; name another run directory.") from error
     backbone = _find_backbone(path, config, about, weights)
+    # What the head was trained on, which need not be the size of the backbone's own training.
+    backbone = backbone.replace(image_size=config.image_size or backbone.image_size)
     selected = summary.get("selected_epoch")
     like = {"head": jax.eval_shape(
         lambda: init_head(jax.random.key(0), backbone.config.features, config.hidden, len(class_names))
@@ -216,7 +213,9 @@ def load_run(path: str | os.PathLike[str], weights: str | None = None) -> Run:
 
 def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], weights: str | None) -> Backbone:
     """Tries every place where the backbone may lie; only one with the same hash will do."""
-    named = [weights] if weights else [str(path / BACKBONE), about["source"], config.weights]
+    if weights and weights not in registry.entries() and not os.path.isfile(os.path.expanduser(weights)):
+        raise UserError(f"--weights {weights} is neither a file nor a name that `info` lists; name the run's backbone.")
+    named = [os.path.expanduser(weights)] if weights else [str(path / BACKBONE), about["source"], config.weights]
     # Of the known files only copies that are here: reading a run should not start a download.
     copies = (registry.find_local(entry, config.cache_dir)[0] for entry in registry.entries().values())
     other = ""
@@ -230,5 +229,5 @@ def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], we
         other = f" ({candidate} is another file)"
     raise UserError(
         f"The run {path} needs the backbone it was trained on, {about['source']} with SHA-256 {about['sha256']}, which "
-        f"is not found{other}; put it back there, or name a copy with --weights."
+        f"is not found{other}; name a copy of it with --weights."
     )

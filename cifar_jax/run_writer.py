@@ -17,7 +17,7 @@ from cifar_jax.data import Dataset, Problem
 from cifar_jax.environment import device_description, package_versions
 from cifar_jax.errors import RunError
 from cifar_jax.evaluation import EvalResult, wilson_interval
-from cifar_jax.files import write_json
+from cifar_jax.files import without_nan, write_json
 from cifar_jax.fit import EpochRow
 from cifar_jax.keys import stream_key
 from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
@@ -207,7 +207,7 @@ class RunWriter:
             summary |= _scores("test", test)
         summary |= self._about()
         with _or_run_error(self.out):
-            write_json(self.out / SUMMARY, _without_nan(summary))
+            write_json(self.out / SUMMARY, without_nan(summary))
 
     def _about(self) -> dict[str, Any]:
         """What the numbers were measured on."""
@@ -248,15 +248,6 @@ def _scores(name: str, result: EvalResult) -> dict[str, Any]:
         f"{name}_accuracy": result.accuracy,
         f"{name}_accuracy_interval_95": list(interval),
     }
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: the accuracy of a class without examples is null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
 
 
 @contextlib.contextmanager

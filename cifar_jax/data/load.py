@@ -64,7 +64,7 @@ def _subset(dataset: Dataset, num_examples: int | None, key: PRNGKeyArray, split
 def _draw_splits(num_train: int, num_test: int, seed: int) -> Splits:
     if max(num_train, num_test) > MOST_SHAPES:
         raise UserError(f"{max(num_train, num_test)} images are more than the {MOST_SHAPES} that can be drawn.")
-    # Two seeds far apart, so that no image is in both splits whatever their sizes.
+    # Even seeds for training, odd ones for test: no image is in both splits, whatever their sizes.
     train = Dataset(*shapes.draw_shapes(num_train, seed=2 * seed))
     test = Dataset(*shapes.draw_shapes(num_test, seed=2 * seed + 1))
     return Splits(train, test, shapes.CLASS_NAMES, "shapes", SHAPES_VERSION)

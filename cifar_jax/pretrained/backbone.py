@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
-from cifar_jax.files import sha256_of_arrays
 from cifar_jax.preprocess import Preprocessing
 from cifar_jax.resnet import ResNetConfig, Variables
 
@@ -25,7 +23,7 @@ class Backbone:
       preprocessing: what it was trained with.
       image_size: side in pixels of the images it was trained with.
       variables: {"params", "batch_stats"}, float32.
-      sha256: of the weights file, or of the variables where there is none.
+      sha256: of the weights file, or of the file that `save_backbone` would make.
       source: the file's path, or how the variables were made.
       variant: the name of the variant and what decided it, for people.
       top: the file's own classifier, {"kernel": [features, classes], "bias": [classes]}, or None. Kept, not used.
@@ -52,10 +50,3 @@ class Backbone:
     def replace(self, **changes: Any) -> "Backbone":
         """A copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
-
-
-def variables_sha256(variables: Variables) -> str:
-    """SHA-256 over the paths and values of all variables: the identity of a backbone that no file holds."""
-    leaves = jax.tree_util.tree_leaves_with_path(variables)
-    names = np.array([jax.tree_util.keystr(path) for path, _ in leaves])
-    return sha256_of_arrays(names, *(np.asarray(leaf) for _, leaf in leaves))

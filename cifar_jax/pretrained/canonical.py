@@ -1,6 +1,7 @@
 """The project's own form of a backbone: a safetensors file whose metadata says how it is run."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.pretrained.merge import merge
 from cifar_jax.resnet import ResNetConfig
 
-FORMAT = "cifar_jax backbone 1"
+# The one key of the metadata. With several, safetensors would write them in another order each time, so that equal
+# networks made unequal files.
+KEY, FORMAT = "cifar_jax", "backbone 1"
 
 
 def save_backbone(path: Path, backbone: Backbone, half: bool = False) -> str:
-    """Writes a backbone, whole or not at all, and returns the file's SHA-256.
+    """Writes a backbone, whole or not at all, and returns the file's SHA-256; equal backbones make equal files.
 
     Tensors are named `params/stage1_block1/conv1/kernel`; the metadata holds the configuration, the preprocessing and
     the image size, so nothing has to be guessed when it is read.
@@ -31,23 +34,26 @@ def save_backbone(path: Path, backbone: Backbone, half: bool = False) -> str:
       backbone: to write.
       half: keep kernels in float16, which halves the file; BatchNorm, whose variances may be tiny, stays float32.
     """
+    content = to_bytes(backbone, half)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def to_bytes(backbone: Backbone, half: bool = False) -> bytes:
+    """The content of a backbone's file; see `save_backbone`."""
     tensors = {"/".join(at): np.asarray(leaf) for at, leaf in flatten_dict(backbone.variables).items()}
     if half:
         tensors |= {name: leaf.astype(np.float16) for name, leaf in tensors.items() if name.endswith("/kernel")}
-    metadata = {
+    about = {
         "format": FORMAT,
-        "config": json.dumps(dataclasses.asdict(backbone.config)),
-        "preprocessing": json.dumps(dataclasses.asdict(backbone.preprocessing)),
-        "image_size": str(backbone.image_size),
+        "config": dataclasses.asdict(backbone.config),
+        "preprocessing": dataclasses.asdict(backbone.preprocessing),
+        "image_size": backbone.image_size,
         "source": backbone.source,
         "variant": backbone.variant,
     }
-    with replacing(path) as temporary:
-        try:
-            safetensors.numpy.save_file(tensors, temporary, metadata)
-        except safetensors.SafetensorError as error:  # a full disk, as all that is written here can be written
-            raise OSError(str(error)) from error
-        return sha256_of_file(temporary)
+    return safetensors.numpy.save(tensors, {KEY: json.dumps(about)})
 
 
 def read_backbone(path: Path) -> Backbone:
@@ -62,17 +68,21 @@ def read_backbone(path: Path) -> Backbone:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); get the file again.") from error
-    if metadata.get("format") != FORMAT:
+    if KEY not in metadata:
         raise WeightsError(
-            f"{path} was not written by this project (its metadata does not say {FORMAT!r}), so how to run it is not "
-            "known; give a file that this project wrote."
+            f"{path} was not written by this project (its metadata has no {KEY!r}), so how to run it is not known; give "
+            "a file that this project wrote."
         )
     try:
-        config = ResNetConfig(**_tuples(json.loads(metadata["config"])))
-        preprocessing = Preprocessing(**_tuples(json.loads(metadata["preprocessing"])))
-        image_size = int(metadata["image_size"])
-        if not 1 <= image_size <= 4096:
-            raise ValueError(f"an image size of {image_size}")
+        about = json.loads(metadata[KEY])
+        if about["format"] != FORMAT:
+            raise ValueError(f"it is {about['format']!r}, not {FORMAT!r}")
+        config = ResNetConfig(**_tuples(about["config"]))
+        preprocessing = Preprocessing(**_tuples(about["preprocessing"]))
+        image_size = about["image_size"]
+        if type(image_size) is not int or not 1 <= image_size <= 4096:
+            raise ValueError(f"an image size of {image_size!r}")
+        variant = str(about["variant"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} has metadata that cannot be read ({error}); get the file again.") from error
     names = {tuple(name.split("/")): name for name in tensors}
@@ -84,7 +94,7 @@ def read_backbone(path: Path) -> Backbone:
         variables,
         sha256=sha256_of_file(path),
         source=str(path),
-        variant=metadata.get("variant", ""),
+        variant=variant,
     )
 
 

@@ -1,5 +1,6 @@
 """Networks with random weights: the baseline that says what pretraining is worth."""
 
+import hashlib
 import math
 
 import jax
@@ -9,7 +10,8 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, PRNGKeyArray, UInt8
 
 from cifar_jax.preprocess import TORCH, preprocess
-from cifar_jax.pretrained.backbone import Backbone, variables_sha256
+from cifar_jax.pretrained.backbone import Backbone
+from cifar_jax.pretrained.canonical import to_bytes
 from cifar_jax.pretrained.merge import Path, variable_shapes
 from cifar_jax.resnet import ResNet, ResNetConfig, Variables
 
@@ -75,12 +77,6 @@ def random_backbone(
 
     variables = init_variables(key, config)
     variables |= statistics_of(variables, jnp.asarray(images_u8))
-    return Backbone(
-        config,
-        TORCH,
-        image_size,
-        variables,
-        sha256=variables_sha256(variables),
-        source=source,
-        variant="untrained, BatchNorm calibrated on training images",
-    )
+    variant = "untrained, BatchNorm calibrated on training images"
+    backbone = Backbone(config, TORCH, image_size, variables, source=source, variant=variant)
+    return backbone.replace(sha256=hashlib.sha256(to_bytes(backbone)).hexdigest())
