@@ -45,7 +45,7 @@ def save_checkpoint(directory: Path, epoch: int, tree: Mapping[str, PyTree], kee
                 "format": _FORMAT,
                 "epoch": epoch,
                 "shapes": {part: _shapes(leaves) for part, leaves in tree.items()},
-                "files": {part: _file_digests(temporary / _ARRAYS / part) for part in tree},
+                "files": _file_digests(temporary),
                 "leaves": {part: digests(leaves) for part, leaves in tree.items()},
             }
             write_json(temporary / _DIGESTS, about)
@@ -88,8 +88,7 @@ def load_checkpoint(directory: Path, like: Mapping[str, PyTree], epoch: int | No
             raise UserError(f"The checkpoint {chosen} holds no {missing[0]}; train again.")
         if any(about["shapes"][part] != _shapes(like[part]) for part in like):
             raise UserError(f"The checkpoint {chosen} is of another network than its config.json says; train again.")
-        for part in like:
-            _require_equal(about["files"][part], _file_digests(chosen / _ARRAYS / part), chosen)
+        _require_equal(about["files"], _file_digests(chosen), chosen)
         with _checkpointer() as checkpointer:
             tree = {part: checkpointer.restore((chosen / _ARRAYS / part).absolute(), like[part]) for part in like}
     except UserError:

@@ -208,8 +208,8 @@ def _type_name(hint: Any) -> str:
 
 
 # What each preset changes. `cifar10` is the job of the Keras notebook; `demo` shows it all in a minute, offline;
-# `finetune` is the recipe of the Keras lab that the notebook descends from, which trains all layers; `pretrain` makes a
-# quarter-width backbone from scratch.
+# `finetune` is the recipe of the Keras lab that the notebook descends from, which trains all layers (published runs
+# reach 95.1 to 95.5 %, which is not measured here); `pretrain` makes a quarter-width backbone from scratch.
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {},
     "demo": {
