@@ -125,7 +125,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
     except Diverged as error:
         writer.diverged(error.state)
         raise
-    except RunError:
+    except (RunError, MemoryError, jax.errors.JaxRuntimeError):
         with contextlib.suppress(RunError):  # a full disk may keep this from being written too
             writer.finish("failed")
         raise

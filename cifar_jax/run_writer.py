@@ -92,8 +92,7 @@ class RunWriter:
             start_run_dir(self.out, self.config)
         if self.config.weights in UNTRAINED and self.config.mode != "finetune":
             with _or_run_error(self.out):
-                digest = save_backbone(self.out / BACKBONE, self.backbone)
-            self.backbone = self.backbone.replace(sha256=digest)
+                save_backbone(self.out / BACKBONE, self.backbone)
 
     @contextlib.contextmanager
     def extracting(self, dataset: Dataset) -> Iterator[None]:

@@ -5,11 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from cifar_jax import load_run, predict_probs
+from cifar_jax import load_run, make_extractor, predict_probs
 from cifar_jax.config import TrainConfig, preset
+from cifar_jax.fit import probabilities
 from cifar_jax.job import train
-from cifar_jax.predict import evaluate_run
+from cifar_jax.predict import evaluate_run, predict_files
 from cifar_jax.run_dir import CONTENTS
 
 TINY = {
@@ -55,12 +57,18 @@ def test_run_reads_back_and_scores_the_same(run):
     assert scores["class_accuracy"] == summary["class_accuracy"]
 
 
-def test_predict_probs_is_pure_and_agrees_with_the_run(run, shapes):
+def test_predict_probs_is_pure_and_agrees_with_the_run(run, shapes, tmp_path):
     read = load_run(run)
-    compiled = jax.jit(predict_probs, static_argnames="image_size")
-    probs = compiled(read.backbone, read.head_params, shapes.images[:20], image_size=32)
+    probs = jax.jit(predict_probs)(read.backbone, read.head_params, shapes.images[:20])
     assert probs.shape == (20, 10)
     np.testing.assert_allclose(probs.sum(1), 1, rtol=1e-5)
+    features = make_extractor(read.backbone)(shapes.images[:20])
+    np.testing.assert_allclose(probs, probabilities(read.head_params, features), rtol=1e-4)
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, image in zip(paths, shapes.images, strict=False):
+        Image.fromarray(np.asarray(image)).save(path)
+    for prediction, row in zip(predict_files(read, paths), probs[:3], strict=True):
+        assert prediction.top[0] == (read.class_names[int(row.argmax())], pytest.approx(float(row.max()), rel=1e-4))
 
 
 def test_same_command_same_bits(run, tmp_path):

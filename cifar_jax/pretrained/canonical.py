@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from cifar_jax.files import replacing, sha256_of_file
+from cifar_jax.files import replacing, sha256_of_arrays, sha256_of_file
 from cifar_jax.preprocess import Preprocessing
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.pretrained.errors import WeightsError
@@ -45,7 +46,7 @@ def to_bytes(backbone: Backbone, half: bool = False) -> bytes:
     tensors = {"/".join(at): np.asarray(leaf) for at, leaf in flatten_dict(backbone.variables).items()}
     if half:
         tensors |= {name: leaf.astype(np.float16) for name, leaf in tensors.items() if name.endswith("/kernel")}
-    about = {
+    about: dict[str, Any] = {
         "format": FORMAT,
         "config": dataclasses.asdict(backbone.config),
         "preprocessing": dataclasses.asdict(backbone.preprocessing),
@@ -53,7 +54,14 @@ def to_bytes(backbone: Backbone, half: bool = False) -> bytes:
         "source": backbone.source,
         "variant": backbone.variant,
     }
-    return safetensors.numpy.save(tensors, {KEY: json.dumps(about)})
+    return safetensors.numpy.save(tensors, {KEY: json.dumps(about | {"sha256": _digest(about, tensors)})})
+
+
+def _digest(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over all that a file says and holds, as safetensors has no checksum of its own."""
+    names = sorted(tensors)
+    said = json.dumps([{key: about[key] for key in sorted(about) if key != "sha256"}, names], sort_keys=True)
+    return hashlib.sha256((said + sha256_of_arrays(*(tensors[name] for name in names))).encode()).hexdigest()
 
 
 def read_backbone(path: Path) -> Backbone:
@@ -70,8 +78,8 @@ def read_backbone(path: Path) -> Backbone:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); get the file again.") from error
     if KEY not in metadata:
         raise WeightsError(
-            f"{path} was not written by this project (its metadata has no {KEY!r}), so how to run it is not known; give "
-            "a file that this project wrote."
+            f"{path} was not written by this project (its metadata has no {KEY!r}), so how to run it is not known; "
+            "give a file that this project wrote."
         )
     try:
         about = json.loads(metadata[KEY])
@@ -82,11 +90,13 @@ def read_backbone(path: Path) -> Backbone:
         image_size = about["image_size"]
         if type(image_size) is not int or not 1 <= image_size <= 4096:
             raise ValueError(f"an image size of {image_size!r}")
-        variant = str(about["variant"])
+        variant, sha256 = str(about["variant"]), str(about["sha256"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} has metadata that cannot be read ({error}); get the file again.") from error
     names = {tuple(name.split("/")): name for name in tensors}
     variables = merge(tensors, names, config, what=str(path))
+    if sha256 != _digest(about, tensors):
+        raise WeightsError(f"{path} is damaged: it does not have the digest kept inside it; get the file again.")
     return Backbone(
         config,
         preprocessing,

@@ -112,14 +112,26 @@ def test_mistake_of_2016_is_noticed(mistake: str, of_2016: Known, record_propert
     assert_noticed(of_2016.differences(backbone), record_property)
 
 
-@pytest.mark.parametrize("layer", ["Conv", "max_pool"])
-def test_same_padding_is_noticed(
-    layer: str, modern: Known, monkeypatch: pytest.MonkeyPatch, record_property: Record
+def test_same_padding_of_convolutions_is_noticed(
+    modern: Known, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
-    usual = getattr(cifar_jax.resnet.nn, layer)
-    backbone = load_backbone(modern.path)
-    monkeypatch.setattr(cifar_jax.resnet.nn, layer, lambda *args, padding, **rest: usual(*args, padding="SAME", **rest))
-    assert_noticed(modern.differences(backbone), record_property)
+    usual = jax.lax.conv_general_dilated
+
+    def same(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], _: object, **rest: Any) -> jax.Array:
+        return usual(x, kernel, strides, "SAME", **rest)
+
+    monkeypatch.setattr(jax.lax, "conv_general_dilated", same)
+    assert_noticed(modern.differences(load_backbone(modern.path)), record_property)
+
+
+def test_same_padding_of_the_pool_is_noticed(
+    modern: Known, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    usual = cifar_jax.resnet.nn.max_pool
+    monkeypatch.setattr(
+        cifar_jax.resnet.nn, "max_pool", lambda *args, **rest: usual(*args, **rest | {"padding": "SAME"})
+    )
+    assert_noticed(modern.differences(load_backbone(modern.path)), record_property)
 
 
 @pytest.fixture

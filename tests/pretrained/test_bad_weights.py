@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 import h5py
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 from helpers import (
     NARROW,
     command,
@@ -21,7 +23,8 @@ from helpers import (
 )
 
 from cifar_jax.data.shapes import draw_shapes
-from cifar_jax.pretrained import WeightsError, keras_h5, load_backbone, random_backbone, save_backbone
+from cifar_jax.files import sha256_of_file
+from cifar_jax.pretrained import WeightsError, canonical, keras_h5, load_backbone, random_backbone, save_backbone
 from cifar_jax.pretrained.canonical import read_backbone
 
 KERNEL, SHORTCUT, VARIANCE = "conv2_block1_2_conv/kernel", "conv2_block1_0_conv/kernel", "conv1_bn/moving_variance"
@@ -370,20 +373,41 @@ def backbone_file(tmp_path_factory):
 
 
 def jax_key():
-    import jax
-
     return jax.random.key(0)
 
 
 def rewritten(backbone_file: Path, path: Path, metadata=None, **tensors) -> Path:
     """The file with some of its metadata or tensors replaced, or left out where the new value is None."""
     with safetensors.safe_open(backbone_file, framework="numpy") as file:
-        old = file.metadata()
+        old = json.loads(file.metadata()[canonical.KEY])
         kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     kept = {name: value for name, value in (kept | tensors).items() if value is not None}
     new = {name: value for name, value in (old | (metadata or {})).items() if value is not None}
-    safetensors.numpy.save_file(kept, path, new)
+    safetensors.numpy.save_file(kept, path, {canonical.KEY: json.dumps(new)})
     return path
+
+
+def test_every_changed_byte_of_a_backbone_of_ours_is_noticed(tmp_path, backbone_file):
+    content, path = backbone_file.read_bytes(), tmp_path / "x.safetensors"
+    for at in np.random.default_rng(0).integers(0, len(content), 300):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        refusal(path)
+
+
+def test_equal_backbones_make_equal_files(tmp_path, backbone_file):
+    again = random_backbone(jax_key(), draw_shapes(10, seed=0)[0], NARROW, 32)
+    digest = save_backbone(tmp_path / "again.safetensors", again)
+    assert digest == again.sha256 == sha256_of_file(backbone_file) == sha256_of_file(tmp_path / "again.safetensors")
+
+
+def test_half_precision_is_for_kernels_alone(tmp_path, backbone_file):
+    whole = read_backbone(backbone_file)
+    save_backbone(tmp_path / "half.safetensors", whole, half=True)
+    leaves = flatten_dict(read_backbone(tmp_path / "half.safetensors").variables)
+    for path, leaf in flatten_dict(whole.variables).items():
+        assert leaves[path].dtype == np.float32
+        kernel = path[-1] == "kernel"
+        np.testing.assert_allclose(leaves[path], leaf, rtol=2**-10 if kernel else 0, atol=1e-7 if kernel else 0)
 
 
 CONFIG = {
@@ -393,36 +417,40 @@ PIXELS = {"name": "torch", "channels": "rgb", "scale": 255.0, "mean": [0.5, 0.5,
 
 
 def test_the_file_with_its_own_metadata_again_loads(tmp_path, backbone_file):
-    metadata = {"config": json.dumps(CONFIG), "preprocessing": json.dumps(PIXELS)}
-    assert read_backbone(rewritten(backbone_file, tmp_path / "x.safetensors", metadata)).config.width == 4
+    assert read_backbone(rewritten(backbone_file, tmp_path / "x.safetensors")).config.width == 4
+    bare = tmp_path / "bare.safetensors"
+    safetensors.numpy.save_file({"params/stem_bn/scale": np.ones(4, np.float32)}, bare, {"format": "pt"})
+    assert "was not written by this project" in refusal(bare)
 
 
 @pytest.mark.parametrize(
     ("metadata", "part"),
     [
-        ({"format": "pt"}, "was not written by this project"),
-        ({"format": None}, "was not written by this project"),
+        ({"format": "backbone 7"}, "metadata that cannot be read"),
+        ({"format": None}, "metadata that cannot be read"),
+        ({"sha256": None}, "metadata that cannot be read"),
+        ({"sha256": "0"}, "does not have the digest"),
         ({"config": None}, "metadata that cannot be read"),
         ({"config": "{"}, "metadata that cannot be read"),
         ({"config": "[1]"}, "metadata that cannot be read"),
-        ({"config": json.dumps(CONFIG | {"depth": 50})}, "metadata that cannot be read"),
-        ({"config": json.dumps(CONFIG | {"width": -4})}, "metadata that cannot be read"),
-        ({"config": json.dumps(CONFIG | {"width": "4"})}, "metadata that cannot be read"),
-        ({"config": json.dumps(CONFIG | {"stage_sizes": 5})}, "metadata that cannot be read"),
-        ({"config": json.dumps(CONFIG | {"stage_sizes": []})}, "metadata that cannot be read"),
-        ({"config": json.dumps(CONFIG | {"bn_epsilon": "x"})}, "metadata that cannot be read"),
-        ({"config": json.dumps(CONFIG | {"pool_padding": 7})}, "metadata that cannot be read"),
-        ({"config": json.dumps(CONFIG | {"width": 8})}, "where the network has"),
-        ({"config": json.dumps(CONFIG | {"width": 10**12})}, "where the network has"),
-        ({"config": json.dumps(CONFIG | {"conv_bias": False})}, "it lacks nothing and has params/"),
-        ({"config": json.dumps(CONFIG | {"stage_sizes": [1, 2]})}, "it lacks batch_stats/stage2_block2/bn1/mean"),
-        ({"preprocessing": json.dumps(PIXELS | {"mean": [0.5]})}, "metadata that cannot be read"),
-        ({"preprocessing": json.dumps(PIXELS | {"std": [0.2, 0.2, 0]})}, "metadata that cannot be read"),
-        ({"preprocessing": json.dumps(PIXELS | {"scale": "x"})}, "metadata that cannot be read"),
-        ({"preprocessing": json.dumps(PIXELS | {"channels": "hsv"})}, "metadata that cannot be read"),
+        ({"config": CONFIG | {"depth": 50}}, "metadata that cannot be read"),
+        ({"config": CONFIG | {"width": -4}}, "metadata that cannot be read"),
+        ({"config": CONFIG | {"width": "4"}}, "metadata that cannot be read"),
+        ({"config": CONFIG | {"stage_sizes": 5}}, "metadata that cannot be read"),
+        ({"config": CONFIG | {"stage_sizes": []}}, "metadata that cannot be read"),
+        ({"config": CONFIG | {"bn_epsilon": "x"}}, "metadata that cannot be read"),
+        ({"config": CONFIG | {"pool_padding": 7}}, "metadata that cannot be read"),
+        ({"config": CONFIG | {"width": 8}}, "where the network has"),
+        ({"config": CONFIG | {"width": 10**12}}, "where the network has"),
+        ({"config": CONFIG | {"conv_bias": False}}, "it lacks nothing and has params/"),
+        ({"config": CONFIG | {"stage_sizes": [1, 2]}}, "it lacks batch_stats/stage2_block2/bn1/mean"),
+        ({"preprocessing": PIXELS | {"mean": [0.5]}}, "metadata that cannot be read"),
+        ({"preprocessing": PIXELS | {"std": [0.2, 0.2, 0]}}, "metadata that cannot be read"),
+        ({"preprocessing": PIXELS | {"scale": "x"}}, "metadata that cannot be read"),
+        ({"preprocessing": PIXELS | {"channels": "hsv"}}, "metadata that cannot be read"),
         ({"image_size": "big"}, "metadata that cannot be read"),
-        ({"image_size": "-32"}, "metadata that cannot be read"),
-        ({"image_size": "1024000000"}, "metadata that cannot be read"),
+        ({"image_size": -32}, "metadata that cannot be read"),
+        ({"image_size": 1024000000}, "metadata that cannot be read"),
     ],
 )
 def test_backbones_of_ours_with_wrong_metadata(tmp_path, backbone_file, metadata, part):
@@ -430,7 +458,8 @@ def test_backbones_of_ours_with_wrong_metadata(tmp_path, backbone_file, metadata
 
 
 def test_an_image_size_that_the_images_do_not_fit(tmp_path, capsys, backbone_file):
-    path = rewritten(backbone_file, tmp_path / "x.safetensors", {"image_size": "100"})
+    path = tmp_path / "x.safetensors"
+    save_backbone(path, read_backbone(backbone_file).replace(image_size=100))
     is_one_error(try_to_train(capsys, tmp_path, path), 2, "100 pixels a side", "--image-size")
     assert not (tmp_path / "out").exists()
 
