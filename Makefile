@@ -1,12 +1,13 @@
 # make demo    the main job on drawn images, in about a minute and without a download
-# make test    the tests;  make lint  ruff and mypy;  make parity  against Keras itself, in minutes
+# make test    the tests;  make lint  ruff and mypy;  make parity  against Keras itself, in minutes;
+# make installed  the demo, short, from an installed copy
 # The first of them makes a virtual environment in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint parity clean
+.PHONY: demo test lint parity installed clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python train.py --preset demo
@@ -21,6 +22,14 @@ lint: $(VENV)/.dev
 
 parity: $(VENV)/.parity
 	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity tests/parity
+
+# The wheel, outside of the checkout: all its parts are in it, and it finds its weights.
+installed: $(VENV)/.runtime
+	rm -rf build/installed
+	$(PIP) --no-deps --target build/installed .
+	cd build/installed && PYTHONPATH=. $(abspath $(BIN))/python -m cifar_jax train --preset demo \
+	  --train-examples 500 --test-examples 100 --out run
+	cd build/installed && PYTHONPATH=. $(abspath $(BIN))/python -m cifar_jax info
 
 $(VENV)/.runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -24,6 +24,7 @@ from cifar_jax.pretrained import Backbone, load_backbone, random_backbone, save_
 from cifar_jax.resnet import ResNet, ResNetConfig
 from cifar_jax.run_dir import Run, load_run
 from cifar_jax.training import Batch, TrainState, head_loss, init_state, make_train_step
+from cifar_jax.version import __version__
 
 __all__ = [
     "Backbone",
@@ -36,6 +37,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "UserError",
+    "__version__",
     "eval_step",
     "evaluate",
     "extract",

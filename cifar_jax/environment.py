@@ -8,12 +8,14 @@ from pathlib import Path
 
 import jax
 
+from cifar_jax.version import __version__
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
 def package_versions() -> dict[str, str]:
     """Versions of this project, Python, and the packages that the numbers depend on."""
-    versions = {"cifar-jax": _version("cifar-jax"), "python": platform.python_version()}
+    versions = {"cifar-jax": __version__, "python": platform.python_version()}
     return versions | {name: _version(name) for name in PACKAGES}
 
 
