@@ -20,7 +20,15 @@ from cifar_jax.fit import (
 from cifar_jax.head import head_logits, init_head
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.resnet import ResNetConfig
-from cifar_jax.training import Batch, batch_loss, head_loss, init_state, make_cached_epoch, make_train_step
+from cifar_jax.training import (
+    Batch,
+    batch_loss,
+    head_loss,
+    init_state,
+    make_cached_epoch,
+    make_live_step,
+    make_train_step,
+)
 
 TX = optax.sgd(0.05)
 KEY = jax.random.key(7)
