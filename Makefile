@@ -1,13 +1,16 @@
-# make demo    the main job on drawn images, in about a minute and without a download
-# make test    the tests;  make lint  ruff and mypy;  make parity  against Keras itself, in minutes;
-# make installed  the demo, short, from an installed copy
+# make demo          the main job on drawn images, in about half a minute and without a download
+# make test          the tests
+# make lint          ruff and mypy
+# make parity        against Keras itself, in minutes
+# make installed     a short demo from an installed copy
+# make demo-weights  the demo backbone again, in one to two hours
 # The first of them makes a virtual environment in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint parity installed clean
+.PHONY: demo test lint parity installed demo-weights clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python train.py --preset demo
@@ -30,6 +33,11 @@ installed: $(VENV)/.runtime
 	cd build/installed && PYTHONPATH=. $(abspath $(BIN))/python -m cifar_jax train --preset demo \
 	  --train-examples 500 --test-examples 100 --out run
 	cd build/installed && PYTHONPATH=. $(abspath $(BIN))/python -m cifar_jax info
+
+# Needs cifar100_subset in TFDS_DATA_DIR; goes on where it was stopped.
+demo-weights: $(VENV)/.runtime
+	$(BIN)/python train.py --preset pretrain --out runs/pretrain --resume
+	PYTHONPATH=. $(BIN)/python weights/export_demo.py runs/pretrain 4
 
 $(VENV)/.runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -214,9 +214,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {},
     "demo": {
         "dataset": "shapes",
-        "weights": "random-w16",
+        "weights": "demo",
         "train_examples": 5000,
         "test_examples": 1000,
+        # 316 steps are few: momentum and a rate that falls to zero make the most of them.
+        "learning_rate": 0.1,
+        "momentum": 0.9,
+        "schedule": "cosine",
     },
     "finetune": {"mode": "finetune"},
     "pretrain": {
@@ -224,7 +228,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weights": "random-w16",
         "image_size": 64,
         "mode": "finetune",
-        "epochs": 24,
+        "epochs": 30,
         "batch_size": 128,
         "learning_rate": 0.2,
         "momentum": 0.9,
