@@ -201,7 +201,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(backbone, shapes):
 
 
 def test_divergence_names_the_step_and_keeps_what_was_good(backbone, shapes):
-    with pytest.raises(Diverged, match=r"epoch 1, step \d of \d+;") as raised:
+    with pytest.raises(Diverged, match=r"epoch 1, step \d;") as raised:
         train(backbone, config(learning_rate=1e30), shapes)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(raised.value.state.params))
     assert "the learning rate was 0.25, and" in str(raised.value.at(0.25))
@@ -226,8 +226,8 @@ def test_divergence_names_the_step_and_keeps_what_was_good(backbone, shapes):
         ("--backbone-learning-rate 0.1", ["--backbone-learning-rate has no meaning"]),
         ("--mode finetune --bn-statistics frozen --bn-momentum 0.5", ["--bn-momentum moves no statistics"]),
         ("--bn-momentum 1 --mode finetune", ["--bn-momentum 1.0 cannot be"]),
-        ("--nesterov", ["--nesterov is a form of momentum", "--momentum"]),
-        ("--warmup-epochs 1", ["--warmup-epochs goes with --schedule cosine"]),
+        ("--nesterov --momentum 0", ["--nesterov is a form of momentum", "--momentum"]),
+        ("--warmup-epochs 1 --schedule constant", ["--warmup-epochs goes with --schedule cosine"]),
         ("--warmup-epochs 4 --schedule cosine", ["--warmup-epochs 4.0 cannot be", "below --epochs 4"]),
         ("--label-smoothing 1", ["--label-smoothing 1.0 cannot be"]),
         ("--weight-decay -1", ["--weight-decay -1.0 cannot be"]),
