@@ -37,7 +37,7 @@ installed: $(VENV)/.runtime
 # Needs cifar100_subset in TFDS_DATA_DIR; goes on where it was stopped.
 demo-weights: $(VENV)/.runtime
 	$(BIN)/python train.py --preset pretrain --out runs/pretrain --resume
-	PYTHONPATH=. $(BIN)/python weights/export_demo.py runs/pretrain 4
+	PYTHONPATH=. $(BIN)/python weights/export_demo.py runs/pretrain 2
 
 $(VENV)/.runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -218,7 +218,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train_examples": 5000,
         "test_examples": 1000,
         # 316 steps are few: momentum and a rate that falls to zero make the most of them.
-        "learning_rate": 0.1,
+        "learning_rate": 0.03,
         "momentum": 0.9,
         "schedule": "cosine",
     },

@@ -5,7 +5,7 @@ textured ground. The class is the outline and nothing else: place, size, turn an
 without regard to it, and the shape is as often lighter than its ground as darker. So neither the mean colour
 nor a linear function of the pixels tells much, while features that see edges, corners and holes do.
 
-A shape stands upright but for a random turn of at most 15 degrees either way, as things in photographs do: telling them
+A shape stands upright but for a random turn of at most 10 degrees either way, as things in photographs do: telling them
 apart at every angle is a matter of geometry that features of photographs are little help with. The outlines would stay
 apart however they were turned: no diamond beside the square, no ellipse beside the disc.
 """
@@ -21,8 +21,8 @@ BLOCK_SIZE = len(CLASS_NAMES)
 # Outlines are given in units of this radius (in pixels), on a scale at which they look equally large.
 RADIUS_RANGE = (9.0, 12.0)
 OUTLINE_REACH = 1.2  # what none exceeds; with it the frame never cuts a shape
-MAX_TURN = np.pi / 12  # of the shape, either way: as things in photographs, it stands more or less upright
-MAX_SHIFT = 4.0  # of the shape's centre from the image's, in pixels, where the frame leaves that much room
+MAX_TURN = np.pi / 18  # of the shape, either way: as things in photographs, it stands more or less upright
+MAX_SHIFT = 3.0  # of the shape's centre from the image's, in pixels, where the frame leaves that much room
 # Luma (0 to 1) between shape and ground, of which texture and shading take up to TEXTURE_LUMA on either side.
 CONTRAST_RANGE = (0.42, 0.62)
 TEXTURE_LUMA = 0.06
