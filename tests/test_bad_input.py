@@ -395,9 +395,7 @@ def test_a_backbone_that_moved_is_taken_from_where_it_is_said_to_be(run, tmp_pat
     whole = command(capsys, "predict", run, picture)
     moved = (run / "backbone.safetensors").rename(tmp_path / "moved.safetensors")
     digest = json.loads((run / SUMMARY).read_text())["backbone"]["sha256"]
-    is_one_error(
-        command(capsys, "predict", run, picture), 2, digest, "name a copy of it with --weights"
-    )
+    is_one_error(command(capsys, "predict", run, picture), 2, digest, "name a copy of it with --weights")
     other = shutil.copy(moved, tmp_path / "other.safetensors")
     flip(other)
     result = command(capsys, "predict", run, picture, "--weights", other)

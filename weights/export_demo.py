@@ -17,6 +17,7 @@ from cifar_jax.config import preset
 from cifar_jax.files import write_json
 from cifar_jax.pretrained.registry import weights_dir
 from cifar_jax.run_dir import METRICS
+from cifar_jax.version import __version__
 
 NAME, FILE = "demo", "demo-resnet50-w16.safetensors"
 ABOUT = "A ResNet50 of a quarter of the width, pretrained from scratch by this project (--preset pretrain)"
@@ -76,6 +77,7 @@ def provenance(run: Run, feature_scale: float, digest: str) -> dict[str, Any]:
         "sha256": digest,
         "command": f"python train.py --preset {run.config.preset}{options}",
         "feature_scale": feature_scale,
+        "code_version": __version__,
         "config": run.config.to_json() | dict.fromkeys(("data_dir", "cache_dir", "out")),
         "dataset": summary["dataset"],
         "num_train": summary["num_train"],
@@ -85,7 +87,7 @@ def provenance(run: Run, feature_scale: float, digest: str) -> dict[str, Any]:
         "test_loss": summary["val_loss"],
         "hours": round(sum(json.loads(row)["seconds"] for row in rows) / 3600, 2),
         "device": summary["device"],
-        "packages": summary["packages"],
+        "packages": {name: text for name, text in summary["packages"].items() if name != "cifar-jax"},
     }
 
 

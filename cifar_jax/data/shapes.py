@@ -105,7 +105,7 @@ def _coverage(rng: np.random.Generator) -> Planes:
     room = np.minimum(IMAGE_SIZE / 2 - 0.5 - OUTLINE_REACH * radius, MAX_SHIFT)
     shift_x, shift_y = room * rng.uniform(-1, 1, (2, BLOCK_SIZE, 1, 1))
     angle = rng.uniform(-MAX_TURN, MAX_TURN, (BLOCK_SIZE, 1, 1))
-    x, y = _float32(PIXEL_CENTRES - shift_x, PIXEL_CENTRES[:, None] - shift_y)
+    x, y = _float32(PIXEL_CENTRES - shift_x, shift_y - PIXEL_CENTRES[:, None])  # y points up, as rows go down
     cos, sin, radius = _float32(np.cos(angle) / radius, np.sin(angle) / radius, radius)
     distance = _outline_distances(cos * x + sin * y, cos * y - sin * x) * radius
     # Anti-aliasing: an edge through a pixel's centre covers half of it, one half a pixel away all or nothing.
