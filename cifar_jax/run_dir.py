@@ -17,6 +17,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.files import sha256_of_file, without_nan, write_json, write_text
 from cifar_jax.head import HeadParams, init_head
 from cifar_jax.pretrained import Backbone, load_backbone, registry
+from cifar_jax.pretrained.canonical import is_ours
 
 FORMAT_VERSION = 1
 CONFIG, METRICS, SUMMARY, CHECKPOINTS, BACKBONE = (
@@ -225,7 +226,7 @@ def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], we
         digest = sha256_of_file(candidate)
         if digest == about["sha256"]:
             # A file of the project's own says itself how it is run, whatever the one it was made from was told.
-            return load_backbone(candidate, None if candidate.suffix == ".safetensors" else config.variant)
+            return load_backbone(candidate, None if is_ours(candidate) else config.variant)
         other = f" ({candidate} is another file)"
     raise UserError(
         f"The run {path} needs the backbone it was trained on, {about['source']} with SHA-256 {about['sha256']}, which "

@@ -6,6 +6,7 @@ Two families of names are in use. `keras` is that of keras-applications since 1.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from cifar_jax.pretrained.merge import Path
@@ -32,8 +33,8 @@ OLDEST_TENSORS = {
 TOP_LAYERS = ("predictions", "probs", "fc1000")
 
 _BLOCK = {
-    "keras": re.compile(r"conv(\d+)_block(\d+)_1_conv"),
-    "keras-2016": re.compile(r"res(\d+)([a-z])_branch2a"),
+    "keras": re.compile(r"conv(\d{1,3})_block(\d{1,3})_1_conv"),
+    "keras-2016": re.compile(r"res(\d{1,3})([a-z])_branch2a"),
 }
 _STEM = {"keras": "conv1_conv", "keras-2016": "conv1"}
 
@@ -49,11 +50,13 @@ def family_of(layers: Iterable[str]) -> str | None:
 
 def stage_sizes_of(layers: Iterable[str], family: str) -> tuple[int, ...]:
     """Blocks in each stage, counted from the names of their first convolutions."""
-    blocks: dict[int, int] = {}
-    for layer in set(layers):
-        if match := _BLOCK[family].fullmatch(layer):
-            stage = int(match[1])
-            blocks[stage] = blocks.get(stage, 0) + 1
+    return count_blocks(layers, _BLOCK[family])
+
+
+def count_blocks(names: Iterable[str], pattern: re.Pattern[str]) -> tuple[int, ...]:
+    """Blocks in each stage: how many names there are for each number that the pattern's first group finds."""
+    found = (match for name in set(names) if (match := pattern.fullmatch(name)))
+    blocks = Counter(int(match[1]) for match in found)
     return tuple(blocks[stage] for stage in sorted(blocks))
 
 
