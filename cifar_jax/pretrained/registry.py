@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -165,14 +166,15 @@ def fetch(name: str, cache_dir: str | None = None, say: Say = lambda _: None, pr
 
 
 def _download(entry: Entry, target: Path, bar: Callable[[int], None]) -> None:
+    """Downloads aside and moves into place what has the right size and hash, of which pooch takes whole ones only."""
     pooch.get_logger().setLevel("ERROR")
-    pooch.retrieve(
-        entry.url,
-        known_hash=entry.digest,
-        fname=target.name,
-        path=target.parent,
-        downloader=pooch.HTTPDownloader(progressbar=_Bar(bar), timeout=DOWNLOAD_TIMEOUT),
-    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as aside:
+        downloader = pooch.HTTPDownloader(progressbar=_Bar(bar), timeout=DOWNLOAD_TIMEOUT)
+        came = pooch.retrieve(entry.url, known_hash=None, fname=target.name, path=aside, downloader=downloader)
+        if not entry.is_at(Path(came)):
+            raise ValueError("another hash")
+        os.replace(came, target)
 
 
 class _Bar:
