@@ -70,6 +70,21 @@ def name_map(stage_sizes: tuple[int, ...], family: str) -> dict[Path, str]:
     return names
 
 
+# Keras sorts layers by their distance from the end, so a block's shortcut stands beside its third convolution.
+_ORDER = {
+    "keras": ("conv1", "bn1", "conv2", "bn2", "conv_proj", "conv3", "bn_proj", "bn3"),
+    "keras-2016": ("conv1", "bn1", "conv2", "bn2", "conv3", "conv_proj", "bn3", "bn_proj"),
+}
+
+
+def layer_order(stage_sizes: tuple[int, ...], family: str) -> list[str]:
+    """All layers with weights as today's Keras has them, which takes a weights file's layers by order, not by name."""
+    layers = dict(_layers(stage_sizes, family))
+    blocks = [block_name(stage, block) for stage, count in enumerate(stage_sizes) for block in range(count)]
+    modules = [("stem_conv",), ("stem_bn",), *((block, role) for block in blocks for role in _ORDER[family])]
+    return [layers[module] for module in modules if module in layers]
+
+
 def _layers(stage_sizes: tuple[int, ...], family: str) -> Iterator[tuple[tuple[str, ...], str]]:
     """Pairs of a module's path in the network and the Keras layer of the same role."""
     modern = family == "keras"
