@@ -21,6 +21,10 @@ TIMM_ARCHITECTURES = frozenset(
 )
 
 
+# What timm may be told when it makes a network, as it makes a plain one.
+_USUAL = {"global_pool": "avg", "in_chans": 3, "output_stride": 32}
+
+
 @dataclass(frozen=True)
 class Described:
     """What a description decides; None is what it leaves open."""
@@ -74,7 +78,8 @@ def described_by_timm(config: Mapping[str, Any], what: str) -> Described:
         raise WeightsError(
             f"{what} describes {name!r}, which computes something else than ResNet50, 101 or 152 do; give one of those."
         )
-    if special := sorted(set(config.get("model_args") or {}) - {"num_classes"}):
+    arguments = dict(config.get("model_args") or {})
+    if special := sorted(key for key in arguments if key != "num_classes" and arguments[key] != _USUAL.get(key)):
         raise WeightsError(
             f"{what} describes a {name} changed in {', '.join(special)}, which is not known; give a plain one."
         )

@@ -146,6 +146,9 @@ def test_timm_says_its_mean_and_size(tmp_path):
         assert backbone.preprocessing == replace(TORCH, name="described", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
         assert (backbone.image_size, backbone.source) == (160, str(path)) and backbone.config == NARROW_TORCH
         assert backbone.variant == "torchvision as described (by its description)"
+    # As timm keeps what it was told.
+    described(path, TIMM | {"model_args": {"num_classes": 5, "global_pool": "avg", "in_chans": 3}})
+    assert load_backbone(path).image_size == 160
     described(path, {"architecture": "tv_resnet50", "mean": list(TORCH.mean), "std": list(TORCH.std)})
     assert load_backbone(path, say=said.append).variant == "torchvision (by its description)" and not said
 
