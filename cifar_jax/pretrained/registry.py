@@ -88,7 +88,7 @@ def entry_of_file(path: Path) -> Entry | None:
 
 
 def places(entry: Entry, cache_dir: str | None = None) -> Iterator[Path]:
-    """Where a copy may lie: with the project, $CIFAR_JAX_WEIGHTS (file or directory), our cache, the cache of Keras."""
+    """Where a copy may lie: with the project, $CIFAR_JAX_WEIGHTS (file or directory), our cache, Keras's, PyTorch's."""
     if entry.url is None:
         yield weights_dir() / entry.file
     if named := os.environ.get("CIFAR_JAX_WEIGHTS"):
@@ -96,6 +96,8 @@ def places(entry: Entry, cache_dir: str | None = None) -> Iterator[Path]:
         yield given / entry.file if given.is_dir() else given
     yield downloaded_to(entry, cache_dir)
     yield Path(os.path.expanduser(os.environ.get("KERAS_HOME") or "~/.keras")) / "models" / entry.file
+    torch_home = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
+    yield Path(os.path.expanduser(torch_home)) / "hub" / "checkpoints" / entry.file
 
 
 def downloaded_to(entry: Entry, cache_dir: str | None = None) -> Path:

@@ -8,6 +8,7 @@ descriptions of tensors. Whatever else a pickle asks for is refused by its name.
 import math
 import pickletools
 import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -136,13 +137,9 @@ def read_pickle(stream: BinaryIO, what: str) -> Any:
     """
     machine = _Machine(what)
     try:
-        for count, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
-            if count == MOST_INSTRUCTIONS:
-                raise WeightsError(f"{what} is too long a pickle for a ResNet; save its state dict alone.")
-            machine.step(instruction.name, argument)
-        if machine.marks:
-            raise ValueError("it ends inside of a list")
-        return machine.pop()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of escapes in texts that are none
+            return machine.run(stream)
     except (ValueError, TypeError, LookupError, ArithmeticError, struct.error) as error:
         raise WeightsError(f"{what} is damaged: its pickle cannot be read ({error}); get the file again.") from error
 
@@ -166,6 +163,16 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+
+    def run(self, stream: BinaryIO) -> Any:
+        """Does the instructions of a pickle; what is on the stack at its end."""
+        for count, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
+            if count == MOST_INSTRUCTIONS:
+                raise WeightsError(f"{self.what} is too long a pickle for a ResNet; save its state dict alone.")
+            self.step(instruction.name, argument)
+        if self.marks:
+            raise ValueError("it ends inside of a list")
+        return self.pop()
 
     def step(self, name: str, argument: Any) -> None:
         """Does one instruction."""

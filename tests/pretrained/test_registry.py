@@ -164,6 +164,8 @@ def test_a_cache_that_cannot_be_written_is_explained(tmp_path, entry):
         ("CIFAR_JAX_WEIGHTS", "kept", "kept/weights.h5"),
         ("KERAS_HOME", "keras", "keras/models/weights.h5"),
         ("HOME", "home", "home/.keras/models/weights.h5"),
+        ("TORCH_HOME", "torch", "torch/hub/checkpoints/weights.h5"),
+        ("HOME", "home", "home/.cache/torch/hub/checkpoints/weights.h5"),
         ("CIFAR_JAX_CACHE", "cache", f"cache/weights/{NAME}/weights.h5"),
     ],
 )
