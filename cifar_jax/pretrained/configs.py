@@ -27,12 +27,16 @@ _USUAL = {"global_pool": "avg", "in_chans": 3, "output_stride": 32}
 
 @dataclass(frozen=True)
 class Described:
-    """What a description decides; None is what it leaves open."""
+    """What a description decides; None is what it leaves open.
+
+    `other` says why it describes another network than its tensors, if they fit one, seem to be for.
+    """
 
     stride_in_1x1: bool
     stage_sizes: tuple[int, ...] | None
     preprocessing: Preprocessing | None
     image_size: int | None
+    other: str = ""
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -74,9 +78,10 @@ def described_beside(weights: Path, family: str) -> Described | None:
 
 def described_by_timm(config: Mapping[str, Any], what: str) -> Described:
     """What timm's config.json says: the means, deviations and size of the images, and that nothing else is special."""
-    if (name := config["architecture"]) not in TIMM_ARCHITECTURES:
-        raise WeightsError(
-            f"{what} describes {name!r}, which computes something else than ResNet50, 101 or 152 do; give one of those."
+    other, name = "", config["architecture"]
+    if name not in TIMM_ARCHITECTURES:
+        other = (
+            f"{what} describes {name!r}, which computes something else than ResNet50, 101 or 152; give one of those."
         )
     arguments = dict(config.get("model_args") or {})
     if special := sorted(key for key in arguments if key != "num_classes" and arguments[key] != _USUAL.get(key)):
@@ -86,7 +91,7 @@ def described_by_timm(config: Mapping[str, Any], what: str) -> Described:
     about = config.get("pretrained_cfg") or config
     mean, std = about.get("mean", TORCH.mean), about.get("std", TORCH.std)
     _, height, width = about.get("input_size", (3, 224, 224))
-    return Described(False, None, _preprocessing(255.0, mean, std), _side(height, width))
+    return Described(False, None, _preprocessing(255.0, mean, std), _side(height, width), other)
 
 
 def described_by_hf(config: Mapping[str, Any], pixels: Mapping[str, Any] | None, what: str) -> Described:

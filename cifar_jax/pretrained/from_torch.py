@@ -54,12 +54,7 @@ def backbone_from_torch(
         )
     names = NAMES[family]
     named = {known: tensors[name] for name, known in names.known_names(tensors).items()}
-    sizes = count_blocks(named, names.BLOCK)
-    if names.BOTTLENECK not in named and _is_basic(named, names):
-        raise WeightsError(
-            f"{path} is a ResNet of basic blocks, as ResNet18 and ResNet34 are; give a ResNet50, 101 or 152."
-        )
-    check_depth(sizes, str(path))
+    sizes = _stage_sizes(named, names, path)
     beside = None if by_hash else described_beside(path, family)
     if beside and beside.stage_sizes not in (None, sizes):
         raise WeightsError(
@@ -71,11 +66,14 @@ def backbone_from_torch(
         say(f"{path} does not say {assumed}.")
     config = replace(variant.config, stage_sizes=sizes)
     ignored = [name for name in named if name in names.TOP or name.endswith(f".{torch_names.IGNORED}")]
+    variables = merge(named, names.name_map(sizes), config, ignored, str(path), layouts.TORCH)
+    if beside and beside.other:  # only now: tensors that do not fit tell more
+        raise WeightsError(beside.other)
     return Backbone(
         config,
         variant.preprocessing,
         variant.image_size,
-        merge(named, names.name_map(sizes), config, ignored, str(path), layouts.TORCH),
+        variables,
         sha256=sha256_of_file(path),
         source=str(path),
         variant=f"{variant.name} (by {reason})",
@@ -83,9 +81,16 @@ def backbone_from_torch(
     )
 
 
-def _is_basic(named: Mapping[str, np.ndarray], names: ModuleType) -> bool:
-    """Whether a block's second convolution is its last: not where all of them have another name."""
-    return names.BOTTLENECK.replace("conv3", "conv2").replace("layer.2", "layer.1") in named
+def _stage_sizes(named: Mapping[str, np.ndarray], names: ModuleType, path: Path) -> tuple[int, ...]:
+    """Blocks in each stage, of three convolutions each."""
+    second = names.BOTTLENECK.replace("conv3", "conv2").replace("layer.2", "layer.1")
+    if second in named and names.BOTTLENECK not in named:
+        raise WeightsError(
+            f"{path} is a ResNet of basic blocks, as ResNet18 and ResNet34 are; give a ResNet50, 101 or 152."
+        )
+    sizes = count_blocks(named, names.BLOCK)
+    check_depth(sizes, str(path))
+    return sizes
 
 
 def _described(beside: Described) -> Callable[[Variant], Variant]:

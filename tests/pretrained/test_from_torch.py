@@ -284,7 +284,8 @@ def test_timms_deep_stem_is_refused(tmp_path):
     deep = without(tensors, "conv1.weight") | {
         f"conv1.{n}.weight": np.zeros((4, 4, 3, 3), np.float32) for n in (0, 3, 6)
     }
-    sentence = refusal(write(tmp_path / "x.safetensors", deep))
+    path = described(write(tmp_path / "x.safetensors", deep), TIMM | {"architecture": "resnet50d"})
+    sentence = refusal(path)
     assert "it lacks conv1.weight and has conv1.0.weight, conv1.3.weight, conv1.6.weight" in sentence
 
 
