@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,7 @@ def load_run(path: str | os.PathLike[str], weights: str | None = None) -> Run:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / SUMMARY} is not as `train` wrote it; name another run directory.") from error
     backbone = _find_backbone(path, config, about, weights)
+    _check_run_as_before(path, backbone, summary["backbone"])
     # What the head was trained on, which need not be the size of the backbone's own training.
     backbone = backbone.replace(image_size=config.image_size or backbone.image_size)
     selected = summary.get("selected_epoch")
@@ -210,6 +211,16 @@ def load_run(path: str | os.PathLike[str], weights: str | None = None) -> Run:
     )}  # fmt: skip
     head_params = load_checkpoint(path / CHECKPOINTS, like, selected)["head"]
     return Run(path, config, summary, backbone, head_params, class_names)
+
+
+def _check_run_as_before(path: Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
+    """The hash is that of the weights; how they are run may be told by a file beside them, which may have gone."""
+    for name, value in (("config", backbone.config), ("preprocessing", backbone.preprocessing)):
+        if name in about and json.loads(json.dumps(asdict(value))) != about[name]:
+            raise UserError(
+                f"{backbone.source} has the weights of the run {path} and would be run with another {name} than there; "
+                "put back the config.json that lay beside it."
+            )
 
 
 def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], weights: str | None) -> Backbone:

@@ -309,3 +309,18 @@ def test_a_directory_without_weights(tmp_path, capsys):
     sentence = command(capsys, "train", "--preset", "demo", "--weights", tmp_path, "--out", tmp_path / "out")
     is_one_error(sentence, 2, "is a directory without model.safetensors or pytorch_model.bin")
     assert files_below(tmp_path) == []
+
+
+def test_a_run_remembers_what_lay_beside_its_weights(tmp_path, capsys):
+    """The hash of the weights is the same without it; what they would compute is not."""
+    weights = tmp_path / "timm"
+    weights.mkdir()
+    described(write(weights / "model.safetensors", torch_tensors(NARROW_TORCH)), TIMM)
+    sizes = ["--image-size", 32, "--hidden", 8, "--train-examples", 64, "--test-examples", 20, "--epochs", 1]
+    trained = command(capsys, "train", "--preset", "demo", "--weights", weights, *sizes, "--out", tmp_path / "run")
+    assert trained.code == 0, trained
+    assert command(capsys, "evaluate", tmp_path / "run").code == 0
+    (weights / "config.json").rename(weights / "elsewhere.json")
+    is_one_error(
+        command(capsys, "evaluate", tmp_path / "run"), 2, "with another preprocessing", "put back the config.json"
+    )
