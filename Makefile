@@ -2,6 +2,7 @@
 # make test          the tests
 # make lint          ruff and mypy
 # make parity        against Keras, torchvision, timm and transformers themselves, in minutes
+# make mutations     thousands of damaged weights files, in a quarter of an hour
 # make installed     a short demo from an installed copy
 # make demo-weights  the demo backbone again, in one to two hours
 # The first of them makes a virtual environment in $(VENV).
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint parity installed demo-weights clean
+.PHONY: demo test lint parity mutations installed demo-weights clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python train.py --preset demo
@@ -25,6 +26,9 @@ lint: $(VENV)/.dev
 
 parity: $(VENV)/.parity
 	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity tests/parity
+
+mutations: $(VENV)/.dev
+	CIFAR_JAX_MUTATIONS=10000 $(BIN)/python -m pytest tests/pretrained/test_mutations.py
 
 # The wheel, outside of the checkout: all its parts are in it, and it finds its weights.
 installed: $(VENV)/.runtime
