@@ -2,7 +2,7 @@
 # make test          the tests
 # make lint          ruff and mypy
 # make parity        against Keras, torchvision, timm and transformers themselves, in minutes
-# make mutations     thousands of damaged weights files, in a quarter of an hour
+# make mutations     thousands of damaged weights files, in minutes
 # make installed     a short demo from an installed copy
 # make demo-weights  the demo backbone again, in one to two hours
 # The first of them makes a virtual environment in $(VENV).
