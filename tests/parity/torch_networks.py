@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,8 +180,15 @@ BRANCH_END = re.compile(r"(layer\d\.\d+\.bn3|layer\.2\.normalization)$")
 WITHIN_BRANCH = re.compile(r"(layer\d\.\d+\.bn[12]|layer\.[01]\.normalization)$")
 
 
+def stage_of(name: str) -> str:
+    """The part of a module's name that all modules of its stage share."""
+    match = re.search(r"layer\d(?=\.\d+\.bn)|stages\.\d", name)
+    return match[0] if match else ""
+
+
 def draw_weights(torch: ModuleType, model: Any, rng: np.random.Generator) -> None:
     """Random weights as `networks.draw_weights` has them, for the same reasons, without biases."""
+    blocks = Counter(stage_of(name) for name, _ in model.named_modules() if BRANCH_END.search(name))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Conv2d):
             out, fan_in, height, width = module.weight.shape
@@ -188,10 +196,14 @@ def draw_weights(torch: ModuleType, model: Any, rng: np.random.Generator) -> Non
             kernel = rng.normal(0, (2 / (height * width * fan_in)) ** 0.5, module.weight.shape)
             drawn = {"weight": kernel * faint[:, None, None, None]}
         elif isinstance(module, torch.nn.BatchNorm2d):
-            gain = 0.4 if BRANCH_END.search(name) else 1.0
-            shift = 0.5 if WITHIN_BRANCH.search(name) else 0.1
+            gain, shift, spread = 1.0, 0.5 if WITHIN_BRANCH.search(name) else 0.1, 0.2
+            if BRANCH_END.search(name):
+                # What 23 or 36 branches add up to spreads no more than what 6 do, and does not climb: else hardly a unit
+                # of their stage is ever off.
+                share = min(1.0, 6 / blocks[stage_of(name)])
+                gain, shift, spread = 0.4 * share**0.5, 0.1 if share == 1 else 0.0, 0.2 * share**0.5
             size = module.weight.shape
-            drawn = {"weight": gain * rng.uniform(0.5, 1.5, size), "bias": rng.normal(shift, 0.2, size)}
+            drawn = {"weight": gain * rng.uniform(0.5, 1.5, size), "bias": rng.normal(shift, spread, size)}
         elif isinstance(module, torch.nn.Linear):
             drawn = {"weight": rng.normal(0, 0.02, module.weight.shape), "bias": rng.normal(0, 0.02, module.bias.shape)}
         else:
