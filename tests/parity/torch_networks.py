@@ -198,8 +198,8 @@ def draw_weights(torch: ModuleType, model: Any, rng: np.random.Generator) -> Non
         elif isinstance(module, torch.nn.BatchNorm2d):
             gain, shift, spread = 1.0, 0.5 if WITHIN_BRANCH.search(name) else 0.1, 0.2
             if BRANCH_END.search(name):
-                # What 23 or 36 branches add up to spreads no more than what 6 do, and does not climb: else hardly a unit
-                # of their stage is ever off.
+                # What 23 or 36 branches add up to spreads no more than what 6 do, and does not climb: else hardly a
+                # unit of their stage is ever off.
                 share = min(1.0, 6 / blocks[stage_of(name)])
                 gain, shift, spread = 0.4 * share**0.5, 0.1 if share == 1 else 0.0, 0.2 * share**0.5
             size = module.weight.shape
