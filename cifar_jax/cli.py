@@ -1,4 +1,4 @@
-"""The command line: `train`, `evaluate`, `predict`, `info`. The only module that parses arguments or exits."""
+"""The command line: what USAGE lists. The only module that parses arguments or exits."""
 
 import contextlib
 import io
@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
 import tyro
@@ -24,6 +24,7 @@ USAGE = """usage: python -m cifar_jax COMMAND [options]
   evaluate RUN           score a run's head on its test images again
   predict RUN IMAGE...   say what is in image files
   info                   versions, devices, known weights and data sets on this machine
+  convert SRC DST        weights of any form to our own (.safetensors), or back to Keras's (.h5) and others'
 
 python -m cifar_jax COMMAND --help lists the options of a command."""
 
@@ -79,6 +80,28 @@ class InfoOptions:
     """show tracebacks"""
 
 
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Write weights in another form: DST .safetensors is our own, .h5 that of Keras; --to names others."""
+
+    src: tyro.conf.Positional[str]
+    """a weights file, a directory of timm or transformers, or a name that `info` lists"""
+    dst: tyro.conf.Positional[str]
+    """the file to write"""
+    to: Literal["ours", "keras", "torchvision", "huggingface"] | None = None
+    """the form, where the ending of DST leaves it open"""
+    variant: str | None = None
+    """how SRC is run, where it leaves that open"""
+    overwrite: bool = False
+    """replace DST if it is there"""
+    cache_dir: str | None = None
+    """where downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
+    json: bool = False
+    """print JSON"""
+    debug: bool = False
+    """show tracebacks"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -89,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what its encoding does not
-    commands = {"train": _train, "evaluate": _evaluate, "predict": _predict, "info": _info}
+    commands = {"train": _train, "evaluate": _evaluate, "predict": _predict, "info": _info, "convert": _convert}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
@@ -198,6 +221,20 @@ def _info(arguments: list[str]) -> int:
     reporter.table(about["weights"])
     reporter.out.print()
     reporter.header(about["data"])
+    return 0
+
+
+def _convert(arguments: list[str]) -> int:
+    from cifar_jax.pretrained.convert import convert
+
+    options = _parse(ConvertOptions, arguments, "convert")
+    reporter = ConsoleReporter()
+    more = {"overwrite": options.overwrite, "cache_dir": options.cache_dir, "progress": reporter.progress}
+    about = convert(options.src, options.dst, options.to, options.variant, say=reporter.say, **more)
+    if options.json:
+        print(json.dumps(about))
+    else:
+        reporter.header(about)
     return 0
 
 

@@ -25,9 +25,10 @@ class TrainConfig:
     data_dir: str | None = None
     """where TFDS keeps its data sets; else $TFDS_DATA_DIR, else ~/tensorflow_datasets"""
     weights: str = "keras-resnet50"
-    """the backbone: a file, a name that `info` lists, or random / random-w16 (untrained)"""
+    """the backbone: a file or directory, a name that `info` lists, or random / random-w16 (untrained)"""
     variant: str | None = None
-    """how to run the weights, where their file leaves a choice: keras, keras-2016 or keras-2016-unpadded"""
+    """how to run the weights, where their file leaves a choice: keras, keras-2016, keras-2016-unpadded, torchvision or
+    huggingface"""
     image_size: int | None = None
     """side in pixels to which images are upsampled; a multiple of 32; else the weights' own (224 for ImageNet's)"""
     mode: Literal["cached", "live", "finetune"] = "cached"

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.files import sha256_of_file, without_nan, write_json, write_text
 from cifar_jax.head import HeadParams, init_head
 from cifar_jax.pretrained import Backbone, load_backbone, registry
+from cifar_jax.pretrained.canonical import is_ours
 
 FORMAT_VERSION = 1
 CONFIG, METRICS, SUMMARY, CHECKPOINTS, BACKBONE = (
@@ -201,6 +202,7 @@ def load_run(path: str | os.PathLike[str], weights: str | None = None) -> Run:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / SUMMARY} is not as `train` wrote it; name another run directory.") from error
     backbone = _find_backbone(path, config, about, weights)
+    _check_run_as_before(path, backbone, summary["backbone"])
     # What the head was trained on, which need not be the size of the backbone's own training.
     backbone = backbone.replace(image_size=config.image_size or backbone.image_size)
     selected = summary.get("selected_epoch")
@@ -209,6 +211,16 @@ def load_run(path: str | os.PathLike[str], weights: str | None = None) -> Run:
     )}  # fmt: skip
     head_params = load_checkpoint(path / CHECKPOINTS, like, selected)["head"]
     return Run(path, config, summary, backbone, head_params, class_names)
+
+
+def _check_run_as_before(path: Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
+    """The hash is that of the weights; how they are run may be told by a file beside them, which may have gone."""
+    for name, value in (("config", backbone.config), ("preprocessing", backbone.preprocessing)):
+        if name in about and json.loads(json.dumps(asdict(value))) != about[name]:
+            raise UserError(
+                f"{backbone.source} has the weights of the run {path} and would be run with another {name} than there; "
+                "put back the config.json that lay beside it."
+            )
 
 
 def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], weights: str | None) -> Backbone:
@@ -225,7 +237,7 @@ def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], we
         digest = sha256_of_file(candidate)
         if digest == about["sha256"]:
             # A file of the project's own says itself how it is run, whatever the one it was made from was told.
-            return load_backbone(candidate, None if candidate.suffix == ".safetensors" else config.variant)
+            return load_backbone(candidate, None if is_ours(candidate) else config.variant)
         other = f" ({candidate} is another file)"
     raise UserError(
         f"The run {path} needs the backbone it was trained on, {about['source']} with SHA-256 {about['sha256']}, which "

@@ -2,7 +2,9 @@
 
 import functools
 import io
+import re
 import resource
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -14,11 +16,14 @@ import numpy as np
 import pytest
 
 from cifar_jax.cli import main
-from cifar_jax.pretrained import UNTRAINED, keras_names, load, variants
+from cifar_jax.pretrained import UNTRAINED, keras_names, layouts, variants
+from cifar_jax.pretrained.from_torch import NAMES
+from cifar_jax.pretrained.keras3 import snake_case
 from cifar_jax.pretrained.merge import variable_shapes
 from cifar_jax.resnet import ResNetConfig
 
 NARROW = ResNetConfig(stage_sizes=(1, 1), width=4)
+NARROW_TORCH = replace(NARROW, stride_in_1x1=False, conv_bias=False, bn_epsilon=1e-5)
 # A job of seconds, as it is typed.
 TINY = (
     *("--preset", "demo", "--weights", "random-w16", "--image-size", "32", "--hidden", "8"),
@@ -68,7 +73,7 @@ def full_disk(at: int) -> Iterator[None]:
 
 def narrow_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes ResNet50 a network of two narrow blocks, pretrained and untrained, so that a check takes no minute."""
-    monkeypatch.setattr(load, "RESNET50", NARROW.stage_sizes)
+    monkeypatch.setitem(variants.DEPTHS, NARROW.stage_sizes, "a narrow one")
     for name, variant in variants.VARIANTS.items():
         config = replace(variant.config, stage_sizes=NARROW.stage_sizes, width=NARROW.width)
         monkeypatch.setitem(variants.VARIANTS, name, replace(variant, config=config))
@@ -90,6 +95,22 @@ def keras_tensors(config: ResNetConfig = NARROW, family: str = "keras") -> dict[
     return tensors
 
 
+def torch_tensors(config: ResNetConfig, family: str = "torchvision", classes: int = 5) -> dict[str, np.ndarray]:
+    """A network's tensors under their names in a family of PyTorch's, in PyTorch's shapes, its classifier included."""
+    rng, names = np.random.default_rng(0), NAMES[family]
+    tensors = {}
+    for path, shape in variable_shapes(config).items():
+        values = rng.uniform(0.5, 1.5, shape) if path[-1] in ("scale", "var") else rng.normal(0, 0.1, shape)
+        values = layouts.TORCH.from_network(values) if path[-1] == "kernel" else values
+        name = names.name_map(config.stage_sizes)[path]
+        tensors[name] = np.ascontiguousarray(values, np.float32)
+        if path[-1] == "var":
+            tensors[name.replace("running_var", "num_batches_tracked")] = np.array(7)
+    tensors[names.TOP[0]] = rng.normal(size=(classes, config.features)).astype(np.float32)
+    tensors[names.TOP[1]] = rng.normal(size=classes).astype(np.float32)
+    return tensors
+
+
 def write_keras_h5(path: Path, tensors: Mapping[str, np.ndarray], **attributes: Any) -> Path:
     """Writes `layer/tensor` arrays as Keras's `save_weights` lays them out."""
     layers: dict[str, list[str]] = {}
@@ -104,6 +125,53 @@ def write_keras_h5(path: Path, tensors: Mapping[str, np.ndarray], **attributes: 
             for name in names:
                 group[f"{name}:0"] = tensors[name]
     return path
+
+
+# The class of a layer by how its name ends, and the numbers of its tensors, as Keras 3 has them.
+KERAS3_TENSORS = {
+    "Conv2D": ("kernel", "bias"),
+    "BatchNormalization": ("gamma", "beta", "moving_mean", "moving_variance"),
+    "Dense": ("kernel", "bias"),
+}
+
+
+def write_keras3_h5(path: Path, tensors: Mapping[str, np.ndarray], named: bool = True) -> Path:
+    """Writes `layer/tensor` arrays as the `save_weights` of Keras 3 does, with the layers' names or without them."""
+    layers: dict[str, list[str]] = {}
+    for name in tensors:
+        layers.setdefault(name.rpartition("/")[0], []).append(name)
+    used: Counter[str] = Counter()
+    with h5py.File(path, "w") as file:
+        for layer, names in layers.items():
+            order, kind = KERAS3_TENSORS[class_of(layer)], snake_case(class_of(layer))
+            group = file.create_group(f"layers/{kind}_{used[kind]}/vars" if used[kind] else f"layers/{kind}/vars")
+            used[kind] += 1
+            if named:
+                group.attrs["name"] = layer
+            for name in names:
+                group[str(order.index(name.rpartition("/")[2]))] = tensors[name]
+    return path
+
+
+def class_of(layer: str) -> str:
+    """The Keras class of a ResNet's layer."""
+    return "BatchNormalization" if "bn" in layer else "Conv2D" if re.search("conv|res", layer) else "Dense"
+
+
+def keras_description(layers: Iterable[str], epsilon: float = 1.001e-5) -> dict[str, Any]:
+    """As much of a model's description as tells how it is run."""
+    described = [("ZeroPadding2D", "conv1_pad", {}), ("ZeroPadding2D", "pool1_pad", {})]
+    for layer in layers:
+        stride = 2 if layer == "conv1_conv" else 1
+        size = 7 if layer == "conv1_conv" else 3 if layer.endswith("_2_conv") else 1
+        about = {
+            "Conv2D": {"use_bias": True, "kernel_size": [size, size], "strides": [stride, stride]},
+            "BatchNormalization": {"epsilon": epsilon},
+            "Dense": {},
+        }
+        described.append((class_of(layer), layer, about[class_of(layer)]))
+    named = [{"class_name": kind, "config": {"name": name} | about} for kind, name, about in described]
+    return {"class_name": "Functional", "config": {"layers": named}}
 
 
 def encoded(names: Iterable[str]) -> np.ndarray:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,20 @@ from cifar_jax.files import replacing, sha256_of_arrays, sha256_of_file
 from cifar_jax.preprocess import Preprocessing
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.pretrained.errors import WeightsError
-from cifar_jax.pretrained.merge import merge
+from cifar_jax.pretrained.merge import merge, top_of
 from cifar_jax.resnet import ResNetConfig
 
 # The one key of the metadata. With several, safetensors would write them in another order each time, so that equal
 # networks made unequal files.
 KEY, FORMAT = "cifar_jax", "backbone 1"
+TOP = "top/"  # in front of the names of the classifier's tensors, where the weights had one
 
 
 def save_backbone(path: Path, backbone: Backbone, half: bool = False) -> str:
     """Writes a backbone, whole or not at all, and returns the file's SHA-256; equal backbones make equal files.
 
     Tensors are named `params/stage1_block1/conv1/kernel`; the metadata holds the configuration, the preprocessing and
-    the image size, so nothing has to be guessed when it is read.
+    the image size, so nothing has to be guessed when it is read. A classifier goes along as `top/kernel`, `top/bias`.
 
     Args:
       path: of the file.
@@ -46,6 +48,7 @@ def to_bytes(backbone: Backbone, half: bool = False) -> bytes:
     tensors = {"/".join(at): np.asarray(leaf) for at, leaf in flatten_dict(backbone.variables).items()}
     if half:
         tensors |= {name: leaf.astype(np.float16) for name, leaf in tensors.items() if name.endswith("/kernel")}
+    tensors |= {f"{TOP}{name}": np.asarray(leaf) for name, leaf in (backbone.top or {}).items()}
     about: dict[str, Any] = {
         "format": FORMAT,
         "config": dataclasses.asdict(backbone.config),
@@ -64,22 +67,53 @@ def _digest(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
     return hashlib.sha256((said + sha256_of_arrays(*(tensors[name] for name in names))).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class SafeFile:
+    """What a safetensors file holds, whoever wrote it."""
+
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+
+
+def read_safetensors(path: Path) -> SafeFile:
+    """Reads all tensors of a file and what is said of them.
+
+    Raises:
+      WeightsError: when the file is damaged or cut short.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return SafeFile(tensors, file.metadata() or {})
+    except (OSError, safetensors.SafetensorError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}); get the file again.") from error
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is of this project's own form; nothing is read but its header."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return KEY in (file.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
 def read_backbone(path: Path) -> Backbone:
     """Reads what `save_backbone` wrote.
 
     Raises:
       WeightsError: when the file is damaged, of another program, or its tensors do not fill the network it describes.
     """
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}); get the file again.") from error
+    return to_backbone(path, read_safetensors(path))
+
+
+def to_backbone(path: Path, file: SafeFile) -> Backbone:
+    """Makes a backbone of what a file holds; see `read_backbone`."""
+    tensors, metadata = file.tensors, file.metadata
     if KEY not in metadata:
         raise WeightsError(
-            f"{path} was not written by this project (its metadata has no {KEY!r}), so how to run it is not known; "
-            "give a file that this project wrote."
+            f"{path} was not written by this project (its metadata has no {KEY!r}), and its tensors have the "
+            "names of no known ResNet; give a file of this project, of timm or of transformers."
         )
     try:
         about = json.loads(metadata[KEY])
@@ -93,8 +127,9 @@ def read_backbone(path: Path) -> Backbone:
         variant, sha256 = str(about["variant"]), str(about["sha256"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} has metadata that cannot be read ({error}); get the file again.") from error
-    names = {tuple(name.split("/")): name for name in tensors}
-    variables = merge(tensors, names, config, what=str(path))
+    names = {tuple(name.split("/")): name for name in tensors if not name.startswith(TOP)}
+    top_names = (f"{TOP}kernel", f"{TOP}bias")
+    variables = merge(tensors, names, config, [name for name in top_names if name in tensors], str(path))
     if sha256 != _digest(about, tensors):
         raise WeightsError(f"{path} is damaged: it does not have the digest kept inside it; get the file again.")
     return Backbone(
@@ -105,6 +140,7 @@ def read_backbone(path: Path) -> Backbone:
         sha256=sha256_of_file(path),
         source=str(path),
         variant=variant,
+        top=top_of(tensors, top_names, config, str(path)),
     )
 
 

@@ -6,6 +6,7 @@ Two families of names are in use. `keras` is that of keras-applications since 1.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from cifar_jax.pretrained.merge import Path
@@ -32,8 +33,8 @@ OLDEST_TENSORS = {
 TOP_LAYERS = ("predictions", "probs", "fc1000")
 
 _BLOCK = {
-    "keras": re.compile(r"conv(\d+)_block(\d+)_1_conv"),
-    "keras-2016": re.compile(r"res(\d+)([a-z])_branch2a"),
+    "keras": re.compile(r"conv(\d{1,3})_block(\d{1,3})_1_conv"),
+    "keras-2016": re.compile(r"res(\d{1,3})([a-z])_branch2a"),
 }
 _STEM = {"keras": "conv1_conv", "keras-2016": "conv1"}
 
@@ -49,11 +50,13 @@ def family_of(layers: Iterable[str]) -> str | None:
 
 def stage_sizes_of(layers: Iterable[str], family: str) -> tuple[int, ...]:
     """Blocks in each stage, counted from the names of their first convolutions."""
-    blocks: dict[int, int] = {}
-    for layer in set(layers):
-        if match := _BLOCK[family].fullmatch(layer):
-            stage = int(match[1])
-            blocks[stage] = blocks.get(stage, 0) + 1
+    return count_blocks(layers, _BLOCK[family])
+
+
+def count_blocks(names: Iterable[str], pattern: re.Pattern[str]) -> tuple[int, ...]:
+    """Blocks in each stage: how many names there are for each number that the pattern's first group finds."""
+    found = (match for name in set(names) if (match := pattern.fullmatch(name)))
+    blocks = Counter(int(match[1]) for match in found)
     return tuple(blocks[stage] for stage in sorted(blocks))
 
 
@@ -65,6 +68,21 @@ def name_map(stage_sizes: tuple[int, ...], family: str) -> dict[Path, str]:
         for tensor, (collection, leaf) in tensors.items():
             names[(collection, *module, leaf)] = f"{layer}/{tensor}"
     return names
+
+
+# Keras sorts layers by their distance from the end, so a block's shortcut stands beside its third convolution.
+_ORDER = {
+    "keras": ("conv1", "bn1", "conv2", "bn2", "conv_proj", "conv3", "bn_proj", "bn3"),
+    "keras-2016": ("conv1", "bn1", "conv2", "bn2", "conv3", "conv_proj", "bn3", "bn_proj"),
+}
+
+
+def layer_order(stage_sizes: tuple[int, ...], family: str) -> list[str]:
+    """All layers with weights as today's Keras has them, which takes a weights file's layers by order, not by name."""
+    layers = dict(_layers(stage_sizes, family))
+    blocks = [block_name(stage, block) for stage, count in enumerate(stage_sizes) for block in range(count)]
+    modules = [("stem_conv",), ("stem_bn",), *((block, role) for block in blocks for role in _ORDER[family])]
+    return [layers[module] for module in modules if module in layers]
 
 
 def _layers(stage_sizes: tuple[int, ...], family: str) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cifar_jax.pretrained import layouts
 from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.resnet import ResNet, ResNetConfig, Variables
 
@@ -27,6 +28,7 @@ def merge(
     config: ResNetConfig,
     ignored: Collection[str] = (),
     what: str = "the weights",
+    layout: layouts.Layout = layouts.KERAS,
 ) -> Variables:
     """Makes a network's variables from the tensors of a file, by name.
 
@@ -36,6 +38,7 @@ def merge(
       config: the network.
       ignored: tensors that are known and not wanted, such as the classifier's.
       what: the file, for the error.
+      layout: the order of the axes in the file.
 
     Returns:
       float32 variables in the network's structure.
@@ -52,14 +55,18 @@ def merge(
             f"{what} does not fit the network: it lacks {_some(missing)} and has {_some(extra)} that the network does "
             "not know; nothing was loaded."
         )
-    merged = {path: _to_flax_layout(np.asarray(tensors[names[path]]), shape) for path, shape in shapes.items()}
+    views = {path: layout.to_network(np.asarray(tensors[names[path]]), len(shape)) for path, shape in shapes.items()}
     wrong = [
-        f"{names[path]} {tuple(tensors[names[path]].shape)} where the network has {shape}"
+        f"{names[path]} {tuple(tensors[names[path]].shape)} where the network has {_shown(shape, layout)}"
         for path, shape in shapes.items()
-        if merged[path].shape != shape
+        if views[path].shape != shape
     ]
     if wrong:
         raise WeightsError(f"{what} does not fit the network: {_some(wrong)}; nothing was loaded.")
+    if bad := [names[path] for path, view in views.items() if not jnp.issubdtype(view.dtype, jnp.floating)]:
+        raise WeightsError(f"{what} holds whole numbers where weights belong, in {_some(bad)}; get the file again.")
+    with np.errstate(over="ignore"):  # of float64; what becomes infinite is refused below
+        merged = {path: np.ascontiguousarray(view, np.float32) for path, view in views.items()}
     if bad := [names[path] for path, value in merged.items() if not np.isfinite(value).all()]:
         raise WeightsError(f"{what} holds values that are not finite, in {_some(bad)}; get the file again.")
     if bad := [names[path] for path, value in merged.items() if path[-1] == "var" and (value < 0).any()]:
@@ -67,11 +74,39 @@ def merge(
     return unflatten_dict(merged)
 
 
-def _to_flax_layout(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A 1x1 convolution's kernel [1, 1, in, out] is this network's dense kernel [in, out]; all else is alike."""
-    if len(shape) == 2 and tensor.ndim == 4 and tensor.shape[:2] == (1, 1):
-        tensor = tensor[0, 0]
-    return np.ascontiguousarray(tensor, np.float32)
+def top_of(
+    tensors: Mapping[str, np.ndarray], names: tuple[str, str], config: ResNetConfig, what: str, transposed: bool = False
+) -> dict[str, np.ndarray] | None:
+    """A file's own classifier, for those who want its classes.
+
+    Args:
+      tensors: what the file holds.
+      names: of the classifier's kernel and bias.
+      config: the network before it.
+      what: the file, for the error.
+      transposed: whether the kernel is [classes, features], as PyTorch has it.
+
+    Returns:
+      {"kernel": [features, classes], "bias": [classes]} in float32, or None where there is none.
+
+    Raises:
+      WeightsError: when it is half there or does not fit the network's features.
+    """
+    if not any(name in tensors for name in names):
+        return None
+    found = [np.asarray(tensors.get(name, ()), np.float32) for name in names]
+    kernel, bias = np.ascontiguousarray(found[0].T) if transposed else found[0], found[1]
+    if kernel.ndim != 2 or kernel.shape != (config.features, bias.size) or bias.ndim != 1:
+        raise WeightsError(
+            f"{what} holds a classifier that does not fit its network: {names[0]} of {kernel.shape} and {names[1]} of "
+            f"{bias.shape} where ({config.features}, classes) and (classes,) belong; get the file again."
+        )
+    return {"kernel": kernel, "bias": bias}
+
+
+def _shown(shape: tuple[int, ...], layout: layouts.Layout) -> tuple[int, ...]:
+    """A variable's shape, as a person finds it in the file."""
+    return shape if layout is layouts.KERAS else layout.shape(np.broadcast_to(np.float32(0), shape))
 
 
 def _some(items: list[str], most: int = 6) -> str:

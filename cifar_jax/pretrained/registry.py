@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def entry_of_file(path: Path) -> Entry | None:
 
 
 def places(entry: Entry, cache_dir: str | None = None) -> Iterator[Path]:
-    """Where a copy may lie: with the project, $CIFAR_JAX_WEIGHTS (file or directory), our cache, the cache of Keras."""
+    """Where a copy may lie: with the project, $CIFAR_JAX_WEIGHTS (file or directory), our cache, Keras's, PyTorch's."""
     if entry.url is None:
         yield weights_dir() / entry.file
     if named := os.environ.get("CIFAR_JAX_WEIGHTS"):
@@ -95,6 +96,8 @@ def places(entry: Entry, cache_dir: str | None = None) -> Iterator[Path]:
         yield given / entry.file if given.is_dir() else given
     yield downloaded_to(entry, cache_dir)
     yield Path(os.path.expanduser(os.environ.get("KERAS_HOME") or "~/.keras")) / "models" / entry.file
+    torch_home = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
+    yield Path(os.path.expanduser(torch_home)) / "hub" / "checkpoints" / entry.file
 
 
 def downloaded_to(entry: Entry, cache_dir: str | None = None) -> Path:
@@ -165,14 +168,15 @@ def fetch(name: str, cache_dir: str | None = None, say: Say = lambda _: None, pr
 
 
 def _download(entry: Entry, target: Path, bar: Callable[[int], None]) -> None:
+    """Downloads aside and moves into place what has the right size and hash, of which pooch takes whole ones only."""
     pooch.get_logger().setLevel("ERROR")
-    pooch.retrieve(
-        entry.url,
-        known_hash=entry.digest,
-        fname=target.name,
-        path=target.parent,
-        downloader=pooch.HTTPDownloader(progressbar=_Bar(bar), timeout=DOWNLOAD_TIMEOUT),
-    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as aside:
+        downloader = pooch.HTTPDownloader(progressbar=_Bar(bar), timeout=DOWNLOAD_TIMEOUT)
+        came = pooch.retrieve(entry.url, known_hash=None, fname=target.name, path=aside, downloader=downloader)
+        if not entry.is_at(Path(came)):
+            raise ValueError("another hash")
+        os.replace(came, target)
 
 
 class _Bar:

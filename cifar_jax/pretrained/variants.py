@@ -1,14 +1,15 @@
 """What differs between files that load without an error, and how a file's variant is chosen.
 
-In this order: the file's known hash, a model description inside the file, what the user says, the family of its names.
+In this order: the file's known hash, a description inside the file or beside it, what the user says, the family of its
+names.
 The first two are facts about the file, so a user's `--variant` may only choose among what they leave open.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cifar_jax.preprocess import CAFFE, Preprocessing
+from cifar_jax.preprocess import CAFFE, TORCH, Preprocessing
 from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.resnet import ResNetConfig
 
@@ -33,6 +34,7 @@ class Variant:
 
 
 _KERAS = ResNetConfig(stride_in_1x1=True, conv_bias=True, bn_epsilon=1.001e-5, pool_padding=1)
+_TORCH = ResNetConfig(stride_in_1x1=False, conv_bias=False, bn_epsilon=1e-5, pool_padding=1)
 _KERAS_2016 = replace(_KERAS, bn_epsilon=1e-3)  # the BatchNormalization default of Keras at the time, and today
 
 VARIANTS = {
@@ -42,19 +44,36 @@ VARIANTS = {
         # keras-applications runs the files of 2016 with a padded max-pool since 2018-08-31, and without it before.
         Variant("keras-2016", "keras-2016", _KERAS_2016, CAFFE),
         Variant("keras-2016-unpadded", "keras-2016", replace(_KERAS_2016, pool_padding=0), CAFFE),
+        # timm has torchvision's names and network; the mean and deviation are those of its config.json.
+        Variant("torchvision", "torchvision", _TORCH, TORCH),
+        Variant("huggingface", "huggingface", _TORCH, TORCH),
     )
 }
 
+# The networks that are published, by the blocks of their stages.
+DEPTHS = {(3, 4, 6, 3): "ResNet50", (3, 4, 23, 3): "ResNet101", (3, 8, 36, 3): "ResNet152"}
+
+
+def check_depth(stage_sizes: tuple[int, ...], what: str) -> None:
+    """Refuses a network of another depth than those that are published.
+
+    Raises:
+      WeightsError: which says how many blocks there are and how many there should be.
+    """
+    if stage_sizes not in DEPTHS:
+        known = ", ".join(f"{sizes} as {name}" for sizes, name in DEPTHS.items())
+        raise WeightsError(f"{what} holds a ResNet with {stage_sizes} blocks, not {known}; give one of these.")
+
 
 def choose_variant(
-    family: str, by_hash: str | None, model_config: Mapping[str, Any] | None, asked: str | None, what: str
+    family: str, by_hash: str | None, describe: Callable[[Variant], Variant] | None, asked: str | None, what: str
 ) -> tuple[Variant, str]:
-    """Chooses how a file of Keras is run.
+    """Chooses how a file is run.
 
     Args:
       family: of its tensor names.
       by_hash: the variant that the registry knows the file by, if it does.
-      model_config: the description inside the file, where it is a whole model.
+      describe: puts what a description says into a variant, where there is a description.
       asked: the user's `--variant`.
       what: the file, for the error.
 
@@ -71,21 +90,25 @@ def choose_variant(
             f"--variant {asked} does not fit {what}, whose tensors have the names of {family}; leave the option out."
         )
     default = VARIANTS[by_hash or family]
-    if model_config is not None:
-        described = replace(default, config=replace(default.config, **_described(model_config, what)))
+    if describe is not None:
+        described = describe(default)
         if asked is not None and VARIANTS[asked].config != described.config:
-            raise WeightsError(
-                f"--variant {asked} contradicts the model description inside {what}; leave the option out."
-            )
-        same = [v for v in VARIANTS.values() if v.config == described.config and v.family == family]
+            raise WeightsError(f"--variant {asked} contradicts the description of {what}; leave the option out.")
+        same = [v for v in VARIANTS.values() if replace(v, name="") == replace(described, name="")]
         chosen = same[0] if same else replace(described, name=f"{family} as described")
-        return chosen, "the description inside the file"
+        return chosen, "its description"
     if asked is not None:
         return VARIANTS[asked], "--variant"
     return default, "its hash" if by_hash else "its tensor names"
 
 
-def _described(model_config: Mapping[str, Any], what: str) -> dict[str, Any]:
+def described_by_keras(model_config: Mapping[str, Any], what: str) -> Callable[[Variant], Variant]:
+    """Puts what a Keras model description decides into a variant."""
+    fields = _fields_of_keras(model_config, what)
+    return lambda variant: replace(variant, config=replace(variant.config, **fields))
+
+
+def _fields_of_keras(model_config: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The fields of ResNetConfig that a Keras model description decides, whatever its layers are called."""
     layers = list(_flat_layers(model_config.get("config", {})))
     by_class: dict[str, list[Mapping[str, Any]]] = {}

@@ -253,6 +253,20 @@ def write_as_keras_1(model: Any, path: Path) -> None:
             file[layer].attrs["weight_names"] = weights
 
 
+def write_archive(model: Any, path: Path) -> None:
+    """A whole model as a `.keras` archive, whatever its name ends in."""
+    made = path.with_name("made.keras")
+    model.save(made)
+    made.rename(path)
+
+
+def write_keras_3_weights(model: Any, path: Path) -> None:
+    """What Keras 3's `save_weights` writes, which numbers layers by class."""
+    made = path.with_name("made.weights.h5")
+    model.save_weights(made)
+    made.rename(path)
+
+
 # The fixture `written`: makes a reference network and has its Keras write it.
 Written = Callable[[Case], AbstractContextManager[tuple[Reference, Path]]]
 
@@ -261,4 +275,6 @@ WRITERS: dict[str, Callable[[Any, Path], None]] = {
     "save": lambda model, path: model.save(path),
     "save_weights": lambda model, path: model.save_weights(path),
     "keras-1": write_as_keras_1,
+    "archive": write_archive,
+    "keras-3-weights": write_keras_3_weights,
 }

@@ -10,8 +10,9 @@ import pytest
 
 from cifar_jax import load_backbone, make_extractor
 from cifar_jax.data import Splits
+from cifar_jax.pretrained.convert import convert
 from parity.compare import TOLERANCE, differences, differing, our_outputs
-from parity.networks import Case, Reference, Written, of_2016, statistics, write_as_keras_1
+from parity.networks import Case, Reference, Written, build, of_2016, statistics, write_as_keras_1
 
 pytestmark = [
     pytest.mark.parity,
@@ -35,6 +36,10 @@ CASES = [
     Case("keras-2016", "tf_keras", "save_weights", 3, 96),
     Case("keras-2016-unpadded", "tf_keras", "save_weights", 4, 96),
     Case("keras-2016-unpadded", "keras", "save", 5, 96),
+    Case("keras", "keras", "archive", 6, 64, top="predictions"),
+    Case("keras", "keras", "keras-3-weights", 7, 64, top="predictions"),
+    Case("keras", "tf_keras", "archive", 8, 64),
+    Case("keras-2016-unpadded", "keras", "archive", 9, 64),
 ]
 
 
@@ -59,7 +64,8 @@ def test_stages_and_features_agree_with_keras(
     images = cifar10.test.images[:NUM_IMAGES]
     assert_alive(reference, images[:16])
     # Names tell the generation; whether its pool was padded only a whole model's description or the user can tell.
-    asked = case.variant if case.variant.endswith("unpadded") and case.writer != "save" else None
+    described = case.writer in ("save", "archive")
+    asked = case.variant if case.variant.endswith("unpadded") and not described else None
     backbone = load_backbone(path, asked)
     assert backbone.variant.startswith(f"{case.variant} (by ")
     assert backbone.preprocessing.name == "caffe"
@@ -110,6 +116,32 @@ def test_extractor_agrees_with_keras(written: Written, cifar10: Splits) -> None:
         theirs = reference(images)[-1]
         ours = make_extractor(load_backbone(path), image_size=64, batch_size=32)(images)
     assert np.abs(ours - theirs).max() / np.abs(theirs).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("keras", "keras", "archive", 0, 64, top="predictions"),
+        Case("keras", "tf_keras", "save_weights", 0, 64),
+        Case("keras-2016", "tf_keras", "keras-1", 0, 64, top="fc1000"),
+        Case("keras-2016", "keras", "save", 0, 64),
+    ],
+    ids=str,
+)
+def test_keras_reads_what_convert_writes(
+    case: Case, written: Written, libs: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    """Keras takes a weights file's layers in their order; every weight comes home with its bits."""
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "back.h5"
+    with written(case) as (reference, path):
+        convert(path, ours)
+        convert(ours, theirs)
+        wanted = {layer.name: layer.get_weights() for layer in reference.model.layers}
+        other = build(libs[case.lib], case)
+        other.load_weights(theirs)
+    for layer in other.layers:
+        for a, b in zip(layer.get_weights(), wanted.get(layer.name, []), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_keras_reads_what_is_written_as_keras_1(libs: dict[str, ModuleType], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from helpers import (
 
 from cifar_jax.data.shapes import draw_shapes
 from cifar_jax.files import sha256_of_file
-from cifar_jax.pretrained import WeightsError, canonical, keras_h5, load_backbone, random_backbone, save_backbone
+from cifar_jax.pretrained import WeightsError, canonical, forms, load_backbone, random_backbone, save_backbone
 from cifar_jax.pretrained.canonical import read_backbone
 
 KERNEL, SHORTCUT, VARIANCE = "conv2_block1_2_conv/kernel", "conv2_block1_0_conv/kernel", "conv1_bn/moving_variance"
@@ -61,7 +61,7 @@ def test_the_makers_files_load(tmp_path):
         ("page.h5", b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
         ("error.h5", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page"),
         ("text.h5", b"please find the weights attached", "is not an HDF5 file"),
-        ("model.pth", b"PK\x03\x04archive/data.pkl", "is not an HDF5 file"),
+        ("model.pth", b"PK\x03\x04archive/data.pkl", "is damaged or cut short"),
         ("cut.h5", b"\x89HDF\r\n\x1a\n" + b"\0" * 50, "is damaged or cut short"),
         ("text.safetensors", b"please find the weights attached", "is not a whole safetensors file"),
         ("empty.safetensors", b"", "is not a whole safetensors file"),
@@ -105,7 +105,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(keras_h5, "open", refuse, raising=False)
+    monkeypatch.setattr(forms, "open", refuse, raising=False)
     assert "cannot be read (Permission denied)" in refusal(path)
 
 
@@ -184,13 +184,17 @@ def test_other_networks_of_keras(tmp_path, layers, part):
     assert part in refusal(write_keras_h5(tmp_path / "weights.h5", tensors))
 
 
-def test_a_resnet101_is_told_from_a_resnet50(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("blocks", "name"), [(23, "ResNet101"), (7, None)])
+def test_another_depth_is_told_by_its_names(tmp_path, monkeypatch, blocks, name):
     monkeypatch.undo()  # the real sizes
-    sizes = {2: 3, 3: 4, 4: 23, 5: 3}
+    sizes = {2: 3, 3: 4, 4: blocks, 5: 3}
     layers = ["conv1_conv", *(f"conv{s}_block{b + 1}_1_conv" for s, count in sizes.items() for b in range(count))]
     tensors = {f"{layer}/kernel": np.zeros((1, 1, 1, 1), np.float32) for layer in layers}
     sentence = refusal(write_keras_h5(tmp_path / "weights.h5", tensors))
-    assert "(3, 4, 23, 3) blocks, not (3, 4, 6, 3)" in sentence
+    if name:
+        assert "it lacks conv1_bn/beta" in sentence
+    else:
+        assert "(3, 4, 7, 3) blocks, not (3, 4, 6, 3) as ResNet50, (3, 4, 23, 3) as ResNet101" in sentence
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,7 +344,8 @@ def test_model_descriptions_that_describe_no_resnet(tmp_path, description):
 @pytest.mark.parametrize(
     ("family", "variant", "parts"),
     [
-        ("keras", "torchvision", ["--variant torchvision is not known", "keras, keras-2016, keras-2016-unpadded"]),
+        ("keras", "resnet", ["--variant resnet is not known", "keras, keras-2016, keras-2016-unpadded"]),
+        ("keras", "torchvision", ["--variant torchvision does not fit", "the names of keras;"]),
         ("keras", "keras-2016", ["--variant keras-2016 does not fit", "the names of keras;"]),
         ("keras-2016", "keras", ["--variant keras does not fit", "the names of keras-2016;"]),
     ],

@@ -66,7 +66,9 @@ def value(name: str, shape: list[int]) -> np.ndarray:
 
 
 def test_every_published_file_has_its_manifest() -> None:
-    assert {path.stem for path in MANIFESTS.glob("*.json")} == entries().keys()
+    """Of Keras; those of torchvision have the names that its own network gives, which parity with it holds."""
+    of_keras = {name for name, entry in entries().items() if entry.file.endswith(".h5")}
+    assert {path.stem for path in MANIFESTS.glob("*.json")} == of_keras
 
 
 def test_it_runs_as_its_generation_does(published: Published) -> None:

@@ -119,6 +119,18 @@ def test_a_bad_answer_leaves_nothing_and_is_explained(tmp_path, server, entry, a
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_start_of_a_hash_is_enough(tmp_path, server, entry, monkeypatch, changed):
+    digest = f"sha256:{hashlib.sha256(CONTENT).hexdigest()[:8]}"
+    monkeypatch.setattr(registry, "entries", lambda: {NAME: dataclasses.replace(entry, digest=digest)})
+    if changed:
+        server.answer = (200, {}, CONTENT[:-1] + b"x")
+        assert "what came has another hash" in refusal(tmp_path)
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    else:
+        assert registry.fetch(NAME, str(tmp_path)).read_bytes() == CONTENT
+
+
 def test_no_server_is_explained(tmp_path, monkeypatch):
     known(monkeypatch, "http://127.0.0.1:1/weights.h5")
     assert "could not be downloaded (no connection to the server)" in refusal(tmp_path)
@@ -152,6 +164,8 @@ def test_a_cache_that_cannot_be_written_is_explained(tmp_path, entry):
         ("CIFAR_JAX_WEIGHTS", "kept", "kept/weights.h5"),
         ("KERAS_HOME", "keras", "keras/models/weights.h5"),
         ("HOME", "home", "home/.keras/models/weights.h5"),
+        ("TORCH_HOME", "torch", "torch/hub/checkpoints/weights.h5"),
+        ("HOME", "home", "home/.cache/torch/hub/checkpoints/weights.h5"),
         ("CIFAR_JAX_CACHE", "cache", f"cache/weights/{NAME}/weights.h5"),
     ],
 )
@@ -221,7 +235,10 @@ def test_the_registry_is_whole():
             continue
         assert entry.url.startswith("https://") and entry.url.endswith(entry.file) and entry.variant in VARIANTS
         algorithm, _, value = entry.digest.partition(":")
-        assert algorithm == "md5" and len(bytes.fromhex(value)) == 16 and entry.size > 90e6 and entry.licence
+        # Keras publishes MD5s; torchvision the start of a SHA-256, in the file's name.
+        assert (algorithm, len(bytes.fromhex(value))) in {("md5", 16), ("sha256", 4)}
+        assert algorithm == "md5" or entry.file.endswith(f"-{value}.pth")
+        assert entry.size > 90e6 and entry.licence
     assert len({entry.digest for entry in entries.values()}) == len(entries)
 
 

@@ -1,0 +1,222 @@
+"""`convert`: any form to our own and back, every tensor to the bit, never to a family that would run it otherwise."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
+from helpers import (
+    NARROW,
+    NARROW_TORCH,
+    command,
+    files_below,
+    full_disk,
+    is_one_error,
+    keras_tensors,
+    narrow_networks,
+    torch_tensors,
+    write_keras_h5,
+)
+from torch_files import write_torch
+
+from cifar_jax.data.shapes import draw_shapes
+from cifar_jax.files import sha256_of_file
+from cifar_jax.pretrained import keras_names, load_backbone, random_backbone, save_backbone
+from cifar_jax.pretrained.convert import TARGETS, convert
+from cifar_jax.pretrained.keras_h5 import read_keras_h5
+
+MANIFESTS = Path(__file__).resolve().parents[1] / "golden" / "manifests"
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    narrow_networks(monkeypatch)
+
+
+def keras_file(path, family="keras", top="predictions"):
+    rng = np.random.default_rng(2)
+    classifier = {f"{top}/kernel": rng.normal(size=(32, 5)), f"{top}/bias": rng.normal(size=5)}
+    tensors = keras_tensors(NARROW, family) | {name: value.astype(np.float32) for name, value in classifier.items()}
+    return write_keras_h5(path, tensors), tensors
+
+
+def torch_file(path, family="torchvision"):
+    tensors = torch_tensors(NARROW_TORCH, family)
+    if family == "huggingface":
+        tensors = {
+            name if name.startswith("classifier") else f"resnet.{name}": value for name, value in tensors.items()
+        }
+    return write_torch(path, tensors), tensors
+
+
+def assert_same_tensors(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def assert_same_network(a, b):
+    assert (a.config, a.preprocessing, a.image_size) == (b.config, b.preprocessing, b.image_size)
+    assert_same_tensors(flatten_dict(a.variables), flatten_dict(b.variables))
+    assert_same_tensors(a.top, b.top)
+
+
+@pytest.mark.parametrize(("family", "top"), [("keras", "predictions"), ("keras-2016", "fc1000")])
+def test_keras_to_ours_to_keras(tmp_path, family, top):
+    source, tensors = keras_file(tmp_path / "a.h5", family, top)
+    convert(source, tmp_path / "b.safetensors")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.h5")
+    assert_same_network(load_backbone(tmp_path / "b.safetensors"), load_backbone(source))
+    assert_same_network(load_backbone(tmp_path / "c.h5"), load_backbone(source))
+    assert_same_tensors(read_keras_h5(tmp_path / "c.h5").tensors, tensors)
+
+
+@pytest.mark.parametrize("family", ["torchvision", "huggingface"])
+def test_torch_to_ours_to_torch(tmp_path, family):
+    source, tensors = torch_file(tmp_path / "a.pth", family)
+    convert(source, tmp_path / "b.safetensors")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", family)
+    assert_same_network(load_backbone(tmp_path / "b.safetensors"), load_backbone(source))
+    # The counts of training steps are not kept: nothing that runs the network needs them.
+    wanted = {name: value * 0 if name.endswith("num_batches_tracked") else value for name, value in tensors.items()}
+    assert_same_tensors(safetensors.numpy.load_file(tmp_path / "c.safetensors"), wanted)
+    with safetensors.safe_open(tmp_path / "c.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_torchvision_to_transformers_and_back(tmp_path):
+    source, _ = torch_file(tmp_path / "a.pth")
+    convert(source, tmp_path / "b.safetensors", "huggingface")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "torchvision")
+    for name in ("b", "c"):
+        assert_same_network(load_backbone(tmp_path / f"{name}.safetensors"), load_backbone(source))
+
+
+def test_without_a_top_there_is_none(tmp_path):
+    tensors = {
+        name: value for name, value in torch_tensors(NARROW_TORCH, "huggingface").items() if "classifier" not in name
+    }
+    convert(write_torch(tmp_path / "a.pth", tensors), tmp_path / "b.safetensors", "huggingface")
+    found = safetensors.numpy.load_file(tmp_path / "b.safetensors")
+    assert found.keys() == tensors.keys()  # without a prefix, as ResNetModel has them
+    convert(write_keras_h5(tmp_path / "a.h5", keras_tensors()), tmp_path / "c.h5")
+    assert read_keras_h5(tmp_path / "c.h5").tensors.keys() == keras_tensors().keys()
+
+
+def test_equal_weights_make_equal_files(tmp_path):
+    source, _ = keras_file(tmp_path / "a.h5")
+    for suffix in (".h5", ".safetensors"):
+        first, second = (convert(source, tmp_path / f"{name}{suffix}")["sha256"] for name in ("b", "c"))
+        assert first == second == sha256_of_file(tmp_path / f"b{suffix}")
+
+
+@pytest.mark.parametrize("name", ["keras-resnet50", "keras-resnet50-2016"])
+def test_layers_are_in_the_order_of_keras(name):
+    """Which takes them in order; the shortcut's kernel and the last one's have the same shape."""
+    manifest = json.loads((MANIFESTS / f"{name}.json").read_text())
+    family = "keras-2016" if "2016" in name else "keras"
+    assert keras_names.layer_order((3, 4, 6, 3), family) == list(manifest)
+
+
+def test_weights_are_named_and_ordered_as_keras_writes_them(tmp_path):
+    source, _ = keras_file(tmp_path / "a.h5")
+    convert(source, tmp_path / "b.h5")
+    with h5py.File(tmp_path / "b.h5") as file:
+        assert list(file["conv1_bn"].attrs["weight_names"]) == [
+            f"conv1_bn/{name}:0".encode() for name in ("gamma", "beta", "moving_mean", "moving_variance")
+        ]
+        assert list(file["conv1_conv"].attrs["weight_names"]) == [b"conv1_conv/kernel:0", b"conv1_conv/bias:0"]
+        assert file.attrs["keras_version"] == "2.15.0" and file.attrs["layer_names"][-1] == b"predictions"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+def refused(capsys, *arguments):
+    result = command(capsys, "convert", *arguments)
+    is_one_error(result, 2)
+    return result.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "to", "parts"),
+    [
+        ({}, "keras", ["must stride in its 3x3 convolutions", "do without biases", "would stride in its first 1x1"]),
+        ({"stride_in_1x1": True}, "torchvision", ["must stride in its first 1x1", "would stride in its 3x3"]),
+        ({"stride_in_1x1": True}, "huggingface", ["must stride in its first 1x1", "would stride in its 3x3"]),
+        ({"bn_epsilon": 1e-3}, "torchvision", ["must add 0.001 to its variances", "would add 1e-05"]),
+        ({"pool_padding": 0}, "torchvision", ["must pad its max-pool by 0", "would pad its max-pool by 1"]),
+        ({"width": 8}, "torchvision", ["must begin with 8 channels", "would begin with 4"]),
+        ({"conv_bias": True}, "huggingface", ["must have biases", "would do without biases"]),
+    ],
+)
+def test_other_families_are_refused_with_the_reason(tmp_path, capsys, changes, to, parts):
+    config = replace(NARROW_TORCH, **changes)
+    save_backbone(
+        tmp_path / "a.safetensors", random_backbone(jax.random.key(0), draw_shapes(10, seed=0)[0], config, 32)
+    )
+    target = tmp_path / f"b{TARGETS[to].suffixes[0]}"
+    sentence = refused(capsys, tmp_path / "a.safetensors", target, "--to", to)
+    assert f"cannot become a file of {to}" in sentence and all(part in sentence for part in parts), sentence
+    assert files_below(tmp_path) == ["a.safetensors"]
+
+
+def test_neither_way_between_keras_and_torchvision(tmp_path, capsys):
+    keras, torch = keras_file(tmp_path / "a.h5")[0], torch_file(tmp_path / "a.pth")[0]
+    assert "would stride in its 3x3" in refused(capsys, keras, tmp_path / "b.safetensors", "--to", "torchvision")
+    assert "would stride in its first 1x1" in refused(capsys, torch, tmp_path / "b.h5")
+
+
+@pytest.mark.parametrize(
+    ("target", "more", "part"),
+    [
+        ("b.pth", [], "ends in neither .safetensors nor .h5"),
+        ("b.safetensors", ["--to", "keras"], "does not end in .h5"),
+        ("b.h5", ["--to", "ours"], "does not end in .safetensors"),
+        ("nowhere/b.h5", [], "its own directory is not there"),
+        ("there.h5", [], "is there already; give --overwrite"),
+        ("a.h5", ["--overwrite"], "is the file to convert"),
+        ("b.h5", ["--to", "onnx"], "onnx"),
+        ("b.h5", ["--variant", "torchvision"], "does not fit"),
+    ],
+)
+def test_what_is_typed_wrong(tmp_path, capsys, target, more, part):
+    source, _ = keras_file(tmp_path / "a.h5")
+    (tmp_path / "there.h5").write_bytes(b"kept")
+    before = sha256_of_file(source)
+    assert part in refused(capsys, source, tmp_path / target, *more)
+    assert (tmp_path / "there.h5").read_bytes() == b"kept" and sha256_of_file(source) == before
+    assert files_below(tmp_path) == ["a.h5", "there.h5"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, capsys):
+    source, _ = keras_file(tmp_path / "a.h5")
+    for target in ("b.h5", "b.safetensors"):
+        with full_disk(at=5000):
+            result = command(capsys, "convert", source, tmp_path / target)
+        is_one_error(result, 1, "could not be written")
+    assert files_below(tmp_path) == ["a.h5"]
+
+
+def test_what_it_says(tmp_path, capsys):
+    source, _ = keras_file(tmp_path / "a.h5")
+    result = command(capsys, "convert", source, tmp_path / "b.safetensors")
+    assert result.code == 0 and re.search(r"top +5 classes", result.out), result
+    shown = command(capsys, "convert", source, tmp_path / "b.safetensors", "--overwrite", "--json")
+    about = json.loads(shown.out)
+    assert about["sha256"] == sha256_of_file(tmp_path / "b.safetensors") and about["variant"].startswith("keras (by")
+
+
+def test_an_input_that_the_form_cannot_tell_is_said(tmp_path):
+    source, said = torch_file(tmp_path / "a.pth")[0], []
+    save_backbone(tmp_path / "b.safetensors", load_backbone(source).replace(image_size=160))
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "torchvision", say=said.append)
+    assert len(said) == 1 and "cannot say what the input" in said[0] and "160 pixels" in said[0]

@@ -1,0 +1,149 @@
+"""Files of Keras 3: weights by class and number, matched by the names beside them or by the archive's description."""
+
+import json
+import zipfile
+
+import h5py
+import numpy as np
+import pytest
+from helpers import keras_description, keras_tensors, narrow_networks, write_keras3_h5
+
+from cifar_jax.pretrained import WeightsError, load_backbone
+from cifar_jax.pretrained.keras3 import snake_case
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    narrow_networks(monkeypatch)
+
+
+@pytest.fixture
+def tensors():
+    rng = np.random.default_rng(1)
+    top = {"predictions/kernel": rng.normal(size=(32, 5)), "predictions/bias": rng.normal(size=5)}
+    return keras_tensors() | {name: value.astype(np.float32) for name, value in top.items()}
+
+
+def layers_of(tensors):
+    return list(dict.fromkeys(name.rpartition("/")[0] for name in tensors))
+
+
+def shuffled(tensors, seed=0):
+    """Other layers first: whatever the order of a file, names decide."""
+    layers = layers_of(tensors)
+    np.random.default_rng(seed).shuffle(layers)
+    return {name: tensors[name] for layer in layers for name in tensors if name.rpartition("/")[0] == layer}
+
+
+def archived(path, tensors, description, named=False, change=lambda file: None, compression=zipfile.ZIP_STORED):
+    weights = write_keras3_h5(path.with_suffix(".h5"), tensors, named)
+    with h5py.File(weights, "a") as file:
+        change(file)
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("metadata.json", "{}")
+        file.writestr("config.json", description if isinstance(description, str) else json.dumps(description))
+        file.write(weights, "model.weights.h5")
+    weights.unlink()
+    return path
+
+
+def refusal(path):
+    with pytest.raises(WeightsError) as caught:
+        load_backbone(path)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and str(path) in sentence, sentence
+    return sentence
+
+
+def assert_filled(backbone, tensors):
+    block = backbone.variables["params"]["stage2_block1"]
+    np.testing.assert_array_equal(block["conv_proj"]["kernel"], tensors["conv3_block1_0_conv/kernel"][0, 0])
+    np.testing.assert_array_equal(block["conv3"]["kernel"], tensors["conv3_block1_3_conv/kernel"][0, 0])
+    np.testing.assert_array_equal(block["conv2"]["bias"], tensors["conv3_block1_2_conv/bias"])
+    np.testing.assert_array_equal(block["bn2"]["scale"], tensors["conv3_block1_2_bn/gamma"])
+    variance = backbone.variables["batch_stats"]["stage1_block1"]["bn_proj"]["var"]
+    np.testing.assert_array_equal(variance, tensors["conv2_block1_0_bn/moving_variance"])
+    np.testing.assert_array_equal(backbone.top["kernel"], tensors["predictions/kernel"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_names_beside_the_weights(tmp_path, tensors, seed):
+    backbone = load_backbone(write_keras3_h5(tmp_path / "x.weights.h5", shuffled(tensors, seed)))
+    assert_filled(backbone, tensors)
+    assert backbone.variant == "keras (by its tensor names)"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("named", [False, True])
+def test_an_archive_is_read_in_the_order_of_its_description(tmp_path, tensors, seed, named):
+    held = shuffled(tensors, seed)
+    backbone = load_backbone(archived(tmp_path / "x.keras", held, keras_description(layers_of(held)), named))
+    assert_filled(backbone, tensors)
+    assert backbone.variant == "keras (by its description)"
+
+
+def test_a_model_inside_a_model(tmp_path, tensors):
+    def nest(file):
+        file.move("layers", "inner")
+        file.create_group("layers/functional")
+        file.move("inner", "layers/functional/layers")
+
+    inner = keras_description(layers_of(tensors))
+    outer = {
+        "class_name": "Sequential",
+        "config": {"layers": [{**inner, "config": {**inner["config"], "name": "base"}}]},
+    }
+    assert_filled(load_backbone(archived(tmp_path / "x.keras", tensors, outer, change=nest)), tensors)
+
+
+def test_without_names_nothing_is_guessed(tmp_path, tensors):
+    path = write_keras3_h5(tmp_path / "x.weights.h5", tensors, named=False)
+    assert "written by Keras 3's save_weights, which keeps no layer names" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (
+            lambda file: file["layers/conv2d/vars"].attrs.update(name="conv1_conv"),
+            "describes it as 'conv2_block1_1_conv'",
+        ),
+        (lambda file: file.move("layers/conv2d_2", "layers/conv2d_77"), "of which its description says nothing"),
+        (lambda file: file.pop("layers/conv2d_1"), "it lacks conv2_block1_2_conv/bias"),
+        (lambda file: file.move("layers/conv2d/vars/1", "layers/conv2d/vars/7"), "has conv2_block1_1_conv/7 that"),
+        (lambda file: file.move("layers/conv2d/vars/1", "layers/conv2d/vars/x"), "has conv2_block1_1_conv/x that"),
+        (lambda file: file.pop("layers"), "it has no layer_names"),
+    ],
+)
+def test_archives_that_contradict_themselves(tmp_path, tensors, change, part):
+    path = archived(tmp_path / "x.keras", tensors, keras_description(layers_of(tensors)), True, change)
+    assert part in refusal(path)
+
+
+def test_two_layers_of_one_name(tmp_path, tensors):
+    path = write_keras3_h5(tmp_path / "x.weights.h5", tensors)
+    with h5py.File(path, "a") as file:
+        file["layers/conv2d/vars"].attrs["name"] = "conv1_conv"
+    assert "holds conv1_conv/kernel twice" in refusal(path)
+
+
+@pytest.mark.parametrize("description", ["{", "[]", "{}", '{"config": {"layers": [3]}}', '{"config": 3}', "[" * 10**5])
+def test_descriptions_that_describe_nothing(tmp_path, tensors, description):
+    sentence = refusal(archived(tmp_path / "x.keras", tensors, description))
+    assert "cannot be read" in sentence or "damaged" in sentence
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path, tensors):
+    description = keras_description(layers_of(tensors))
+    path = archived(tmp_path / "x.keras", tensors, description, compression=zipfile.ZIP_DEFLATED)
+    assert "compressed or encrypted" in refusal(path)
+
+
+def test_classes_are_called_as_keras_calls_their_groups():
+    names = {
+        "Conv2D": "conv2d",
+        "BatchNormalization": "batch_normalization",
+        "ReLU": "re_lu",
+        "ZeroPadding2D": "zero_padding2d",
+    }
+    assert {name: snake_case(name) for name in names} == names
