@@ -1,7 +1,8 @@
 # make demo          the main job on drawn images, in about half a minute and without a download
 # make test          the tests
 # make lint          ruff and mypy
-# make parity        against Keras, torchvision, timm and transformers themselves, in minutes
+# make parity        against Keras itself, in minutes
+# make parity-torch  against torchvision, timm and transformers themselves, in minutes more
 # make mutations     thousands of damaged weights files, in minutes
 # make installed     a short demo from an installed copy
 # make demo-weights  the demo backbone again, in one to two hours
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint parity mutations installed demo-weights clean
+.PHONY: demo test lint parity parity-torch mutations installed demo-weights clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python train.py --preset demo
@@ -25,7 +26,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 parity: $(VENV)/.parity
-	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity tests/parity
+	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity tests/parity --ignore tests/parity/test_torch.py
+
+parity-torch: $(VENV)/.parity-torch
+	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity tests/parity/test_torch.py
 
 mutations: $(VENV)/.dev
 	CIFAR_JAX_MUTATIONS=10000 $(BIN)/python -m pytest tests/pretrained/test_mutations.py
@@ -52,11 +56,17 @@ $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
-# tf_keras asks for the package `tensorflow`, whose place `tensorflow-cpu` takes here: hence --no-deps. torchvision asks
-# for the one PyTorch that its operators were built for, of which no network needs any, and timm for torchvision.
+# tf_keras asks for the package `tensorflow`, whose place `tensorflow-cpu` takes here: hence --no-deps.
 $(VENV)/.parity: $(VENV)/.dev requirements-parity.txt
 	$(PIP) -r requirements-parity.txt
-	$(PIP) --no-deps "tf_keras>=2.21,<2.22" "torchvision==0.29.2" "timm==1.0.31"
+	$(PIP) --no-deps "tf_keras>=2.21,<2.22"
+	touch $@
+
+# torchvision asks for the one PyTorch that its operators were built for, of which no network needs any, and timm for
+# torchvision.
+$(VENV)/.parity-torch: $(VENV)/.parity requirements-parity-torch.txt
+	$(PIP) -r requirements-parity-torch.txt
+	$(PIP) --no-deps "torchvision==0.29.2" "timm==1.0.31"
 	touch $@
 
 clean:
