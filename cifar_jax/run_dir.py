@@ -238,7 +238,8 @@ def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], we
         if digest == about["sha256"]:
             # A file of the project's own says itself how it is run, whatever the one it was made from was told.
             return load_backbone(candidate, None if is_ours(candidate) else config.variant)
-        other = f" ({candidate} is another file)"
+        if str(candidate) in named:
+            other = other or f" ({candidate} is another file)"
     raise UserError(
         f"The run {path} needs the backbone it was trained on, {about['source']} with SHA-256 {about['sha256']}, which "
         f"is not found{other}; name a copy of it with --weights."

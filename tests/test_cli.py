@@ -226,7 +226,11 @@ def test_predict_prints_names_that_are_no_text(run, capsys, tmp_path, picture):
 def test_info_names_all_that_is_known(run, capsys, tmp_path):
     about = json.loads(command(capsys, "info", "--json", "--data-dir", tmp_path, "--cache-dir", tmp_path).out)
     assert [row["name"] for row in about["weights"]] == [*registry.entries(), *UNTRAINED]
-    assert {row["local copy"] for row in about["weights"]} == {"none", "made when needed"}
+    shipped = str(registry.weights_dir() / "demo-resnet50-w16.safetensors")
+    assert [row["local copy"] for row in about["weights"]] == [
+        *(shipped if entry.url is None else "none" for entry in registry.entries().values()),
+        *("made when needed" for _ in UNTRAINED),
+    ]
     assert about["data"]["data sets"] == f"none in {tmp_path}"
     (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
     (tmp_path / "cifar10" / "3.0.2" / "dataset_info.json").touch()
