@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray, PyTree, UInt8
 from cifar_jax.augment import Augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
-from cifar_jax.evaluation import EvalResult, EvalSums, evaluate, logits_sums
-from cifar_jax.features import default_batch_size, extract
-from cifar_jax.fit import EpochOrder, step_runner
+from cifar_jax.evaluation import EvalResult, EvalSums, logits_sums
+from cifar_jax.features import extract
+from cifar_jax.fit import EpochOrder, image_evaluator, step_runner
 from cifar_jax.head import HeadParams, head_logits
 from cifar_jax.optimizer import param_labels
 from cifar_jax.preprocess import Preprocessing, preprocess
@@ -172,13 +172,8 @@ def finetune_evaluator(
     def step(now: tuple[Params, PyTree], batch: Batch) -> EvalSums:
         return logits_sums(_logits(backbone, *now, batch.inputs, image_size, precision), batch)
 
-    def evaluate_params(
-        params: Params, batch_stats: PyTree, on_examples: Callable[[int], None] = lambda _: None
-    ) -> EvalResult:
-        at_once, labels = batch_size or default_batch_size(image_size), np.asarray(dataset.labels)
-        return evaluate(step, (params, batch_stats), dataset.images, labels, at_once, on_examples)
-
-    return evaluate_params
+    on_images = image_evaluator(step, dataset, image_size, batch_size)
+    return lambda params, batch_stats, on_examples=lambda _: None: on_images((params, batch_stats), on_examples)
 
 
 def finetune_probabilities(

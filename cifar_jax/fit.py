@@ -165,13 +165,16 @@ def live_evaluator(
         features = extract(params[0], batch.inputs, image_size, precision)
         return logits_sums(head_logits(params[1], features), batch)
 
-    def evaluate_params(
-        params: HeadParams, batch_stats: PyTree = (), on_examples: Callable[[int], None] = lambda _: None
-    ) -> EvalResult:
-        at_once, labels = batch_size or default_batch_size(image_size), np.asarray(dataset.labels)
-        return evaluate(step, (on_device, params), dataset.images, labels, at_once, on_examples)
+    on_images = image_evaluator(step, dataset, image_size, batch_size)
+    return lambda params, batch_stats=(), on_examples=lambda _: None: on_images((on_device, params), on_examples)
 
-    return evaluate_params
+
+def image_evaluator(
+    step: Callable[[PyTree, Batch], EvalSums], dataset: Dataset, image_size: int, batch_size: int | None
+) -> Callable[[PyTree, Callable[[int], None]], EvalResult]:
+    """Evaluation of all of a data set's images, as many at a time as suits the device unless `batch_size` says."""
+    at_once, labels = batch_size or default_batch_size(image_size), np.asarray(dataset.labels)
+    return lambda params, on_examples: evaluate(step, params, dataset.images, labels, at_once, on_examples)
 
 
 def fit(

@@ -4,11 +4,10 @@
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from cifar_jax.pretrained.merge import Path
 from cifar_jax.pretrained.torch_names import tensor_names
-from cifar_jax.resnet import block_name
 
 PREFIX = "resnet."
 TOP = ("classifier.1.weight", "classifier.1.bias")
@@ -29,20 +28,9 @@ _BLOCK = {
 }
 
 
-def modules(stage_sizes: tuple[int, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Pairs of a module's path in the network and its name in transformers."""
-    for role, name in _STEM.items():
-        yield (role,), name
-    for stage, num_blocks in enumerate(stage_sizes):
-        for block in range(num_blocks):
-            for role, name in _BLOCK.items():
-                if block == 0 or "proj" not in role:
-                    yield (block_name(stage, block), role), f"encoder.stages.{stage}.layers.{block}.{name}"
-
-
 def name_map(stage_sizes: tuple[int, ...]) -> dict[Path, str]:
     """For each variable that the network may have the tensor that fills it."""
-    return tensor_names(modules(stage_sizes))
+    return tensor_names(stage_sizes, _STEM, _BLOCK, lambda stage, block: f"encoder.stages.{stage}.layers.{block}")
 
 
 def known_names(names: Collection[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ none. BatchNorm's `num_batches_tracked` counts training steps; nothing that runs
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from cifar_jax.pretrained.merge import Path
 from cifar_jax.resnet import block_name
@@ -36,29 +36,45 @@ _BLOCK = {
 }
 
 
-def modules(stage_sizes: tuple[int, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Pairs of a module's path in the network and its name in torchvision."""
-    for role, name in _STEM.items():
+def name_map(stage_sizes: tuple[int, ...]) -> dict[Path, str]:
+    """For each variable that the network may have the tensor that fills it."""
+    return tensor_names(stage_sizes, _STEM, _BLOCK, lambda stage, block: f"layer{stage + 1}.{block}")
+
+
+def tensor_names(
+    stage_sizes: tuple[int, ...],
+    stem: Mapping[str, str],
+    roles: Mapping[str, str],
+    block_in_file: Callable[[int, int], str],
+) -> dict[Path, str]:
+    """For each variable its tensor, which PyTorch calls the same in every library.
+
+    Args:
+      stage_sizes: of the network.
+      stem: for each of our modules of the stem the library's name.
+      roles: the same for those of a block.
+      block_in_file: the library's name of a block, from stage and block counted from zero.
+    """
+    return {
+        (collection, *module, leaf): f"{name}.{tensor}"
+        for module, name in _modules(stage_sizes, stem, roles, block_in_file)
+        for tensor, (collection, leaf) in (NORM_TENSORS if "bn" in module[-1] else CONV_TENSORS).items()
+    }
+
+
+def _modules(
+    stage_sizes: tuple[int, ...],
+    stem: Mapping[str, str],
+    roles: Mapping[str, str],
+    block_in_file: Callable[[int, int], str],
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    for role, name in stem.items():
         yield (role,), name
     for stage, num_blocks in enumerate(stage_sizes):
         for block in range(num_blocks):
-            for role, name in _BLOCK.items():
+            for role, name in roles.items():
                 if block == 0 or "proj" not in role:
-                    yield (block_name(stage, block), role), f"layer{stage + 1}.{block}.{name}"
-
-
-def name_map(stage_sizes: tuple[int, ...]) -> dict[Path, str]:
-    """For each variable that the network may have the tensor that fills it."""
-    return tensor_names(modules(stage_sizes))
-
-
-def tensor_names(named: Iterator[tuple[tuple[str, ...], str]]) -> dict[Path, str]:
-    """The tensors of modules, which PyTorch calls the same everywhere."""
-    return {
-        (collection, *module, leaf): f"{name}.{tensor}"
-        for module, name in named
-        for tensor, (collection, leaf) in (NORM_TENSORS if "bn" in module[-1] else CONV_TENSORS).items()
-    }
+                    yield (block_name(stage, block), role), f"{block_in_file(stage, block)}.{name}"
 
 
 def known_names(names: Collection[str]) -> dict[str, str]:
