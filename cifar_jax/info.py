@@ -1,5 +1,6 @@
 """What is on this machine: versions, devices, weights, data sets."""
 
+from collections.abc import Callable
 from typing import Any
 
 from cifar_jax.data.tfds import data_root
@@ -8,15 +9,22 @@ from cifar_jax.files import cache_root
 from cifar_jax.pretrained import UNTRAINED, registry
 
 
-def collect(data_dir: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
-    """Collects it as JSON values: `environment`, `weights`, `data`."""
-    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
-    return {
-        "environment": {"device": device_description(), "versions": versions, "cache": str(cache_root(cache_dir))},
-        "weights": [_weights_row(entry, cache_dir) for entry in registry.entries().values()]
-        + [_untrained_row(name) for name in UNTRAINED],
-        "data": _data(data_dir),
+def collect(topic: str = "all", data_dir: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
+    """What is known of a topic, or of all of them, as JSON values: a dict to show line by line or a list of rows."""
+    topics: dict[str, Callable[[], Any]] = {
+        "environment": lambda: _environment(cache_dir),
+        "weights": lambda: (
+            [_weights_row(entry, cache_dir) for entry in registry.entries().values()]
+            + [_untrained_row(name) for name in UNTRAINED]
+        ),
+        "data": lambda: _data(data_dir),
     }
+    return {name: tell() for name, tell in topics.items() if topic in ("all", name)}
+
+
+def _environment(cache_dir: str | None) -> dict[str, str]:
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    return {"device": device_description(), "versions": versions, "cache": str(cache_root(cache_dir))}
 
 
 def _weights_row(entry: registry.Entry, cache_dir: str | None) -> dict[str, str]:

@@ -1,0 +1,104 @@
+"""The commands: each parses what it is told, calls the library, and shows what came of it.
+
+What only one of them needs is imported inside of it, so that `--help` need not wait for all of it.
+"""
+
+import json
+
+from cifar_jax.console import ConsoleReporter
+from cifar_jax.errors import UserError
+from cifar_jax.files import without_nan
+from cifar_jax.options import ConvertOptions, EvaluateOptions, InfoOptions, PredictOptions, parse, parse_train
+
+INTERRUPTED = 130  # the exit code that shells give to a command that Ctrl-C ended
+
+
+def train(arguments: list[str]) -> int:
+    """Trains; 0, or 130 after Ctrl-C."""
+    from cifar_jax import job
+    from cifar_jax.environment import unused_accelerator
+    from cifar_jax.run_dir import SUMMARY, read_json
+
+    config = parse_train(arguments)
+    reporter = ConsoleReporter(config.progress)
+    if warning := unused_accelerator():
+        reporter.warn(warning)
+    try:
+        out = job.train(config, reporter)
+    except job.Interrupted as stop:
+        done = f"{stop.epochs_done} of {config.epochs} epochs were done"
+        reporter.say(f"Interrupted: {done}; what there is lies in {stop.path}.")
+        return INTERRUPTED
+    reporter.closing(out, read_json(out / SUMMARY))
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Scores a run again."""
+    from cifar_jax.predict import evaluate_run
+
+    options = parse(EvaluateOptions, arguments, "evaluate")
+    reporter = ConsoleReporter()
+    scores = evaluate_run(options.run, options.data_dir, options.weights, reporter)
+    if options.json:
+        print(json.dumps(without_nan(scores)))
+        return 0
+    classes = {f"  {name}": f"{accuracy:.4f}" for name, accuracy in scores.pop("class_accuracy").items()}
+    reporter.header({name: str(value) for name, value in scores.items()} | {"class_accuracy": ""} | classes)
+    return 0
+
+
+def predict(arguments: list[str]) -> int:
+    """Says what is in image files."""
+    from cifar_jax.predict import predict_files
+    from cifar_jax.run_dir import load_run
+
+    options = parse(PredictOptions, arguments, "predict")
+    if not options.images:
+        raise UserError("predict needs images; give the paths of PNG or JPEG files behind the run directory.")
+    run = load_run(options.run, options.weights)
+    predictions = predict_files(run, options.images, options.direct)
+    for prediction in predictions:
+        if options.json:
+            print(json.dumps({"path": prediction.path, "top": dict(prediction.top)}))
+        else:
+            print(f"{prediction.path}  " + "  ".join(f"{name} {prob:.3f}" for name, prob in prediction.top))
+    return 0
+
+
+def info(arguments: list[str]) -> int:
+    """Says what is on this machine."""
+    from cifar_jax.environment import unused_accelerator
+    from cifar_jax.info import collect
+
+    options = parse(InfoOptions, arguments, "info")
+    about = collect(options.topic, options.data_dir, options.cache_dir)
+    if options.json:
+        print(json.dumps(about))
+        return 0
+    reporter = ConsoleReporter()
+    if warning := unused_accelerator():
+        reporter.warn(warning)
+    for number, part in enumerate(about.values()):
+        if number:
+            reporter.out.print()
+        if isinstance(part, list):
+            reporter.table(part)
+        else:
+            reporter.header(part)
+    return 0
+
+
+def convert(arguments: list[str]) -> int:
+    """Writes weights in another form."""
+    from cifar_jax.pretrained.convert import convert as convert_weights
+
+    options = parse(ConvertOptions, arguments, "convert")
+    reporter = ConsoleReporter()
+    more = {"overwrite": options.overwrite, "cache_dir": options.cache_dir, "progress": reporter.progress}
+    about = convert_weights(options.src, options.dst, options.to, options.variant, say=reporter.say, **more)
+    if options.json:
+        print(json.dumps(about))
+    else:
+        reporter.header(about)
+    return 0

@@ -1,0 +1,120 @@
+"""What each command may be told, as dataclasses that tyro reads, and one sentence for what is typed wrong."""
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tyro
+
+from cifar_jax.config import PRESETS, TrainConfig, preset
+from cifar_jax.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command may be told."""
+
+    json: bool = False
+    """print JSON"""
+    debug: bool = False
+    """show tracebacks"""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(Common):
+    """Score a run's head on its test images again, all of them."""
+
+    run: tyro.conf.Positional[str]
+    """the run directory"""
+    data_dir: str | None = None
+    """where TFDS keeps its data sets, if it has moved since"""
+    weights: str | None = None
+    """a copy of the run's backbone, if it has moved since"""
+
+
+@dataclass(frozen=True)
+class PredictOptions(Common):
+    """Say what is in image files: the three likeliest classes with their probabilities."""
+
+    run: tyro.conf.Positional[str]
+    """the run directory"""
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """PNG, JPEG or other image files of any size"""
+    direct: bool = False
+    """resize straight to the network's size, not through 32x32 as the training images"""
+    weights: str | None = None
+    """a copy of the run's backbone, if it has moved since"""
+
+
+@dataclass(frozen=True)
+class InfoOptions(Common):
+    """Versions, devices, and which known weights and data sets are on this machine."""
+
+    topic: tyro.conf.Positional[Literal["all", "environment", "weights", "data"]] = "all"
+    """what to tell of"""
+    data_dir: str | None = None
+    """where TFDS keeps its data sets; else $TFDS_DATA_DIR, else ~/tensorflow_datasets"""
+    cache_dir: str | None = None
+    """where downloads and features are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
+
+
+@dataclass(frozen=True)
+class ConvertOptions(Common):
+    """Write weights in another form: DST .safetensors is our own, .h5 that of Keras; --to names others."""
+
+    src: tyro.conf.Positional[str]
+    """a weights file, a directory of timm or transformers, or a name that `info` lists"""
+    dst: tyro.conf.Positional[str]
+    """the file to write"""
+    to: Literal["ours", "keras", "torchvision", "huggingface"] | None = None
+    """the form, where the ending of DST leaves it open"""
+    variant: str | None = None
+    """how SRC is run, where it leaves that open"""
+    overwrite: bool = False
+    """replace DST if it is there"""
+    cache_dir: str | None = None
+    """where downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
+
+
+def _preset_name(arguments: list[str]) -> str:
+    """The preset must be known before the rest can be parsed, as it sets their defaults."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--preset" and following:
+            return following
+        if argument.startswith("--preset="):
+            return argument.removeprefix("--preset=")
+    return next(iter(PRESETS))
+
+
+def parse_train(arguments: list[str]) -> TrainConfig:
+    """What `train` is told."""
+    return parse(TrainConfig, arguments, "train", default=preset(_preset_name(arguments)))
+
+
+def parse(options: Any, arguments: list[str], command: str, **how: Any) -> Any:
+    """Parses by tyro; what it would show in a box of several lines becomes one sentence.
+
+    Raises:
+      UserError: which is that sentence.
+    """
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(options, args=arguments, prog=f"python -m cifar_jax {command}", **how)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_sentence(shown.getvalue(), command)) from None
+
+
+def _one_sentence(box: str, command: str) -> str:
+    lines = [line.strip("│ \n") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
+    text = []
+    for line in lines:
+        if re.fullmatch(r"[─╰╯\s]*", line):
+            break
+        text.append(line)
+    sentence = " ".join(text).rstrip(".").removeprefix("Error parsing ")
+    return f"{sentence}; `python -m cifar_jax {command} --help` lists the options."
