@@ -13,11 +13,11 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from cifar_jax.files import replacing, sha256_of_arrays, sha256_of_file
+from cifar_jax.files import replacing, sha256_of_arrays
 from cifar_jax.preprocess import Preprocessing
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.pretrained.errors import WeightsError
-from cifar_jax.pretrained.merge import merge, top_of
+from cifar_jax.pretrained.reading import Reading, backbone_of
 from cifar_jax.resnet import ResNetConfig
 
 # The one key of the metadata. With several, safetensors would write them in another order each time, so that equal
@@ -104,11 +104,11 @@ def read_backbone(path: Path) -> Backbone:
     Raises:
       WeightsError: when the file is damaged, of another program, or its tensors do not fill the network it describes.
     """
-    return to_backbone(path, read_safetensors(path))
+    return backbone_of(reading_of_ours(path, read_safetensors(path)))
 
 
-def to_backbone(path: Path, file: SafeFile) -> Backbone:
-    """Makes a backbone of what a file holds; see `read_backbone`."""
+def reading_of_ours(path: Path, file: SafeFile) -> Reading:
+    """Tells what a file of this project holds; see `read_backbone`."""
     tensors, metadata = file.tensors, file.metadata
     if KEY not in metadata:
         raise WeightsError(
@@ -127,20 +127,18 @@ def to_backbone(path: Path, file: SafeFile) -> Backbone:
         variant, sha256 = str(about["variant"]), str(about["sha256"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} has metadata that cannot be read ({error}); get the file again.") from error
-    names = {tuple(name.split("/")): name for name in tensors if not name.startswith(TOP)}
-    top_names = (f"{TOP}kernel", f"{TOP}bias")
-    variables = merge(tensors, names, config, [name for name in top_names if name in tensors], str(path))
-    if sha256 != _digest(about, tensors):
-        raise WeightsError(f"{path} is damaged: it does not have the digest kept inside it; get the file again.")
-    return Backbone(
+    whole = sha256 == _digest(about, tensors)
+    return Reading(
+        path,
+        "ours",
+        tensors,
+        {tuple(name.split("/")): name for name in tensors if not name.startswith(TOP)},
+        (f"{TOP}kernel", f"{TOP}bias"),
         config,
         preprocessing,
         image_size,
-        variables,
-        sha256=sha256_of_file(path),
-        source=str(path),
-        variant=variant,
-        top=top_of(tensors, top_names, config, str(path)),
+        variant,
+        refusal="" if whole else f"{path} is damaged: it does not have the digest kept inside it; get the file again.",
     )
 
 

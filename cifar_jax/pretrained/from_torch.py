@@ -1,4 +1,4 @@
-"""From a state dict with the names of torchvision, timm or transformers to a backbone."""
+"""From a state dict with the names of torchvision, timm or transformers to what it is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -7,13 +7,11 @@ from types import ModuleType
 
 import numpy as np
 
-from cifar_jax.files import sha256_of_file
 from cifar_jax.pretrained import hf_names, layouts, torch_names
-from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.pretrained.configs import CONFIG, PREPROCESSOR, Described, described_beside
 from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.pretrained.keras_names import count_blocks
-from cifar_jax.pretrained.merge import merge, top_of
+from cifar_jax.pretrained.reading import Reading
 from cifar_jax.pretrained.variants import Variant, check_depth, choose_variant
 
 NAMES: dict[str, ModuleType] = {"torchvision": torch_names, "huggingface": hf_names}  # by family
@@ -27,14 +25,14 @@ def family_of(tensors: Mapping[str, np.ndarray]) -> str | None:
     return None
 
 
-def backbone_from_torch(
+def reading_of_torch(
     path: Path,
     tensors: Mapping[str, np.ndarray],
     by_hash: str | None = None,
     asked: str | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> Backbone:
-    """Makes a backbone of a state dict.
+) -> Reading:
+    """Tells what a state dict holds.
 
     Args:
       path: the file; what lies beside it may say how it is run.
@@ -64,20 +62,20 @@ def backbone_from_torch(
     variant, reason = choose_variant(family, by_hash, _described(beside) if beside else None, asked, str(path))
     if assumed := _assumed(family, beside, reason):
         say(f"{path} does not say {assumed}.")
-    config = replace(variant.config, stage_sizes=sizes)
-    ignored = [name for name in named if name in names.TOP or name.endswith(f".{torch_names.IGNORED}")]
-    variables = merge(named, names.name_map(sizes), config, ignored, str(path), layouts.TORCH)
-    if beside and beside.other:  # only now: tensors that do not fit tell more
-        raise WeightsError(beside.other)
-    return Backbone(
-        config,
+    counts = [name for name in named if name.endswith(f".{torch_names.IGNORED}")]
+    return Reading(
+        path,
+        family,
+        named,
+        names.name_map(sizes),
+        names.TOP,
+        replace(variant.config, stage_sizes=sizes),
         variant.preprocessing,
         variant.image_size,
-        variables,
-        sha256=sha256_of_file(path),
-        source=str(path),
-        variant=f"{variant.name} (by {reason})",
-        top=top_of(named, names.TOP, config, str(path), transposed=True),
+        f"{variant.name} (by {reason})",
+        ignored=dict.fromkeys(counts, "a count of training steps"),
+        layout=layouts.TORCH,
+        refusal=beside.other if beside else "",
     )
 
 

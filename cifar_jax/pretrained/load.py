@@ -8,9 +8,10 @@ from cifar_jax.pretrained import canonical, registry
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.pretrained.forms import form_of, weights_in
-from cifar_jax.pretrained.from_keras import backbone_from_keras
-from cifar_jax.pretrained.from_torch import backbone_from_torch, family_of
+from cifar_jax.pretrained.from_keras import reading_of_keras
+from cifar_jax.pretrained.from_torch import family_of, reading_of_torch
 from cifar_jax.pretrained.keras_h5 import read_keras_archive, read_keras_h5
+from cifar_jax.pretrained.reading import Reading, backbone_of
 from cifar_jax.pretrained.torch_file import Checkpoint, read_torch, without_prefixes
 from cifar_jax.pretrained.untrained import UNTRAINED
 
@@ -48,6 +49,18 @@ def load_backbone(
       >>> backbone.config.features, backbone.preprocessing.name  # doctest: +SKIP
       (2048, 'caffe')
     """
+    return backbone_of(read_weights(path_or_name, variant, cache_dir=cache_dir, say=say, progress=progress))
+
+
+def read_weights(
+    path_or_name: str | Path,
+    variant: str | None = None,
+    *,
+    cache_dir: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    progress: registry.Progress = registry.no_progress,
+) -> Reading:
+    """Tells what weights are, which may still not fit their network; the arguments are those of `load_backbone`."""
     path = Path(os.path.expanduser(path_or_name))
     if str(path_or_name) in UNTRAINED:
         raise WeightsError(
@@ -63,7 +76,7 @@ def load_backbone(
     return _from_file(weights_in(path) if os.path.isdir(path) else path, variant, say)
 
 
-def _from_file(path: Path, asked: str | None, say: Callable[[str], None]) -> Backbone:
+def _from_file(path: Path, asked: str | None, say: Callable[[str], None]) -> Reading:
     form = form_of(path)
     if form == "safetensors":
         safe = canonical.read_safetensors(path)
@@ -73,16 +86,16 @@ def _from_file(path: Path, asked: str | None, say: Callable[[str], None]) -> Bac
                 raise WeightsError(
                     f"--variant {asked} is not for {path}, which says itself how it is run; leave it out."
                 )
-            return canonical.to_backbone(path, safe)
-        return backbone_from_torch(path, tensors, _known_variant(path, say), asked, say)
+            return canonical.reading_of_ours(path, safe)
+        return reading_of_torch(path, tensors, _known_variant(path, say), asked, say)
     by_hash = _known_variant(path, say)
     if form == "hdf5":
-        return backbone_from_keras(path, read_keras_h5(path), by_hash, asked)
+        return reading_of_keras(path, read_keras_h5(path), by_hash, asked)
     if form == "zip" and (file := read_keras_archive(path)) is not None:
-        return backbone_from_keras(path, file, by_hash, asked)
+        return reading_of_keras(path, file, by_hash, asked)
     checkpoint = read_torch(path)
     _say_which(path, checkpoint, say)
-    return backbone_from_torch(path, checkpoint.tensors, by_hash, asked, say)
+    return reading_of_torch(path, checkpoint.tensors, by_hash, asked, say)
 
 
 def _known_variant(path: Path, say: Callable[[str], None]) -> str | None:
