@@ -19,6 +19,7 @@ USAGE = """usage: python -m cifar_jax COMMAND [options]
   predict RUN IMAGE...   say what is in image files
   info [TOPIC]           versions, devices, known weights and data sets on this machine
   convert SRC DST        weights of any form to our own (.safetensors), or back to Keras's (.h5) and others'
+  verify-weights FILE    what a weights file is, what becomes of each tensor, and all that is wrong with it
 
 python -m cifar_jax COMMAND --help lists the options of a command."""
 
@@ -28,6 +29,7 @@ COMMANDS = {
     "predict": commands.predict,
     "info": commands.info,
     "convert": commands.convert,
+    "verify-weights": commands.verify_weights,
 }
 OUT_OF_MEMORY = "The memory is full: a smaller --image-size, --extract-batch-size, --batch-size or --hidden needs less"
 

@@ -8,7 +8,15 @@ import json
 from cifar_jax.console import ConsoleReporter
 from cifar_jax.errors import UserError
 from cifar_jax.files import without_nan
-from cifar_jax.options import ConvertOptions, EvaluateOptions, InfoOptions, PredictOptions, parse, parse_train
+from cifar_jax.options import (
+    ConvertOptions,
+    EvaluateOptions,
+    InfoOptions,
+    PredictOptions,
+    VerifyOptions,
+    parse,
+    parse_train,
+)
 
 INTERRUPTED = 130  # the exit code that shells give to a command that Ctrl-C ended
 
@@ -102,3 +110,18 @@ def convert(arguments: list[str]) -> int:
     else:
         reporter.header(about)
     return 0
+
+
+def verify_weights(arguments: list[str]) -> int:
+    """Says what a weights file is and all that is wrong with it; 0 only where nothing is, else 1."""
+    from cifar_jax.verify import verify
+
+    options = parse(VerifyOptions, arguments, "verify-weights")
+    reporter = ConsoleReporter()
+    more = {"cache_dir": options.cache_dir, "progress": reporter.progress}
+    found = verify(options.file, options.variant, options.against, **more)
+    if options.json:
+        print(json.dumps(found.to_json()))
+    else:
+        reporter.verification(found, options.against)
+    return 1 if found.problems else 0

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cifar_jax.fit import EpochRow
+from cifar_jax.verify import TensorRow, Verification
 
 
 class _Rate(ProgressColumn):
@@ -91,6 +92,21 @@ class ConsoleReporter:
         rows["predict"] = f"python -m cifar_jax predict {out} IMAGE..."
         self.header(rows)
 
+    def verification(self, found: Verification, against: str | None) -> None:
+        """What a weights file is, its tensors, and the verdict."""
+        self.header(found.about)
+        self.out.print()
+        self.table([_tensor_cells(row) for row in found.tensors])
+        self.out.print()
+        if found.fingerprint:
+            self.header({"fingerprint": ", ".join(f"{name} {_figures(v)}" for name, v in found.fingerprint.items())})
+        if found.differences:
+            difference = ", ".join(f"{name} {value:.2g}" for name, value in found.differences.items())
+            self.header({f"against {against}": f"max|a-b| / max|b|: {difference}"})
+        self.header({"verdict": "all holds" if not found.problems else f"{len(found.problems)} problems"})
+        for problem in found.problems:
+            self.out.print(f"  {problem}", markup=False)
+
     def table(self, rows: list[dict[str, Any]]) -> None:
         """A table of equal rows; tab-separated where the output is not a terminal."""
         if not self.out.is_terminal:
@@ -108,3 +124,22 @@ class ConsoleReporter:
         for name, text in rows.items():
             line = Text(f"{name:<{width}}  ", style="bold")
             self.out.print(line + Text(text, style="not bold"))
+
+
+def _tensor_cells(row: TensorRow) -> dict[str, str]:
+    figures = {name: getattr(row, name) for name in ("mean", "std", "low", "high")}
+    return {
+        "tensor": row.name,
+        "shape": "x".join(map(str, row.shape)),
+        "is": row.fate,
+        "as": row.role,
+        **{name: "" if value is None else f"{value:.4g}" for name, value in figures.items()},
+        "problem": row.problem,
+    }
+
+
+def _figures(value: Any) -> str:
+    """A figure, or several of them, with as many digits as machines agree on."""
+    if isinstance(value, list):
+        return " ".join(map(_figures, value))
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

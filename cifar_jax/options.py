@@ -88,6 +88,20 @@ def _preset_name(arguments: list[str]) -> str:
     return next(iter(PRESETS))
 
 
+@dataclass(frozen=True)
+class VerifyOptions(Common):
+    """Say what a weights file is, how it is run and why, what becomes of each tensor, and all that is wrong with it."""
+
+    file: tyro.conf.Positional[str]
+    """a weights file, a directory of timm or transformers, or a name that `info weights` lists"""
+    variant: str | None = None
+    """how it is run, where it leaves that open"""
+    against: Literal["keras", "torchvision", "timm", "transformers"] | None = None
+    """a library that is asked what it computes with the same file, stage by stage; it must be installed"""
+    cache_dir: str | None = None
+    """where downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
+
+
 def parse_train(arguments: list[str]) -> TrainConfig:
     """What `train` is told."""
     return parse(TrainConfig, arguments, "train", default=preset(_preset_name(arguments)))

@@ -1,6 +1,7 @@
 """The total merge: every tensor of a file is used or ignored by name, every variable is filled, every shape agrees."""
 
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,44 @@ def variable_shapes(config: ResNetConfig) -> dict[Path, tuple[int, ...]]:
     x = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     shapes = jax.eval_shape(ResNet(config).init, jax.random.key(0), x)
     return {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
+
+
+class Match(NamedTuple):
+    """How the tensors of a file fit a network.
+
+    Attributes:
+      views: of the tensors that fill a variable, by variable, in the network's order of axes.
+      missing: tensors that the network needs and the file lacks.
+      extra: tensors that the file has and nobody knows.
+      wrong: tensors of another shape than the network needs: their shape and that one, in the file's order of axes.
+    """
+
+    views: dict[Path, np.ndarray]
+    missing: list[str]
+    extra: list[str]
+    wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def match(
+    tensors: Mapping[str, np.ndarray],
+    names: Mapping[Path, str],
+    config: ResNetConfig,
+    ignored: Collection[str],
+    layout: layouts.Layout,
+) -> Match:
+    """Holds a file's tensors against a network; the arguments are those of `merge`."""
+    shapes = variable_shapes(config)
+    needed = {path: names.get(path, "/".join(path)) for path in shapes}
+    there = {path: name for path, name in needed.items() if name in tensors}
+    views = {path: layout.to_network(np.asarray(tensors[name]), len(shapes[path])) for path, name in there.items()}
+    wrong = {
+        name: (tuple(tensors[name].shape), _shown(shapes[path], layout))
+        for path, name in there.items()
+        if views[path].shape != shapes[path]
+    }
+    missing = sorted(needed[path] for path in shapes if path not in there)
+    extra = sorted(set(tensors) - set(there.values()) - set(ignored))
+    return Match(views, missing, extra, wrong)
 
 
 def merge(
@@ -47,22 +86,16 @@ def merge(
       WeightsError: when a tensor is neither used nor ignored, a variable stays empty, a shape differs or a value is
         not finite; it lists both sides.
     """
-    shapes = variable_shapes(config)
-    missing = sorted(names.get(path, "/".join(path)) for path in shapes if names.get(path) not in tensors)
-    extra = sorted(set(tensors) - {names.get(path) for path in shapes} - set(ignored))
-    if missing or extra:
+    found = match(tensors, names, config, ignored, layout)
+    if found.missing or found.extra:
         raise WeightsError(
-            f"{what} does not fit the network: it lacks {_some(missing)} and has {_some(extra)} that the network does "
-            "not know; nothing was loaded."
+            f"{what} does not fit the network: it lacks {_some(found.missing)} and has {_some(found.extra)} that the "
+            "network does not know; nothing was loaded."
         )
-    views = {path: layout.to_network(np.asarray(tensors[names[path]]), len(shape)) for path, shape in shapes.items()}
-    wrong = [
-        f"{names[path]} {tuple(tensors[names[path]].shape)} where the network has {_shown(shape, layout)}"
-        for path, shape in shapes.items()
-        if views[path].shape != shape
-    ]
-    if wrong:
+    if found.wrong:
+        wrong = [f"{name} {has} where the network has {needs}" for name, (has, needs) in found.wrong.items()]
         raise WeightsError(f"{what} does not fit the network: {_some(wrong)}; nothing was loaded.")
+    views = found.views
     if bad := [names[path] for path, view in views.items() if not jnp.issubdtype(view.dtype, jnp.floating)]:
         raise WeightsError(f"{what} holds whole numbers where weights belong, in {_some(bad)}; get the file again.")
     with np.errstate(over="ignore"):  # of float64; what becomes infinite is refused below

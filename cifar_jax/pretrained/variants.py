@@ -51,7 +51,7 @@ VARIANTS = {
 }
 
 # The networks that are published, by the blocks of their stages.
-DEPTHS = {(3, 4, 6, 3): "ResNet50", (3, 4, 23, 3): "ResNet101", (3, 8, 36, 3): "ResNet152"}
+DEPTHS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "ResNet50", (3, 4, 23, 3): "ResNet101", (3, 8, 36, 3): "ResNet152"}
 
 
 def check_depth(stage_sizes: tuple[int, ...], what: str) -> None:

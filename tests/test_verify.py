@@ -1,0 +1,206 @@
+"""What `verify-weights` says of whole files and of files with one thing wrong, and with which exit code."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import NARROW_TORCH, command, is_one_error, keras_tensors, narrow_networks, torch_tensors, write_keras_h5
+from torch_files import write_torch
+
+from cifar_jax import UserError, load_backbone, peers, save_backbone
+from cifar_jax.files import sha256_of_file
+from cifar_jax.pretrained import registry
+from cifar_jax.verify import verify
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    narrow_networks(monkeypatch)
+
+
+def keras_file(path, change=lambda tensors: None):
+    tensors = keras_tensors() | {"probs/kernel": np.ones((32, 5), np.float32), "probs/bias": np.ones(5, np.float32)}
+    change(tensors)
+    return write_keras_h5(path / "weights.h5", tensors)
+
+
+def torch_file(path, change=lambda tensors: None):
+    tensors = torch_tensors(NARROW_TORCH)
+    change(tensors)
+    return write_torch(path / "weights.pth", tensors)
+
+
+def our_file(path):
+    save_backbone(path / "ours.safetensors", load_backbone(torch_file(path)))
+    return path / "ours.safetensors"
+
+
+def fates(found):
+    return Counter(row.fate for row in found.tensors)
+
+
+@pytest.mark.parametrize("make", [keras_file, torch_file, our_file])
+def test_a_whole_file_holds(tmp_path, make):
+    path = make(tmp_path)
+    found = verify(path)
+    assert found.problems == [] and set(fates(found)) == {"used", "ignored"}
+    filled = sorted(row.role for row in found.tensors if row.fate == "used")
+    assert filled == sorted(set(filled)), "no variable is filled twice"
+    assert (len(filled) == len(load_backbone(path).variables["params"]) and False) or len(filled) > 40
+    assert found.about["sha256"] == sha256_of_file(path) and found.about["registry"] == "not in it"
+    assert found.fingerprint["std"] > 0 and len(found.fingerprint["first"]) == 6
+    assert verify(path) == found
+
+
+def test_it_says_what_becomes_of_each_tensor_and_why(tmp_path):
+    rows = {row.name: row for row in verify(torch_file(tmp_path)).tensors}
+    kernel = torch_tensors(NARROW_TORCH)["layer2.0.conv2.weight"]
+    row = rows["layer2.0.conv2.weight"]
+    assert (row.shape, row.fate, row.role) == (kernel.shape, "used", "params/stage2_block1/conv2/kernel")
+    assert np.allclose([row.mean, row.std, row.low, row.high], [f(kernel) for f in (np.mean, np.std, np.min, np.max)])
+    assert (rows["fc.weight"].fate, rows["fc.weight"].role) == ("ignored", "the classifier")
+    assert rows["bn1.num_batches_tracked"].role == "a count of training steps"
+
+
+def test_it_says_how_the_file_is_run_and_what_decided(tmp_path):
+    about = verify(keras_file(tmp_path)).about
+    assert about["variant"] == "keras (by its tensor names)" and about["BatchNorm epsilon"] == "1.001e-05"
+    assert about["stride"].startswith("in the first 1x1") and about["conv bias"] == "yes"
+    assert about["preprocessing"].startswith("caffe: BGR / 1, minus 103.939 116.779 123.68")
+    assert about["classifier"] == "5 classes, kept and not used" and about["assumed"] == "nothing"
+    about = verify(torch_file(tmp_path)).about
+    assert about["stride"].startswith("in the 3x3") and "3x3 convolutions and ImageNet's mean" in about["assumed"]
+
+
+def set_value(name, value):
+    def change(tensors):
+        tensors[name] = np.array(tensors[name])
+        tensors[name].flat[0] = value
+
+    return change
+
+
+def fill(name, value):
+    return lambda tensors: tensors.update({name: np.full_like(tensors[name], value)})
+
+
+def swap_shape(tensors):
+    tensors["conv1.weight"] = tensors["conv1.weight"][:, :, :5, :5].copy()
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "problem"),
+    [
+        (set_value("layer1.0.conv1.weight", np.nan), "layer1.0.conv1.weight", "values that are not finite"),
+        (set_value("fc.weight", np.inf), "fc.weight", "values that are not finite"),
+        (set_value("layer1.0.bn1.running_var", -1.0), "layer1.0.bn1.running_var", "variances below zero"),
+        (fill("layer1.0.bn1.running_var", 0), "layer1.0.bn1.running_var", "nothing but zeros"),
+        (fill("layer1.0.bn2.weight", 0), "layer1.0.bn2.weight", "nothing but zeros"),
+        (fill("layer2.0.conv3.weight", 0), "layer2.0.conv3.weight", "nothing but zeros"),
+        (fill("layer2.0.conv3.weight", 3), "layer2.0.conv3.weight", "all values alike"),
+        (swap_shape, "conv1.weight", "(4, 3, 5, 5) where the network has (4, 3, 7, 7)"),
+        (lambda tensors: tensors.pop("bn1.bias"), "bn1.bias", "missing"),
+        (lambda tensors: tensors.update(more=np.ones(3, np.float32)), "more", "the network knows no such tensor"),
+    ],
+)
+def test_what_is_wrong_stands_beside_its_tensor(tmp_path, capsys, change, name, problem):
+    path = torch_file(tmp_path, change)
+    found = verify(path)
+    assert {row.name: row.problem for row in found.tensors if row.problem} == {name: problem}
+    assert found.problems == [f"{name}: {problem}."]
+    result = command(capsys, "verify-weights", path)
+    assert result.code == 1 and "Traceback" not in result.err
+    assert result.out.splitlines()[-2:] == ["verdict  1 problems", f"  {name}: {problem}."]
+
+
+def test_a_bias_of_zeros_is_nothing_strange(tmp_path):
+    assert verify(torch_file(tmp_path, fill("bn1.bias", 0))).problems == []
+
+
+def test_a_dead_network_is_named(tmp_path):
+    """Each tensor alone looks well, and all of them together compute nothing."""
+    found = verify(torch_file(tmp_path, fill("layer2.0.bn3.bias", -1e6)))
+    assert found.problems == ["The features of all drawn images are alike: the network is dead."]
+
+
+def test_a_changed_copy_of_a_known_file_is_named(tmp_path, monkeypatch):
+    path = keras_file(tmp_path)
+    entry = replace(registry.entries()["keras-resnet50"], size=path.stat().st_size)
+    monkeypatch.setattr(registry, "entries", lambda: {entry.name: entry})
+    assert verify(path).problems == [f"It has the size of {entry.name} and not its digest, {entry.digest}."]
+    known = replace(entry, digest=f"sha256:{sha256_of_file(path)}", variant="keras")
+    monkeypatch.setattr(registry, "entries", lambda: {known.name: known})
+    found = verify(path)
+    assert found.problems == [] and found.about["registry"] == f"{known.name} ({known.digest}), MIT"
+    assert found.about["variant"] == "keras (by its hash)"
+
+
+def test_a_changed_value_in_a_file_of_ours_is_named(tmp_path):
+    path = our_file(tmp_path)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    tensors = safetensors.numpy.load_file(path)
+    tensors["params/stem_bn/scale"][0] += 1
+    safetensors.numpy.save_file(tensors, path, metadata)
+    (problem,) = verify(path).problems
+    assert problem == f"{path} is damaged: it does not have the digest kept inside it; get the file again."
+
+
+def test_the_shipped_backbone_holds(capsys):
+    result = command(capsys, "verify-weights", "demo", "--json")
+    about = json.loads(result.out)
+    assert result.code == 0 and about["holds"] and about["problems"] == []
+    assert about["about"]["registry"].startswith("demo (sha256:")
+    assert {row["fate"] for row in about["tensors"]} == {"used"} and len(about["tensors"]) == 265
+    # Measured when it was exported; it moves with the network's code and with the file, and with nothing else.
+    assert about["fingerprint"]["norm"] == pytest.approx(47.316932, rel=1e-4)
+    assert about["fingerprint"]["first"][:2] == pytest.approx([0.31727821, 2.46355486], rel=1e-4)
+
+
+def test_json_has_no_nan(tmp_path, capsys):
+    path = torch_file(tmp_path, set_value("layer1.0.conv1.weight", np.nan))
+    result = command(capsys, "verify-weights", path, "--json")
+    about = json.loads(result.out, parse_constant=lambda name: pytest.fail(name))
+    assert result.code == 1 and not about["holds"] and about["fingerprint"] == {}
+
+
+def test_a_table_for_a_person(tmp_path, capsys):
+    result = command(capsys, "verify-weights", keras_file(tmp_path))
+    assert result.code == 0 and result.out.splitlines()[-1] == "verdict  all holds"
+    assert "probs/kernel\t32x5\tignored\tthe classifier\t1\t0\t1\t1\t" in result.out.splitlines()
+
+
+@pytest.mark.parametrize("arguments", [["nowhere.h5"], ["random"], ["demo", "--against", "caffe"], []])
+def test_what_cannot_be_looked_at(capsys, arguments):
+    is_one_error(command(capsys, "verify-weights", *arguments), 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against a peer, whose libraries other tests run
+
+
+def test_a_peer_that_computes_something_else_is_a_problem(tmp_path, monkeypatch):
+    path = torch_file(tmp_path)
+
+    def peer(reading, backbone, images):
+        ours = peers.our_outputs(backbone, images)
+        return ours | {"stage2": ours["stage2"] * np.float32(1.001), "logits": np.zeros(3)}
+
+    monkeypatch.setitem(peers._RUNNERS, "timm", peer)
+    found = verify(path, against="timm")
+    assert found.differences["stage1"] == found.differences["pooled"] == 0
+    assert found.differences["stage2"] == pytest.approx(1e-3, rel=0.01) and found.differences["logits"] == np.inf
+    assert found.problems == [
+        "timm computes another stage2: it differs by 0.001.",
+        "timm computes another logits: it differs by inf.",
+    ]
+
+
+def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(f"no {name}")))
+    for library, needs in (("torchvision", "torch and torchvision"), ("keras", "keras")):
+        with pytest.raises(UserError, match=f"--against needs {needs}, which cannot be imported"):
+            verify(torch_file(tmp_path), against=library)
