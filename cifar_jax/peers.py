@@ -95,9 +95,9 @@ def _classes(backbone: Backbone) -> int | None:
 
 
 def _run_keras(reading: Reading, backbone: Backbone, images_u8: np.ndarray) -> Outputs:
+    _require_network("keras", reading, backbone.config)
     os.environ.setdefault("KERAS_BACKEND", "jax")
     (keras,) = _imported("keras")
-    _require_network("keras", reading, backbone.config)
     side, classes = backbone.image_size, _classes(backbone)
     make = getattr(keras.applications, DEPTHS[backbone.config.stage_sizes])
     shape = {"weights": None, "include_top": classes is not None, "input_shape": (side, side, 3)}
@@ -124,8 +124,8 @@ def _named(stages: list[np.ndarray], pooled: np.ndarray, logits: np.ndarray | No
 
 
 def _run_torchvision(reading: Reading, backbone: Backbone, images_u8: np.ndarray) -> Outputs:
-    torch, torchvision = _imported("torch", "torchvision")
     _require_network("torchvision", reading, backbone.config)
+    torch, torchvision = _imported("torch", "torchvision")
     name = DEPTHS[backbone.config.stage_sizes]
     classes = _classes(backbone)
     model = getattr(torchvision.models, name.lower())(weights=None, num_classes=classes or 1)
@@ -138,8 +138,8 @@ def _run_torchvision(reading: Reading, backbone: Backbone, images_u8: np.ndarray
 
 
 def _run_timm(reading: Reading, backbone: Backbone, images_u8: np.ndarray) -> Outputs:
-    torch, timm = _imported("torch", "timm")
     _require_network("timm", reading, backbone.config)
+    torch, timm = _imported("torch", "timm")
     beside = read_json(reading.path.parent / CONFIG) or {}
     about = {key: value for key, value in beside.get("pretrained_cfg", {}).items() if key in ("mean", "std")}
     make = {"num_classes": _classes(backbone) or 0, "pretrained_cfg_overlay": about}
@@ -151,9 +151,9 @@ def _run_timm(reading: Reading, backbone: Backbone, images_u8: np.ndarray) -> Ou
 
 
 def _run_transformers(reading: Reading, backbone: Backbone, images_u8: np.ndarray) -> Outputs:
-    torch, transformers = _imported("torch", "transformers")
     # Of all these libraries transformers alone builds both: its networks stride where they are told to.
     _require_network("transformers", reading, replace(backbone.config, stride_in_1x1=False))
+    torch, transformers = _imported("torch", "transformers")
     config = transformers.ResNetConfig(
         depths=list(backbone.config.stage_sizes),
         downsample_in_bottleneck=backbone.config.stride_in_1x1,

@@ -201,6 +201,20 @@ def test_a_peer_that_computes_something_else_is_a_problem(tmp_path, monkeypatch)
 
 def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(peers.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(f"no {name}")))
-    for library, needs in (("torchvision", "torch and torchvision"), ("keras", "keras")):
+    for make, library, needs in ((torch_file, "torchvision", "torch and torchvision"), (keras_file, "keras", "keras")):
         with pytest.raises(UserError, match=f"--against needs {needs}, which cannot be imported"):
-            verify(torch_file(tmp_path), against=library)
+            verify(make(tmp_path), against=library)
+
+
+def test_a_network_that_the_peer_does_not_build_is_refused(tmp_path):
+    """Even where the peer is not installed, and before it is imported."""
+    of_2016 = write_keras_h5(tmp_path / "2016.h5", keras_tensors(family="keras-2016"))
+    for path, library in (
+        (of_2016, "keras"),
+        (of_2016, "torchvision"),
+        (keras_file(tmp_path), "timm"),
+        (keras_file(tmp_path), "transformers"),
+        (torch_file(tmp_path), "keras"),
+    ):
+        with pytest.raises(UserError, match=f"No network that {library} builds computes what {path} is run as"):
+            verify(path, against=library)
