@@ -169,7 +169,7 @@ def _write(path: Path, backbone: Backbone, to: str, variant: Variant | None) -> 
     if to == "keras":
         tensors = keras_tensors(backbone, variant.family)
         write_keras_h5(path, tensors)
-        found = read_keras_h5(path).tensors
+        found = read_keras_h5(path, known=True).tensors
     else:
         tensors = torch_tensors(backbone, variant.family)
         safetensors.numpy.save_file(tensors, path, {"format": "pt"})

@@ -18,7 +18,7 @@ import numpy as np
 
 from cifar_jax.pretrained.archive import open_archive
 from cifar_jax.pretrained.errors import WeightsError
-from cifar_jax.pretrained.hdf5 import own, tensor
+from cifar_jax.pretrained.hdf5 import TensorReader, own
 
 # The tensors of a layer by its class, numbered from 0; a convolution without bias has one less.
 TENSORS = {
@@ -72,13 +72,14 @@ def tensors_of(root: h5py.Group, description: Mapping[str, Any] | None, path: Pa
         if untold:
             raise WeightsError(f"{path} holds weights in {untold[0]} of which its description says nothing.")
     tensors: dict[str, np.ndarray] = {}
+    read = TensorReader(path)
     for layer, kind, group in named:
         for number in group:
             words = TENSORS.get(kind, ())
             word = words[int(number)] if number.isdecimal() and int(number) < len(words) else number
             if f"{layer}/{word}" in tensors:
                 raise WeightsError(f"{path} holds {layer}/{word} twice; it cannot be told which one is meant.")
-            tensors[f"{layer}/{word}"] = tensor(group, number, path)
+            tensors[f"{layer}/{word}"] = read(group, number)
     return tensors
 
 

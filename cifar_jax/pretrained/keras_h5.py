@@ -12,7 +12,7 @@ import numpy as np
 
 from cifar_jax.pretrained import keras3
 from cifar_jax.pretrained.errors import WeightsError
-from cifar_jax.pretrained.hdf5 import own, tensor
+from cifar_jax.pretrained.hdf5 import TensorReader, own, probe
 from cifar_jax.pretrained.keras_names import OLDEST_TENSORS
 
 
@@ -29,15 +29,18 @@ class KerasFile:
         return {name.rpartition("/")[0] for name in self.tensors}
 
 
-def read_keras_h5(path: Path) -> KerasFile:
+def read_keras_h5(path: Path, known: bool = False) -> KerasFile:
     """Reads all tensors of a file.
 
     Args:
       path: an HDF5 file written by `save_weights` or `save` of any Keras.
+      known: whether its bytes are those of a known file, which need not be read by another process first.
 
     Raises:
       WeightsError: when the file is no HDF5 file, is cut short, or is not laid out as Keras does.
     """
+    if not known:
+        probe(path, path)
     return _read(lambda: h5py.File(path, "r"), path, None)
 
 
@@ -48,7 +51,11 @@ def read_keras_archive(path: Path) -> KerasFile | None:
       WeightsError: when the archive is damaged or not laid out as Keras does.
     """
     found = keras3.read_archive(path)
-    return found and _read(lambda: keras3.opened(found[0]), path, found[1])
+    if found is None:
+        return None
+    content, description = found
+    probe(content, path)
+    return _read(lambda: keras3.opened(content), path, description)
 
 
 def _read(opened: Callable[[], h5py.File], path: Path, description: dict[str, Any] | None) -> KerasFile:
@@ -71,13 +78,14 @@ def _read(opened: Callable[[], h5py.File], path: Path, description: dict[str, An
 def _layer_tensors(root: h5py.Group, path: Path) -> dict[str, np.ndarray]:
     """All tensors of the layout of Keras 1 and 2, as `layer/tensor`."""
     tensors: dict[str, np.ndarray] = {}
+    read = TensorReader(path)
     for layer in _texts(root, "layer_names"):
         group = own(root, layer, path)
         for weight in _texts(group, "weight_names"):
             name = _canonical_name(layer, weight)
             if name in tensors:
                 raise WeightsError(f"{path} holds {name} twice; it cannot be told which one is meant.")
-            tensors[name] = tensor(group, weight, path)
+            tensors[name] = read(group, weight)
     return tensors
 
 

@@ -90,7 +90,7 @@ def _from_file(path: Path, asked: str | None, say: Callable[[str], None]) -> Rea
         return reading_of_torch(path, tensors, _known_variant(path, say), asked, say)
     by_hash = _known_variant(path, say)
     if form == "hdf5":
-        return reading_of_keras(path, read_keras_h5(path), by_hash, asked)
+        return reading_of_keras(path, read_keras_h5(path, known=by_hash is not None), by_hash, asked)
     if form == "zip" and (file := read_keras_archive(path)) is not None:
         return reading_of_keras(path, file, by_hash, asked)
     checkpoint = read_torch(path)

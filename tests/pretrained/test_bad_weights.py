@@ -253,6 +253,17 @@ def with_a_claim_of_terabytes(path):
         file.create_dataset(name, (10**6, 10**6), "f4", chunks=(1000, 1000))
 
 
+def with_one_array_under_many_names(path):
+    """A file of a megabyte that would take fifty of them when read."""
+    with h5py.File(path, "a") as file:
+        group = file["conv1_conv"]
+        group["one"] = np.zeros(250_000, np.float32)
+        names = [f"conv1_conv/more{number}" for number in range(50)]
+        for name in names:
+            group[f"{name}:0"] = group["one"]
+        group.attrs["weight_names"] = np.append(group.attrs["weight_names"], encoded(f"{name}:0" for name in names))
+
+
 def with_whole_numbers(path):
     name, _ = put_elsewhere(path)
     with h5py.File(path, "a") as file:
@@ -302,7 +313,8 @@ def with_a_number_for_layer_names(path):
         (with_soft_link, "of its own"),
         (with_external_storage, "in another file"),
         (with_virtual_data, "in another file"),
-        (with_a_claim_of_terabytes, "too large"),
+        (with_a_claim_of_terabytes, "claims more numbers than a file of its size can hold"),
+        (with_one_array_under_many_names, "claims more numbers than a file of its size can hold"),
         (with_whole_numbers, "not an array of floating-point numbers"),
         (with_a_group_for_a_tensor, "not an array of floating-point numbers"),
         (with_a_tensor_less_than_it_names, "of its own"),
