@@ -96,7 +96,10 @@ class ConsoleReporter:
         """What a weights file is, its tensors, and the verdict."""
         self.header(found.about)
         self.out.print()
-        self.table([_tensor_cells(row) for row in found.tensors])
+        rows = [_tensor_cells(row) for row in found.tensors]
+        if not any(row["problem"] for row in rows):
+            rows = [{name: cell for name, cell in row.items() if name != "problem"} for row in rows]
+        self.table(rows)
         self.out.print()
         if found.fingerprint:
             self.header({"fingerprint": ", ".join(f"{name} {_figures(v)}" for name, v in found.fingerprint.items())})
