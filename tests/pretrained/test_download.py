@@ -482,14 +482,15 @@ def test_of_two_downloads_one_waits_for_the_other(target):
     assert target.read_bytes() == CONTENT and files_below(target.parent) == [target.name]
 
 
-def test_one_goes_on_with_what_the_other_began(target):
-    """The first fails while the second waits."""
+@pytest.mark.parametrize("left", [0, 2 * CHUNK])
+def test_one_goes_on_with_what_the_other_left(target, left):
+    """The first fails while the second waits, and takes its empty part away."""
     begun, waits = threading.Event(), threading.Event()
 
     def breaks_off(handler):
         begun.set()
         waits.wait(30)
-        ranged(CONTENT, cut=HALF)(handler)
+        ranged(CONTENT, cut=left)(handler)
 
     def fails():
         with pytest.raises(NotDownloaded, match="404"):
@@ -501,8 +502,8 @@ def test_one_goes_on_with_what_the_other_began(target):
         assert begun.wait(30)
         download([server.url()], target, SIZE, DIGEST, say=lambda said: waits.set() if "Another" in said else None)
         first.join(30)
-        assert [asked.range for asked in server.asked] == [None, *[f"bytes={2 * CHUNK}-"] * 2]
-    assert target.read_bytes() == CONTENT
+        assert [asked.range for asked in server.asked] == [None, *[f"bytes={left}-" if left else None] * 2]
+    assert target.read_bytes() == CONTENT and files_below(target.parent) == [target.name]
 
 
 PROGRAM = """

@@ -82,8 +82,8 @@ def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, server, 
     target = registry.downloaded_to(entry, str(tmp_path / "cache"))
     assert refusal(tmp_path) == (
         f"The weights {NAME} are not on this machine and could not be downloaded ({entry.url}: {cause}): get "
-        f"{entry.url} ({entry.digest}) on a machine with a network and put it at {target}, or name it with --weights or "
-        "CIFAR_JAX_WEIGHTS."
+        f"{entry.url} ({entry.digest}) on a machine with a network and put it at {target}, or name it with --weights "
+        "or CIFAR_JAX_WEIGHTS."
     )
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
