@@ -40,7 +40,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("CIFAR_JAX_CACHE", str(home / "cache"))
-    for name in ("KERAS_HOME", "TORCH_HOME", "XDG_CACHE_HOME", "CIFAR_JAX_WEIGHTS"):
+    for name in ("KERAS_HOME", "TORCH_HOME", "XDG_CACHE_HOME", "CIFAR_JAX_WEIGHTS", "CIFAR_JAX_MIRROR"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -9,7 +9,7 @@ from cifar_jax.pretrained.errors import WeightsError
 IN_DIRECTORY = ("model.safetensors", "pytorch_model.bin")
 
 _USE = "--weights takes a weights file, a directory of transformers or timm, or a name that `info` lists"
-_WEB_PAGE = (b"<!doctype", b"<html", b"<?xml")
+WEB_PAGE = (b"<!doctype", b"<html", b"<?xml")
 
 
 def weights_in(directory: Path) -> Path:
@@ -56,7 +56,7 @@ def form_of(path: Path) -> str:
         return "safetensors"  # whose reader says what is wrong
     if not start:
         raise WeightsError(f"{path} is empty; get the file again.")
-    if start.lstrip().lower().startswith(_WEB_PAGE):
+    if start.lstrip().lower().startswith(WEB_PAGE):
         raise WeightsError(
             f"{path} is a web page, not weights: the download was answered with an error or a login page; get it again."
         )

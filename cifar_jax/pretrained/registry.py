@@ -1,23 +1,18 @@
-"""The known weights files: what they are, where a copy of them lies on this machine, and their download."""
+"""The known weights files: what they are, where copies of them lie, here and elsewhere."""
 
-import hashlib
 import json
 import os
-import tempfile
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import pooch
-import requests
-
+from cifar_jax.errors import RunError
 from cifar_jax.files import cache_root
+from cifar_jax.pretrained.download import NotDownloaded, Say, download, has_digest
 from cifar_jax.pretrained.errors import WeightsError
 
-DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
-
-Say = Callable[[str], None]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -66,14 +61,6 @@ def entries() -> dict[str, Entry]:
     """All known files by name, from weights/registry.json."""
     table = json.loads((weights_dir() / "registry.json").read_text(encoding="utf-8"))
     return {name: Entry(name, **fields) for name, fields in table.items()}
-
-
-def has_digest(path: Path, digest: str) -> bool:
-    """Whether a file has a digest `md5:HEX` or `sha256:HEX`. MD5, which Keras publishes, identifies, no more."""
-    algorithm, _, start = digest.partition(":")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
-    return found.hexdigest().startswith(start)
 
 
 def entries_of_size(path: Path) -> list[Entry]:
@@ -126,6 +113,19 @@ def find_local(entry: Entry, cache_dir: str | None = None) -> tuple[Path | None,
     return None, notes
 
 
+def sources(entry: Entry) -> list[str]:
+    """Where a download may come from, in order: each mirror of $CIFAR_JAX_MIRROR, then where the file is published.
+
+    In a mirror it may lie as MIRROR/NAME/FILE, as in our cache, or as MIRROR/FILE: two files share that name, and it is
+    taken where the size and the hash are right.
+    """
+    mirrors = filter(None, re.split(r"[,\s]+", os.environ.get("CIFAR_JAX_MIRROR", "")))
+    copies = [
+        f"{mirror.rstrip('/')}/{path}" for mirror in mirrors for path in (f"{entry.name}/{entry.file}", entry.file)
+    ]
+    return [*copies, *([entry.url] if entry.url else [])]
+
+
 def fetch(name: str, cache_dir: str | None = None, say: Say = lambda _: None, progress: Progress = no_progress) -> Path:
     """A local copy of a known file, downloaded if there is none, its hash checked either way.
 
@@ -136,8 +136,9 @@ def fetch(name: str, cache_dir: str | None = None, say: Say = lambda _: None, pr
       progress: makes the bar that shows a download.
 
     Raises:
-      WeightsError: when the name is not known, or the file is not here and cannot be downloaded, with the URL, the hash
-        and where to put it.
+      WeightsError: when the name is not known, or the file is not here and cannot be downloaded, with each place that
+        was tried, the URL, the hash and where to put it.
+      RunError: when what is downloaded cannot be written.
     """
     entry = entries().get(name)
     if entry is None:
@@ -154,60 +155,21 @@ def fetch(name: str, cache_dir: str | None = None, say: Say = lambda _: None, pr
             f"it again.{also}"
         )
     target = downloaded_to(entry, cache_dir)
-    say(f"{name} is not on this machine: downloading {entry.size / 1e6:.0f} MB from {entry.url}")
     try:
         with progress(f"Downloading {name}", entry.size) as bar:
-            _download(entry, target, bar)
-    except (requests.RequestException, ValueError, OSError) as error:
+            download(sources(entry), target, entry.size, entry.digest, say=say, bar=bar)
+    except NotDownloaded as error:
+        kept = f" The {error.kept / 1e6:.1f} MB that came are kept; the next attempt goes on from there." * bool(
+            error.kept
+        )
         raise WeightsError(
-            f"The weights {name} are not on this machine and could not be downloaded ({_cause(error)}): get "
-            f"{entry.url} ({entry.digest}) on a machine with a network and put it at {target}, or name it with "
-            f"--weights or CIFAR_JAX_WEIGHTS.{also}"
+            f"The weights {name} are not on this machine and could not be downloaded ({error}): get {entry.url} "
+            f"({entry.digest}) on a machine with a network and put it at {target}, or name it with --weights or "
+            f"CIFAR_JAX_WEIGHTS.{kept}{also}"
+        ) from error
+    except OSError as error:
+        raise RunError(
+            f"The weights {name} cannot be written to {target} ({error.strerror or error}): make room, or name another "
+            f"place with --cache-dir or CIFAR_JAX_CACHE; what came is kept, and the next attempt goes on from there."
         ) from error
     return target
-
-
-def _download(entry: Entry, target: Path, bar: Callable[[int], None]) -> None:
-    """Downloads aside and moves into place what has the right size and hash, of which pooch takes whole ones only."""
-    pooch.get_logger().setLevel("ERROR")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as aside:
-        downloader = pooch.HTTPDownloader(progressbar=_Bar(bar), timeout=DOWNLOAD_TIMEOUT)
-        came = pooch.retrieve(entry.url, known_hash=None, fname=target.name, path=aside, downloader=downloader)
-        if not entry.is_at(Path(came)):
-            raise ValueError("another hash")
-        os.replace(came, target)
-
-
-class _Bar:
-    """A progress bar in the form that pooch drives."""
-
-    total = 0
-
-    def __init__(self, bar: Callable[[int], None]):
-        self._bar, self._done = bar, 0
-
-    def update(self, more: int) -> None:
-        self._done += more
-        self._bar(self._done)
-
-    def reset(self) -> None:
-        self._done = 0
-
-    def close(self) -> None:
-        pass
-
-
-def _cause(error: Exception) -> str:
-    """What went wrong, in few words, from errors that wrap each other three deep."""
-    if isinstance(error, requests.Timeout):
-        return "the server did not answer in time"
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        return f"the server answered {error.response.status_code}"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection broke off"
-    if isinstance(error, requests.ConnectionError):
-        return "no connection to the server"
-    if isinstance(error, ValueError):
-        return "what came has another hash"
-    return str(error)

@@ -2,65 +2,38 @@
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from helpers import files_below, keras_tensors, narrow_networks, write_keras_h5
+from file_server import PAGE, by_path, ranged, sends, serving, whole
+from helpers import files_below, full_disk, keras_tensors, narrow_networks, write_keras_h5
 
+from cifar_jax.errors import RunError
 from cifar_jax.files import sha256_of_file
-from cifar_jax.pretrained import WeightsError, load_backbone, registry
+from cifar_jax.pretrained import WeightsError, download, load_backbone, registry
 from cifar_jax.pretrained.variants import VARIANTS
 
-# pooch leaves it to the garbage collector to close a connection whose answer was an error.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:unclosed:ResourceWarning", "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-)
-
 CONTENT = bytes(range(256)) * 400  # more than one chunk of the download
+OTHER = CONTENT[::-1]
 NAME = "keras-resnet50"
 
 
-class Answers(BaseHTTPRequestHandler):
-    """Answers every request as the server's `answer` says, and counts them."""
-
-    def do_GET(self):
-        self.server.requests += 1
-        status, headers, body = self.server.answer
-        self.send_response(status)
-        for header in headers.items():
-            self.send_header(*header)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def no_waits(monkeypatch):
+    monkeypatch.setattr(download, "WAITS", (0.0, 0.0))
 
 
 @pytest.fixture
 def server():
-    with HTTPServer(("127.0.0.1", 0), Answers) as server:
-        server.requests, server.answer = 0, (200, {"Content-Length": str(len(CONTENT))}, CONTENT)
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with serving(whole(CONTENT)) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
 def entry(server, monkeypatch):
     """The registry holds one file, which the server has."""
-    url = f"http://127.0.0.1:{server.server_port}/weights.h5"
-    return known(monkeypatch, url)
+    return known(monkeypatch, server.url())
 
 
 def known(monkeypatch, url, content=CONTENT, variant="keras"):
@@ -76,8 +49,6 @@ def refusal(tmp_path):
         registry.fetch(NAME, str(tmp_path / "cache"))
     sentence = str(caught.value)
     assert "\n" not in sentence, sentence
-    del caught
-    gc.collect()  # see pytestmark
     return sentence
 
 
@@ -95,28 +66,34 @@ def test_a_download_lands_whole_and_once(tmp_path, server, entry):
     assert len(said) == 1 and entry.url in said[0]
     assert done[-1] == len(CONTENT) and done == sorted(done)
     assert registry.fetch(NAME, str(tmp_path), said.append) == path
-    assert server.requests == 1 and len(said) == 1
+    assert len(server.asked) == 1 and len(said) == 1
 
 
 @pytest.mark.parametrize(
     ("answer", "cause"),
     [
-        ((200, {"Content-Length": "3"}, b"abc"), "what came has another hash"),
-        ((200, {}, b"<!DOCTYPE html><html>Sign in</html>"), "what came has another hash"),
-        ((200, {}, b""), "what came has another hash"),
-        ((404, {}, b"not here"), "the server answered 404"),
-        ((503, {}, b""), "the server answered 503"),
-        ((200, {"Content-Length": str(len(CONTENT))}, CONTENT[: len(CONTENT) // 2]), "the connection broke off"),
-        ((302, {"Location": "/elsewhere"}, b""), "Exceeded 30 redirects"),
+        (sends(b"", 404), "the server answered 404"),
+        (sends(PAGE), "a web page came instead of the file"),
+        (whole(OTHER), "what came has another hash"),
     ],
 )
-def test_a_bad_answer_leaves_nothing_and_is_explained(tmp_path, server, entry, answer, cause):
-    server.answer = answer
-    sentence = refusal(tmp_path)
-    assert f"could not be downloaded ({cause}" in sentence
+def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, server, entry, answer, cause):
+    server.answers = [answer]
     target = registry.downloaded_to(entry, str(tmp_path / "cache"))
-    assert all(part in sentence for part in (entry.url, entry.digest, str(target), "--weights", "CIFAR_JAX_WEIGHTS"))
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+    assert refusal(tmp_path) == (
+        f"The weights {NAME} are not on this machine and could not be downloaded ({entry.url}: {cause}): get "
+        f"{entry.url} ({entry.digest}) on a machine with a network and put it at {target}, or name it with --weights "
+        "or CIFAR_JAX_WEIGHTS."
+    )
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_download_that_breaks_off_goes_on_the_next_time(tmp_path, server, entry):
+    server.answers = [ranged(CONTENT, cut=80_000), sends(b"", 503)]
+    assert "The 0.1 MB that came are kept; the next attempt goes on from there." in refusal(tmp_path)
+    server.answers = [ranged(CONTENT)]
+    assert registry.fetch(NAME, str(tmp_path / "cache")).read_bytes() == CONTENT
+    assert server.asked[-1].range == "bytes=65536-"
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -124,37 +101,74 @@ def test_the_start_of_a_hash_is_enough(tmp_path, server, entry, monkeypatch, cha
     digest = f"sha256:{hashlib.sha256(CONTENT).hexdigest()[:8]}"
     monkeypatch.setattr(registry, "entries", lambda: {NAME: dataclasses.replace(entry, digest=digest)})
     if changed:
-        server.answer = (200, {}, CONTENT[:-1] + b"x")
+        server.answers = [whole(CONTENT[:-1] + b"x")]
         assert "what came has another hash" in refusal(tmp_path)
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     else:
         assert registry.fetch(NAME, str(tmp_path)).read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("separator", [",", " ", ", ", "\n"])
+def test_mirrors_are_tried_first_and_in_order(tmp_path, server, entry, monkeypatch, separator):
+    """By the entry's name, then by the file's alone, and whatever has another hash is passed over."""
+    bases = [str(tmp_path / "share"), server.url("one/"), server.url("two")]
+    monkeypatch.setenv("CIFAR_JAX_MIRROR", separator.join(["", *bases, ""]))
+    server.answers = [by_path({"/one/weights.h5": whole(OTHER), f"/two/{NAME}/weights.h5": whole(CONTENT)})]
+    said = []
+    assert registry.fetch(NAME, str(tmp_path / "cache"), said.append).read_bytes() == CONTENT
+    asked = [asked.path for asked in server.asked]
+    assert asked == [f"/one/{NAME}/weights.h5", "/one/weights.h5", "/one/weights.h5", f"/two/{NAME}/weights.h5"]
+    assert f"from {tmp_path}/share/{NAME}/weights.h5" in said[0]
+
+
+def test_where_mirrors_fail_the_publisher_is_asked(tmp_path, server, entry, monkeypatch):
+    monkeypatch.setenv("CIFAR_JAX_MIRROR", server.url("mirror"))
+    server.answers = [by_path({"/weights.h5": whole(CONTENT)})]
+    assert registry.fetch(NAME, str(tmp_path)).read_bytes() == CONTENT
+
+
+def test_the_error_names_each_place_that_was_tried(tmp_path, server, entry, monkeypatch):
+    monkeypatch.setenv("CIFAR_JAX_MIRROR", f"{tmp_path}/share http://192.0.2.1 {server.url('m')}")
+    server.answers = [by_path({"/m/weights.h5": sends(PAGE)})]
+    sentence = refusal(tmp_path)
+    for place, cause in {
+        f"{tmp_path}/share/{NAME}/weights.h5": "No such file or directory",
+        f"{tmp_path}/share/weights.h5": "No such file or directory",
+        f"http://192.0.2.1/{NAME}/weights.h5": f"http://192.0.2.1/{NAME}/weights.h5 is not https",
+        server.url(f"m/{NAME}/weights.h5"): "the server answered 404",
+        server.url("m/weights.h5"): "a web page came instead of the file",
+        entry.url: "the server answered 404",
+    }.items():
+        assert f"{place}: {cause}" in sentence
+
+
+def test_a_cache_is_a_mirror(tmp_path, server, entry, monkeypatch):
+    registry.fetch(NAME, str(tmp_path / "shared"))
+    server.asked.clear()
+    monkeypatch.setenv("CIFAR_JAX_MIRROR", str(tmp_path / "shared" / "weights"))
+    path = registry.fetch(NAME, str(tmp_path / "mine"))
+    assert path.read_bytes() == CONTENT and path.is_relative_to(tmp_path / "mine") and not server.asked
+
+
 def test_no_server_is_explained(tmp_path, monkeypatch):
     known(monkeypatch, "http://127.0.0.1:1/weights.h5")
-    assert "could not be downloaded (no connection to the server)" in refusal(tmp_path)
+    assert "could not be downloaded (http://127.0.0.1:1/weights.h5: no connection to the server)" in refusal(tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_a_server_that_hangs_up_is_explained(tmp_path, server, entry, monkeypatch):
-    monkeypatch.setattr(Answers, "do_GET", lambda self: self.connection.close())
-    assert "could not be downloaded (no connection to the server)" in refusal(tmp_path)
-
-
-def test_a_server_that_stalls_is_given_up(tmp_path, entry, monkeypatch):
-    stalled = threading.Event()
-    monkeypatch.setattr(Answers, "do_GET", lambda self: stalled.wait(5))
-    monkeypatch.setattr(registry, "DOWNLOAD_TIMEOUT", 0.1)
-    try:
-        assert "could not be downloaded (the server did not answer in time)" in refusal(tmp_path)
-    finally:
-        stalled.set()
 
 
 def test_a_cache_that_cannot_be_written_is_explained(tmp_path, entry):
     (tmp_path / "cache").write_text("a file")
-    assert "could not be downloaded" in refusal(tmp_path) and (tmp_path / "cache").read_text() == "a file"
+    with pytest.raises(RunError, match=rf"{NAME} cannot be written to {tmp_path}.*--cache-dir or CIFAR_JAX_CACHE"):
+        registry.fetch(NAME, str(tmp_path / "cache"))
+    assert (tmp_path / "cache").read_text() == "a file"
+
+
+def test_a_full_disk_is_explained(tmp_path, server, entry):
+    server.answers = [ranged(CONTENT)]
+    with full_disk(at=70_000), pytest.raises(RunError, match="File too large"):
+        registry.fetch(NAME, str(tmp_path))
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".part"]
+    assert registry.fetch(NAME, str(tmp_path)).read_bytes() == CONTENT and server.asked[-1].range == "bytes=70000-"
 
 
 @pytest.mark.parametrize(
@@ -175,12 +189,12 @@ def test_a_copy_is_found_by_its_hash(tmp_path, server, entry, monkeypatch, varia
     path.write_bytes(CONTENT)
     monkeypatch.setenv(variable, str(tmp_path / value))
     assert registry.fetch(NAME) == path
-    assert server.requests == 0
+    assert not server.asked
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT[:-1] + b"x"])
 def test_a_file_of_the_same_name_but_another_hash_is_not_used(tmp_path, server, entry, monkeypatch, content):
-    server.answer = (404, {}, b"")
+    server.answers = [sends(b"", 404)]
     places = [tmp_path / "kept" / "weights.h5", tmp_path / "keras" / "models" / "weights.h5"]
     for path in places:
         path.parent.mkdir(parents=True)
@@ -200,7 +214,7 @@ def test_a_damaged_download_in_the_cache_is_replaced(tmp_path, entry):
 
 
 def test_a_variable_that_names_nothing_is_mentioned(tmp_path, server, entry, monkeypatch):
-    server.answer = (404, {}, b"")
+    server.answers = [sends(b"", 404)]
     monkeypatch.setenv("CIFAR_JAX_WEIGHTS", str(tmp_path / "nowhere.h5"))
     assert f"{tmp_path / 'nowhere.h5'} does not exist, though CIFAR_JAX_WEIGHTS names it" in refusal(tmp_path)
 
