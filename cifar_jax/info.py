@@ -34,6 +34,7 @@ def _weights_row(entry: registry.Entry, cache_dir: str | None) -> dict[str, str]
         "MB": f"{entry.size / 1e6:.1f}",
         "digest": entry.digest,
         "licence": entry.licence,
+        "top-1": entry.top1,
         "variant": entry.variant,
         "local copy": str(found or "none"),
     }
@@ -45,6 +46,7 @@ def _untrained_row(name: str) -> dict[str, str]:
         "MB": "",
         "digest": "",
         "licence": "",
+        "top-1": "",
         "variant": "untrained",
         "local copy": "made when needed",
     }

@@ -40,6 +40,8 @@ def main(run_dir: str, feature_scale: str = "1") -> None:
         "size": path.stat().st_size,
         "variant": variant,
         "licence": "Apache-2.0",
+        "resize": "nearest",
+        "top1": f"{100 * run.summary['val_accuracy']:.1f} on {dataset['name']}",
         "about": f"{ABOUT}.",
     }
     registry = weights_dir() / "registry.json"

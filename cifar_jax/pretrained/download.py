@@ -1,7 +1,6 @@
 """How a file is downloaded: whole, checked, once, in as many pieces and from as many places as it takes."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import time
@@ -10,6 +9,11 @@ from pathlib import Path
 from typing import IO
 
 import requests
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where the digest alone guards
+    fcntl = None  # type: ignore[assignment]
 
 from cifar_jax.pretrained.places import Failed, connection, opened
 
@@ -123,13 +127,7 @@ def _alone(path: Path, say: Say) -> Iterator[IO[bytes]]:
     """Opens a part for this process alone, by a lock that ends with the process; an empty one does not stay."""
     while True:
         with open(path, "a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"Another process is downloading to {path}: waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                pass  # a file system without locks: the digest still guards
+            _lock(file, lambda: say(f"Another process is downloading to {path}: waiting for it"))
             try:
                 if not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                     continue
@@ -141,6 +139,18 @@ def _alone(path: Path, say: Say) -> Iterator[IO[bytes]]:
                 if not os.fstat(file.fileno()).st_size:
                     path.unlink(missing_ok=True)
             return
+
+
+def _lock(file: IO[bytes], on_waiting: Callable[[], None]) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        on_waiting()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        pass  # a file system without locks: the digest still guards
 
 
 def _bring(session: requests.Session, place: str, part: _Part, say: Say, sleep: Callable[[float], None]) -> None:

@@ -33,6 +33,8 @@ class Entry:
       size: in bytes.
       variant: how it is run.
       licence: of the weights.
+      resize: how its publisher brought images to the network's size when measuring it. Here they are upsampled.
+      top1: percent of the ImageNet validation images, as its publisher states; nothing of it was measured here.
       about: a sentence for people.
     """
 
@@ -43,6 +45,8 @@ class Entry:
     size: int
     variant: str
     licence: str
+    resize: str
+    top1: str
     about: str
 
     def is_at(self, path: Path) -> bool:

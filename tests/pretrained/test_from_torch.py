@@ -226,7 +226,9 @@ def test_a_variant_that_contradicts_the_description(tmp_path):
 def test_a_known_hash_decides(tmp_path, monkeypatch):
     path, said = described(write(tmp_path / "x.pth", torch_tensors(NARROW_TORCH)), TIMM), []
     digest, size = f"sha256:{load_backbone(path).sha256[:8]}", path.stat().st_size
-    entry = registry.Entry("v1", "x.pth", "https://x/x.pth", digest, size, "torchvision", "BSD-3-Clause", "A test.")
+    entry = registry.Entry(
+        "v1", "x.pth", "https://x/x.pth", digest, size, "torchvision", "BSD-3-Clause", "", "", "A test."
+    )
     monkeypatch.setattr(registry, "entries", lambda: {"v1": entry})
     backbone = load_backbone(path, say=said.append)
     assert (backbone.variant, backbone.preprocessing) == ("torchvision (by its hash)", TORCH) and not said

@@ -38,7 +38,7 @@ def entry(server, monkeypatch):
 
 def known(monkeypatch, url, content=CONTENT, variant="keras"):
     digest = f"md5:{hashlib.md5(content).hexdigest()}"
-    entry = registry.Entry(NAME, "weights.h5", url, digest, len(content), variant, "MIT", "For tests.")
+    entry = registry.Entry(NAME, "weights.h5", url, digest, len(content), variant, "MIT", "", "", "For tests.")
     monkeypatch.setattr(registry, "entries", lambda: {NAME: entry})
     return entry
 
@@ -266,3 +266,13 @@ def test_a_damaged_copy_of_a_known_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "entries", lambda: {NAME: dataclasses.replace(entry, size=content["size"])})
     assert load_backbone(path, say=said.append).variant == "keras (by its tensor names)"
     assert f"{path} has the size of {NAME} and not its digest, {entry.digest}" in said[0]
+
+
+def test_the_readme_has_the_tables_that_the_code_goes_by(monkeypatch):
+    monkeypatch.syspath_prepend(registry.weights_dir())
+    from make_tables import README, with_tables
+
+    text = README.read_text(encoding="utf-8")
+    assert text == with_tables(text), "PYTHONPATH=. python weights/make_tables.py writes them again"
+    for entry in registry.entries().values():
+        assert all(part in text for part in (entry.name, entry.digest, str(entry.size), entry.licence, entry.top1))
