@@ -3,17 +3,13 @@
 import contextlib
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import requests
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where the digest alone guards
-    fcntl = None  # type: ignore[assignment]
 
 from cifar_jax.pretrained.places import Failed, connection, opened
 
@@ -142,8 +138,10 @@ def _alone(path: Path, say: Say) -> Iterator[IO[bytes]]:
 
 
 def _lock(file: IO[bytes], on_waiting: Callable[[], None]) -> None:
-    if fcntl is None:
-        return
+    if sys.platform == "win32":
+        return  # the digest alone guards
+    import fcntl
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
