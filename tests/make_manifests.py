@@ -1,42 +1,55 @@
-"""Makes tests/golden/manifests again: names and shapes, no values, of what Keras's published ResNet50 files hold.
+"""Makes tests/golden/manifests again: names and shapes, no values, of what the published ResNet50 files hold.
 
-    python tests/make_manifests.py
+    PYTHONPATH=. python tests/make_manifests.py
 
-They are derived, not copied: the names and shapes of the newer files are those that tf_keras writes, with the top
-called `probs` as it is published; those of 2016 follow Keras 1's rule, `res2a_branch2a_W:0` right in the layer's group.
-The order of the layers is today's and decides nothing. Layers without weights are left out.
+They are derived, not copied, from what the libraries write, in the order in which they do; layers without weights are
+left out.
+
+- Keras: the names and shapes of the newer files are those that tf_keras writes, with the top called `probs` as it is
+  published; those of 2016 follow Keras 1's rule, `res2a_branch2a_W:0` right in the layer's group. The order of the
+  layers is today's and decides nothing.
+- torchvision V2, timm, transformers: as they write them today, 320 tensors with `num_batches_tracked`, the steps that a
+  BatchNorm trained for. The published checkpoints of timm and transformers have them: their listings name the
+  LongStorage that only these are kept in.
+- torchvision V1: 267 tensors, without those counts, which PyTorch has had since 0.4.1. The file is an older one saved
+  again, and its published size is the sum: 267 tensors, the trained ones as parameters, in PyTorch's container with
+  storage keys of 15 digits, make 102,530,333 bytes to the byte; 320 never do.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import h5py
-from parity.networks import WRITERS, modern, of_2016
+import numpy as np
+import safetensors
+from golden.published import MANIFESTS, Manifest
+from parity import networks, torch_networks
+from parity.torch_networks import TorchCase, TorchReference
 
-DIRECTORY = Path(__file__).resolve().parent / "golden" / "manifests"
 IMAGE_SIZE = 224
+COUNT = "num_batches_tracked"
 
-Manifest = dict[str, list[tuple[str, tuple[int, ...]]]]  # layer -> (name of a weight, shape)
 
-
-def manifests(tf_keras: ModuleType) -> dict[str, Manifest]:
-    """The manifests by the names that weights/registry.json gives the files."""
+def of_keras(tf_keras: ModuleType) -> dict[str, Manifest]:
+    """Keras's manifests by the names that weights/registry.json gives the files."""
+    modern, of_2016 = networks.modern, networks.of_2016
     return {
-        "keras-resnet50": manifest(modern(tf_keras, IMAGE_SIZE, None), "save_weights"),
-        "keras-resnet50-top": manifest(modern(tf_keras, IMAGE_SIZE, "probs"), "save_weights"),
-        "keras-resnet50-2016": manifest(of_2016(tf_keras, IMAGE_SIZE, None), "keras-1"),
-        "keras-resnet50-2016-top": manifest(of_2016(tf_keras, IMAGE_SIZE, "fc1000"), "keras-1"),
+        "keras-resnet50": keras_manifest(modern(tf_keras, IMAGE_SIZE, None), "save_weights"),
+        "keras-resnet50-top": keras_manifest(modern(tf_keras, IMAGE_SIZE, "probs"), "save_weights"),
+        "keras-resnet50-2016": keras_manifest(of_2016(tf_keras, IMAGE_SIZE, None), "keras-1"),
+        "keras-resnet50-2016-top": keras_manifest(of_2016(tf_keras, IMAGE_SIZE, "fc1000"), "keras-1"),
     }
 
 
-def manifest(model: Any, writer: str) -> Manifest:
+def keras_manifest(model: Any, writer: str) -> Manifest:
     """What a file of the model's weights holds, as the file itself says."""
     with TemporaryDirectory() as directory:
         path = Path(directory) / "weights.h5"
-        WRITERS[writer](model, path)
+        networks.WRITERS[writer](model, path)
         with h5py.File(path) as file:
             layers = {layer: list(file[layer].attrs["weight_names"]) for layer in texts(file.attrs["layer_names"])}
             return {
@@ -50,6 +63,41 @@ def texts(names: Any) -> list[str]:
     return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
+def of_torch(libs: SimpleNamespace) -> dict[str, Manifest]:
+    """The manifests of PyTorch's libraries."""
+    torchvision = torch_manifest(libs, TorchCase("torchvision", "pth", 0, IMAGE_SIZE))
+    without_counts = {
+        module: [(name, shape) for name, shape in tensors if not name.endswith(COUNT)]
+        for module, tensors in torchvision.items()
+    }
+    return {
+        "torchvision-resnet50-v1": without_counts,
+        "torchvision-resnet50-v2": torchvision,
+        "timm-resnet50": torch_manifest(libs, TorchCase("timm", "hub", 0, IMAGE_SIZE)),
+        "huggingface-resnet50": torch_manifest(libs, TorchCase("transformers", "hub", 0, IMAGE_SIZE)),
+    }
+
+
+def torch_manifest(libs: SimpleNamespace, case: TorchCase) -> Manifest:
+    """What a file of the case's network holds, as the file itself says."""
+    reference = TorchReference(libs, torch_networks.build(libs, case), case)
+    manifest: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    with TemporaryDirectory() as directory:
+        path = torch_networks.WRITERS[case.writer](reference, Path(directory))
+        for name, shape in names_and_shapes(libs, path):
+            manifest.setdefault(name.rpartition(".")[0], []).append((name, shape))
+    return manifest
+
+
+def names_and_shapes(libs: SimpleNamespace, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of a file's tensors, or of those in a directory."""
+    if path.is_file():
+        yield from ((name, tuple(tensor.shape)) for name, tensor in libs.torch.load(path).items())
+        return
+    with safetensors.safe_open(path / "model.safetensors", framework="np") as file:
+        yield from ((name, np.shape(file.get_tensor(name))) for name in file.keys())  # noqa: SIM118
+
+
 def to_json(layers: Manifest) -> str:
     """A layer a line."""
     lines = (f"  {json.dumps(layer)}: {json.dumps(weights)}" for layer, weights in layers.items())
@@ -59,6 +107,8 @@ def to_json(layers: Manifest) -> str:
 if __name__ == "__main__":
     import tf_keras
 
-    DIRECTORY.mkdir(parents=True, exist_ok=True)
-    for name, layers in manifests(tf_keras).items():
-        (DIRECTORY / f"{name}.json").write_text(to_json(layers), encoding="utf-8")
+    MANIFESTS.mkdir(parents=True, exist_ok=True)
+    with torch_networks.imported() as libs:
+        made = of_keras(tf_keras) | of_torch(libs)
+    for name, layers in made.items():
+        (MANIFESTS / f"{name}.json").write_text(to_json(layers), encoding="utf-8")

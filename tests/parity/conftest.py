@@ -1,14 +1,17 @@
-"""Real Keras, imported only when a test of parity runs, and a summary of what was measured."""
+"""The other libraries, imported only when a test of parity runs, and a summary of what was measured."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from cifar_jax.data import Splits
+from parity import torch_networks
 from parity.networks import WRITERS, Case, Reference, Written, build, make_reference
+from parity.torch_networks import TorchCase, TorchReference, TorchWritten
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +43,7 @@ def written(libs: dict[str, ModuleType], cifar10: Splits, tmp_path_factory: pyte
         model = build(lib, case)
         # In training mode Keras keeps every activation: 120 MB an image at 224.
         images = cifar10.train.images[: 8 if case.image_size > 96 else 32]
-        reference = make_reference(lib, model, case.image_size, case.seed, images)
+        reference = make_reference(lib, model, case.image_size, case.seed, images, case.top)
         path = tmp_path_factory.mktemp("weights") / "weights.h5"
         WRITERS[case.writer](model, path)
         try:
@@ -48,6 +51,32 @@ def written(libs: dict[str, ModuleType], cifar10: Splits, tmp_path_factory: pyte
         finally:
             path.unlink()
             lib.backend.clear_session()
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def torch_libs() -> Iterator[SimpleNamespace]:
+    """PyTorch and the three libraries on it, by name."""
+    with torch_networks.imported() as libs:
+        yield libs
+
+
+@pytest.fixture(scope="session")
+def torch_written(
+    torch_libs: SimpleNamespace, cifar10: Splits, tmp_path_factory: pytest.TempPathFactory
+) -> TorchWritten:
+    """Makes a reference network and has its library write it; the files go when the context ends."""
+
+    @contextmanager
+    def write(case: TorchCase) -> Iterator[tuple[TorchReference, Path]]:
+        images = cifar10.train.images[: 8 if case.image_size > 96 else 32]
+        reference = torch_networks.make_reference(torch_libs, case, images)
+        directory = tmp_path_factory.mktemp("weights")
+        try:
+            yield reference, torch_networks.WRITERS[case.writer](reference, directory)
+        finally:
+            shutil.rmtree(directory)
 
     return write
 

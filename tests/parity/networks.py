@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -59,12 +59,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Reference:
-    """A Keras network: as a file has it, and as a function of its input to the four stages and the pooled features."""
+    """A Keras network: as a file has it, and as a function of its input.
+
+    Attributes:
+      lib: the Keras.
+      model: what it writes.
+      outputs: model of the same layers that gives the four stages, the pooled features, and what its classifier gives.
+      image_size: side in pixels of its input.
+      top: name of its classifier layer, or None.
+    """
 
     lib: ModuleType
     model: Any
     outputs: Any
     image_size: int
+    top: str | None = None
 
     def preprocess(self, images_u8: np.ndarray) -> Any:
         """Keras's own upsampling and preprocessing."""
@@ -72,8 +81,22 @@ class Reference:
         return self.lib.applications.resnet50.preprocess_input(x)
 
     def __call__(self, images_u8: np.ndarray) -> list[np.ndarray]:
-        """The outputs of a batch, in inference mode."""
-        return [np.asarray(output) for output in self.outputs.predict_on_batch(self.preprocess(images_u8))]
+        """Stages, pooled features and logits, if it has a classifier, of a batch, in inference mode."""
+        with self._logits():
+            return [np.asarray(output) for output in self.outputs.predict_on_batch(self.preprocess(images_u8))]
+
+    @contextmanager
+    def _logits(self) -> Iterator[None]:
+        """The classifier, which is a softmax in its file, gives logits."""
+        if self.top is None:
+            yield
+            return
+        layer = self.model.get_layer(self.top)
+        usual, layer.activation = layer.activation, self.lib.activations.linear
+        try:
+            yield
+        finally:
+            layer.activation = usual
 
 
 def build(lib: ModuleType, case: Case) -> Any:
@@ -131,15 +154,23 @@ def _classifier(lib: ModuleType, x: Any, name: str) -> Any:
     return lib.layers.Dense(1000, activation="softmax", name=name)(x)
 
 
-def make_reference(lib: ModuleType, model: Any, image_size: int, seed: int, images_u8: np.ndarray) -> Reference:
+def make_reference(
+    lib: ModuleType, model: Any, image_size: int, seed: int, images_u8: np.ndarray, top: str | None = None
+) -> Reference:
     """Gives a network random weights that no mistake survives, and BatchNorm statistics of the given images."""
-    names = {layer.name for layer in model.layers}
-    stages = [model.get_layer(name).output for name in (MODERN_STAGES if MODERN_STAGES[0] in names else STAGES_2016)]
-    pooled = lib.layers.GlobalAveragePooling2D()(stages[-1])
-    reference = Reference(lib, model, lib.Model(model.input, [*stages, pooled]), image_size)
+    reference = watched(lib, model, image_size, top)
     draw_weights(model, np.random.default_rng(seed))
     calibrate(reference, images_u8)
     return reference
+
+
+def watched(lib: ModuleType, model: Any, image_size: int, top: str | None = None) -> Reference:
+    """A network as it is, with its stages to be seen."""
+    names = {layer.name for layer in model.layers}
+    stages = [model.get_layer(name).output for name in (MODERN_STAGES if MODERN_STAGES[0] in names else STAGES_2016)]
+    pooled = lib.layers.GlobalAveragePooling2D()(stages[-1])
+    outputs = [*stages, pooled, *([] if top is None else [model.output])]
+    return Reference(lib, model, lib.Model(model.input, outputs), image_size, top)
 
 
 def draw_weights(model: Any, rng: np.random.Generator) -> None:

@@ -1,15 +1,24 @@
-"""The committed manifests are those that real Keras gives."""
+"""The committed manifests are those that the libraries give."""
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
-from make_manifests import DIRECTORY, manifests, to_json
+from golden.published import MANIFESTS, Manifest
+from make_manifests import of_keras, of_torch, to_json
 
 pytestmark = pytest.mark.parity
 
 
 def test_manifests_are_what_keras_writes(libs: dict[str, ModuleType]) -> None:
-    made = manifests(libs["tf_keras"])
-    assert {path.stem for path in DIRECTORY.glob("*.json")} == made.keys()
+    assert_committed(of_keras(libs["tf_keras"]), "keras")
+
+
+def test_manifests_are_what_torch_writes(torch_libs: SimpleNamespace) -> None:
+    assert_committed(of_torch(torch_libs), "torchvision", "timm", "huggingface")
+
+
+def assert_committed(made: dict[str, Manifest], *families: str) -> None:
+    committed = {path.stem for path in MANIFESTS.glob("*.json") if path.stem.startswith(families)}
+    assert committed == made.keys()
     for name, layers in made.items():
-        assert (DIRECTORY / f"{name}.json").read_text(encoding="utf-8") == to_json(layers), name
+        assert (MANIFESTS / f"{name}.json").read_text(encoding="utf-8") == to_json(layers), name

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -75,8 +75,8 @@ class TorchReference:
             mean, std = about.mean, about.std
         return self.libs.torchvision.transforms.functional.normalize(x / 255, mean, std)
 
-    def run(self, images_u8: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """Stages and pooled features in our order of axes, and the logits, in inference mode."""
+    def __call__(self, images_u8: np.ndarray) -> list[np.ndarray]:
+        """Stages and pooled features in our order of axes, and the logits, of a batch, in inference mode."""
         seen: dict[int, Any] = {}
         watched = parts(self.model, self.case.lib)
         hooks = [
@@ -89,11 +89,7 @@ class TorchReference:
             hook.remove()
         *stages, pooled = (seen[at].numpy() for at in range(len(watched)))
         logits = logits.logits if self.case.lib == "transformers" else logits
-        return [*(stage.transpose(0, 2, 3, 1) for stage in stages), pooled.reshape(len(pooled), -1)], logits.numpy()
-
-    def __call__(self, images_u8: np.ndarray) -> list[np.ndarray]:
-        """Stages and pooled features."""
-        return self.run(images_u8)[0]
+        return [*(stage.transpose(0, 2, 3, 1) for stage in stages), pooled.reshape(len(pooled), -1), logits.numpy()]
 
 
 @contextmanager
@@ -218,6 +214,13 @@ def batch_norms(model: Any) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__.startswith("BatchNorm")]
 
 
+def statistics(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """All running means, and all running variances."""
+    norms = batch_norms(model)
+    means, variances = ([getattr(norm, of).numpy() for norm in norms] for of in ("running_mean", "running_var"))
+    return np.concatenate(means), np.concatenate(variances)
+
+
 def _saved(zipped: bool) -> Callable[[TorchReference, Path], Path]:
     def write(reference: TorchReference, directory: Path) -> Path:
         path = directory / "weights.pth"
@@ -249,3 +252,6 @@ def _hub_bin(reference: TorchReference, directory: Path) -> Path:
 
 # How a file comes to be.
 WRITERS = {"pth": _saved(True), "legacy-pth": _saved(False), "hub": _hub, "hub-bin": _hub_bin}
+
+# The fixture `torch_written`: makes a reference network and has its library write it.
+TorchWritten = Callable[[TorchCase], AbstractContextManager[tuple[TorchReference, Path]]]
