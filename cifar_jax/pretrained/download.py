@@ -11,7 +11,7 @@ from typing import IO
 
 import requests
 
-from cifar_jax.pretrained.places import Failed, connection, opened
+from cifar_jax.pretrained.places import Failed, Unreachable, connection, opened
 
 WAITS = (1.0, 2.0, 4.0)  # seconds between tries that bring nothing new
 
@@ -55,7 +55,8 @@ def download(
     whether the pieces fit; entity tags, which would say it sooner, differ from server to server.
 
     Args:
-      places: https URLs (http on this machine), file URLs or paths, in order.
+      places: https URLs (http on this machine), file URLs or paths, in order. Of a server that does not answer only
+        the first is tried.
       target: appears whole or not at all.
       size: of the file in bytes; no more is ever kept.
       digest: `md5:HEX` or `sha256:HEX`, or the start of it.
@@ -69,17 +70,22 @@ def download(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     causes: dict[str, str] = {}
+    silent: list[list[str]] = []
     with _alone(part_of(target, digest), say) as file, connection() as session:
         part = _Part(file, size, digest, bar)
         if target.is_file() and part.is_whole(target):
             return  # another process has just brought it
         for place in places:
-            here = f", {part.end / 1e6:.0f} MB of it are here" if part.end else ""
-            say(f"Downloading {target.name} ({size / 1e6:.0f} MB{here}) from {place}")
+            if (server := place.split("/", 3)[:3]) in silent:
+                continue
+            here = f", of which {part.end / 1e6:.0f} MB are here already" if part.end else ""
+            say(f"Downloading {size / 1e6:.0f} MB from {place}{here}")
             try:
                 _bring(session, place, part, say, sleep)
             except Failed as failure:
                 causes[place] = str(failure)
+                if isinstance(failure, Unreachable):
+                    silent.append(server)
                 continue
             os.fsync(file.fileno())
             os.replace(part.path, target)
@@ -173,5 +179,5 @@ def _bring(session: requests.Session, place: str, part: _Part, say: Say, sleep: 
             if failure.wait is None or tries > len(WAITS):
                 raise
             wait = max(WAITS[tries - 1], failure.wait)
-            say(f"{place}: {failure}; trying again in {wait:.0f} s")
+            say(f"Trying again in {wait:.0f} s: {failure}")
             sleep(wait)

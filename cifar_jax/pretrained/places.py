@@ -31,6 +31,10 @@ class Failed(Exception):
         self.wait = wait
 
 
+class Unreachable(Failed):
+    """The server does not answer, whatever it is asked for."""
+
+
 def connection() -> requests.Session:
     """A session that speaks https; http, which anybody on the way can answer, only with this machine."""
     session = requests.Session()
@@ -120,7 +124,7 @@ def _explained(error: Exception) -> Failed:
     if isinstance(error, requests.exceptions.SSLError):
         return Failed("no secure connection to the server")
     if isinstance(error, requests.ConnectionError):
-        return Failed("no connection to the server", 0)
+        return Unreachable("no connection to the server", 0)
     if isinstance(error, requests.exceptions.ChunkedEncodingError | requests.exceptions.ContentDecodingError):
         return Failed("the connection broke off", 0)
     if isinstance(error, requests.TooManyRedirects):

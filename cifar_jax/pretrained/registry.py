@@ -163,11 +163,12 @@ def fetch(name: str, cache_dir: str | None = None, say: Say = lambda _: None, pr
         with progress(f"Downloading {name}", entry.size) as bar:
             download(sources(entry), target, entry.size, entry.digest, say=say, bar=bar)
     except NotDownloaded as error:
+        why = error.causes[entry.url] if list(error.causes) == [entry.url] else error
         kept = f" The {error.kept / 1e6:.1f} MB that came are kept; the next attempt goes on from there." * bool(
             error.kept
         )
         raise WeightsError(
-            f"The weights {name} are not on this machine and could not be downloaded ({error}): get {entry.url} "
+            f"The weights {name} are not on this machine and could not be downloaded ({why}): get {entry.url} "
             f"({entry.digest}) on a machine with a network and put it at {target}, or name it with --weights or "
             f"CIFAR_JAX_WEIGHTS.{kept}{also}"
         ) from error

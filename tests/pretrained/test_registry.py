@@ -81,7 +81,7 @@ def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, server, 
     server.answers = [answer]
     target = registry.downloaded_to(entry, str(tmp_path / "cache"))
     assert refusal(tmp_path) == (
-        f"The weights {NAME} are not on this machine and could not be downloaded ({entry.url}: {cause}): get "
+        f"The weights {NAME} are not on this machine and could not be downloaded ({cause}): get "
         f"{entry.url} ({entry.digest}) on a machine with a network and put it at {target}, or name it with --weights "
         "or CIFAR_JAX_WEIGHTS."
     )
@@ -152,8 +152,15 @@ def test_a_cache_is_a_mirror(tmp_path, server, entry, monkeypatch):
 
 def test_no_server_is_explained(tmp_path, monkeypatch):
     known(monkeypatch, "http://127.0.0.1:1/weights.h5")
-    assert "could not be downloaded (http://127.0.0.1:1/weights.h5: no connection to the server)" in refusal(tmp_path)
+    assert "could not be downloaded (no connection to the server)" in refusal(tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_mirror_on_the_server_that_is_not_there_is_named(tmp_path, monkeypatch):
+    known(monkeypatch, "http://127.0.0.1:1/weights.h5")
+    monkeypatch.setenv("CIFAR_JAX_MIRROR", "http://127.0.0.1:1/mirror")
+    place = f"http://127.0.0.1:1/mirror/{NAME}/weights.h5"
+    assert f"could not be downloaded ({place}: no connection to the server): get" in refusal(tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_is_explained(tmp_path, entry):
