@@ -4,6 +4,7 @@
 # make parity        against Keras itself, in minutes
 # make parity-torch  against torchvision, timm and transformers themselves, in minutes more
 # make mutations     thousands of damaged weights files, in minutes
+# make bench         against Keras, PyTorch and ONNX Runtime on this machine, in about a quarter of an hour
 # make installed     a short demo from an installed copy
 # make demo-weights  the demo backbone again, in one to two hours
 # The first of them makes a virtual environment in $(VENV).
@@ -12,7 +13,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint parity parity-torch mutations installed demo-weights clean
+.PHONY: demo test lint parity parity-torch mutations bench installed demo-weights clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python train.py --preset demo
@@ -33,6 +34,10 @@ parity-torch: $(VENV)/.parity-torch
 
 mutations: $(VENV)/.dev
 	CIFAR_JAX_MUTATIONS=10000 $(BIN)/python -m pytest tests/pretrained/test_mutations.py
+
+# Keeps its figures in benchmarks/results and puts their tables into README.md. OPTIONS="--only backbone head" measures less.
+bench: $(VENV)-bench/.bench
+	$(VENV)-bench/bin/python -m benchmarks $(OPTIONS)
 
 # The wheel, outside of the checkout: all its parts are in it, and it finds its weights.
 installed: $(VENV)/.runtime
@@ -69,5 +74,14 @@ $(VENV)/.parity-torch: $(VENV)/.parity requirements-parity-torch.txt
 	$(PIP) --no-deps "torchvision==0.29.2" "timm==1.0.31"
 	touch $@
 
+# What is compared with stays out of the environment that the project is developed in. For torchvision see above; where
+# there is an NVIDIA GPU, JAX for it comes along.
+$(VENV)-bench/.bench: BIN = $(VENV)-bench/bin
+$(VENV)-bench/.bench: requirements.txt requirements-bench.txt
+	$(PYTHON) -m venv $(VENV)-bench
+	$(PIP) -r requirements.txt -r requirements-bench.txt $(if $(wildcard /proc/driver/nvidia/version),"jax[cuda13]")
+	$(PIP) --no-deps "torchvision==0.29.2"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

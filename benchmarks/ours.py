@@ -1,0 +1,93 @@
+"""This project's side: features, an epoch of the head, and what is measured of the products that it is made of."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+BATCH_SIZE = 64  # the notebook's
+HIDDEN = (1024, 512)
+
+
+def load_images(dataset: str, num_train: int, num_test: int) -> tuple[np.ndarray, ...]:
+    """Training images of a data set, uint8 [n, 32, 32, 3], and their labels, and test images and theirs."""
+    from cifar_jax.data import load_splits
+
+    splits = load_splits(dataset, train_examples=num_train, test_examples=num_test)
+    return *map(np.ascontiguousarray, splits.train), *map(np.ascontiguousarray, splits.test)
+
+
+def make_ours(
+    weights: Path, image_size: int, precision: str = "float32"
+) -> Callable[[np.ndarray, int | None], np.ndarray]:
+    """Pixels to features by `make_extractor`, which chooses how many images go at a time."""
+    from cifar_jax import load_backbone, make_extractor
+
+    extractor = make_extractor(load_backbone(weights), image_size, precision)
+
+    def ours(images_u8: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        return extractor(images_u8)
+
+    return ours
+
+
+def make_epoch(num_examples: int, in_features: int) -> Callable[[], None]:
+    """An epoch of the head on drawn features, as the job runs it."""
+    import jax
+    import optax
+
+    from cifar_jax import init_head, init_state
+    from cifar_jax.fit import EpochOrder, cached_runner
+
+    features, labels = drawn_features(num_examples, in_features)
+    tx, (order, step, init) = optax.sgd(0.01), jax.random.split(jax.random.key(0), 3)
+    run_epoch = cached_runner(features, labels, tx, EpochOrder(order, step, BATCH_SIZE))
+    state = init_state(init_head(init, in_features, HIDDEN), tx)
+
+    def epoch() -> None:
+        nonlocal state
+        state = jax.block_until_ready(run_epoch(state, 0)[0])
+
+    return epoch
+
+
+def make_products(num_examples: int, in_features: int) -> Callable[[], None]:
+    """The matrix products of such an epoch, forwards and backwards, and nothing else."""
+    import jax
+    import jax.numpy as jnp
+
+    from cifar_jax import init_head
+
+    features, _ = drawn_features(-(-num_examples // BATCH_SIZE) * BATCH_SIZE, in_features)
+    batches = jax.device_put(features.reshape(-1, BATCH_SIZE, in_features))
+    kernels = [layer["kernel"] for layer in init_head(jax.random.key(0), in_features, HIDDEN)]
+
+    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+
+    @jax.jit
+    def products(kernels: list[jax.Array], batches: jax.Array) -> list[jax.Array]:
+        def step(_: list[jax.Array], x: jax.Array) -> tuple[list[jax.Array], None]:
+            inputs = [x]
+            for kernel in kernels:
+                inputs.append(dot(inputs[-1], kernel))
+            gradient, gradients = inputs.pop(), list[jax.Array]()
+            for kernel, x in zip(reversed(kernels), reversed(inputs), strict=True):
+                gradients.insert(0, dot(x.T, gradient))
+                gradient = dot(gradient, kernel.T)  # the features' own is not used, so XLA leaves it out
+            return gradients, None
+
+        # Only the last step's gradients are handed out, but XLA skips no step of a scan.
+        return jax.lax.scan(step, [jnp.zeros_like(kernel) for kernel in kernels], batches)[0]
+
+    def run() -> None:
+        jax.block_until_ready(products(kernels, batches))
+
+    return run
+
+
+def drawn_features(num_examples: int, in_features: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features that a relu has been over, and labels."""
+    rng = np.random.default_rng(0)
+    features = 0.1 * np.abs(rng.standard_normal((num_examples, in_features), np.float32))
+    return features, rng.integers(0, 10, num_examples, np.int32)
