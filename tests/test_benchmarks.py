@@ -104,7 +104,7 @@ def test_a_worker_is_another_process_with_its_own_environment_and_hands_errors_b
 
 def test_a_command_is_measured_from_its_start_to_its_end(tmp_path):
     usage = run_command(["-c", "import time; held = b'x' * 300_000_000; time.sleep(0.2)"], {}, tmp_path / "log")
-    assert 0.2 < usage.seconds < 10 and 0.3 < usage.peak_gb
+    assert 0.2 < usage.seconds < 10 and usage.peak_gb > 0.3
     with pytest.raises(RuntimeError, match=r"(?s)exit code 3:.*broken"):
         run_command(["-c", "import sys; print('broken'); sys.exit(3)"], {}, tmp_path / "log")
 
