@@ -117,11 +117,11 @@ def cached_features(
                 features[rows] = stored = _rounded(values, dtype)
                 entry.write(rows, stored)
                 done += len(stored)
-            entry.flush()
 
         mine = [rows for rows in missing if rows.start // CHUNK_ROWS % share.count == share.index]
         compute(mine, done)
         if share.count > 1:
+            entry.flush()
             share.barrier()
             theirs = entry.read(features, [rows for rows in missing if rows not in mine])
             compute(theirs, len(features) - num_rows(theirs))

@@ -63,7 +63,7 @@ def write_features(
     path, reporter = Path(os.path.expanduser(out)), reporter or Silent()
     _check_target(path, bool(images), overwrite)
     backbone, arrays = _of_images(config, images, direct, reporter) if images else _of_data_set(config, reporter)
-    about = {
+    about: dict[str, Any] = {
         "backbone_sha256": backbone.sha256,
         "backbone_source": backbone.source,
         "preprocessing": json.dumps(asdict(backbone.preprocessing)),
@@ -75,7 +75,7 @@ def write_features(
             if path.suffix == ".npy":
                 np.save(file, arrays["features"])
             else:
-                np.savez(file, **arrays, **about)
+                np.savez(file, **(about | arrays))
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error}); make room or choose another --out.") from error
     return _in_words(path, arrays) | {name: str(value) for name, value in about.items()}

@@ -53,7 +53,11 @@ def open_entry(
             _describe(path, {"images": shape[0], "features": shape[1], "dtype": dtype, **about})
         except (OSError, ValueError) as error:
             say(_not_kept(path, error))
-        yield Entry(path, array, say)
+        entry = Entry(path, array, say)
+        try:
+            yield entry
+        finally:
+            entry.flush()
 
 
 @contextlib.contextmanager
@@ -158,6 +162,9 @@ class Entry:
                 left.append(rows)
                 if not str(error).startswith("NOT_FOUND"):
                     damaged[rows.start] = error
+                    # The last chunk, which the array does not fill, would be read once more before it is written.
+                    with contextlib.suppress(OSError):
+                        (self.path / "c" / str(rows.start // CHUNK_ROWS) / "0").unlink()
         if damaged:
             again = num_rows([rows for rows in left if rows.start in damaged])
             first = _reason(next(iter(damaged.values())))

@@ -27,7 +27,9 @@ def profiled(directory: str | None, say: Callable[[str], None] = lambda _: None)
     except OSError as error:
         raise UserError(f"--profile {path} cannot be made ({error.strerror}); choose another directory.") from error
     before = set(path.rglob("*.xplane.pb"))
-    with jax.profiler.trace(path):
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # every call of every Python function: a hundred megabytes, and minutes, of a demo
+    with jax.profiler.trace(path, profiler_options=options):
         yield
     if not (traces := set(path.rglob("*.xplane.pb")) - before):
         raise RunError(f"The profiler wrote no trace to {path}; make room or choose another --profile.")
