@@ -128,6 +128,8 @@ def _remove_features(path: Path) -> int:
 def _remove(top: Path, folder: Path, own: re.Pattern[str]) -> int:
     """Removes what is ours below a directory. Whatever stands behind a symbolic link is not looked at."""
     freed, emptied = 0, set()
+    if not top.exists():
+        return 0
     for here, directories, names, handle in os.fwalk(top, topdown=False):
         place = Path(here).relative_to(folder)
         for name in names:

@@ -114,7 +114,7 @@ def _of_images(
 ) -> tuple[Backbone, dict[str, np.ndarray]]:
     if config.weights in UNTRAINED:
         raise UserError(
-            f"--weights {config.weights} is made from the images of a data set; name one, or other weights."
+            f"--weights {config.weights} is made from the images of a data set; name one, or others."
         )
     how: dict[str, Any] = {"cache_dir": config.cache_dir, "say": reporter.say, "progress": reporter.progress}
     backbone = load_backbone(config.weights, config.variant, **how)

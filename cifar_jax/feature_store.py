@@ -1,18 +1,17 @@
 """The chunks of a feature matrix on disk: a zarr array whose chunks are files that appear whole and carry a CRC-32C."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
 
-from cifar_jax.files import write_json
+from cifar_jax.files import lock, write_json
 
 # 8 MB of 2048 features in float32, 1 MB of 256. A multiple of the usual numbers of images at a time.
 CHUNK_ROWS = 1024
@@ -71,30 +70,23 @@ def locked(path: Path, shared: bool = False, wait: Say | None = None) -> Iterato
       shared: with others that share.
       wait: is told when the lock is another's and waited for; without it, that raises BlockingIOError.
     """
-    file = None
-    while file is None:
+
+    def on_waiting() -> None:
+        if wait is None:
+            raise BlockingIOError(f"another process is using {path}")
+        wait(f"Another process is computing the features in {path}; waiting for it.")
+
+    while True:
         path.mkdir(parents=True, exist_ok=True)
-        file = _lock(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
-    with file:
-        yield
-
-
-def _lock(path: Path, how: int, wait: Say | None) -> IO[bytes] | None:
-    """The locked file, whose closing frees it; None where another process removed the entry, and the lock with it."""
-    try:
-        file = open(path / LOCK, "ab")  # noqa: SIM115 - it is the lock
-        try:
-            fcntl.flock(file, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if wait is None:
-                raise
-            wait(f"Another process is computing the features in {path}; waiting for it.")
-            fcntl.flock(file, how)
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(path / LOCK)):
-            return file
-    except FileNotFoundError:
-        pass
-    return None
+        with open(path / LOCK, "ab") as file:
+            lock(file, on_waiting, shared)
+            try:
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path / LOCK)):
+                    continue
+            except FileNotFoundError:
+                continue  # whoever had it has removed the entry
+            yield
+            return
 
 
 def _open_array(path: Path, shape: tuple[int, int], dtype: str, say: Say) -> Any:

@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error, narrow_networks, tiny_run
+from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cifar_jax import files, job, routes, run_dir
+from cifar_jax import files, job, run_dir
 from cifar_jax.checkpoint import load_checkpoint
 from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.data import balanced_subset, epoch_batches, hold_out
@@ -49,14 +49,6 @@ def run(finished, tmp_path):
 def picture(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "picture.png")
     return tmp_path / "picture.png"
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """Narrow networks and no pictures."""
-    narrow_networks(monkeypatch)
-    monkeypatch.setattr(RunWriter, "samples", lambda self: None)
-    monkeypatch.setattr(RunWriter, "pictures", lambda *_: None)
 
 
 @pytest.fixture

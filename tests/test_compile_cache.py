@@ -3,16 +3,14 @@
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import command, files_below
+from helpers import files_below
 from jax._src import compilation_cache, monitoring
-from PIL import Image
 
 import cifar_jax
 from cifar_jax.compile_cache import CheckedCache, use_compile_cache
@@ -45,14 +43,13 @@ def entries(cache_dir):
     return sorted((cache_dir / "xla").glob("*.xla"))
 
 
-def damaged(content, how):
-    return {
-        "cut short": content[: len(content) // 2],
-        "empty": b"",
-        "flipped in its digest": bytes([content[0] ^ 1]) + content[1:],
-        "flipped at its end": content[:-1] + bytes([content[-1] ^ 1]),
-        "of another cache": content[32:],
-    }[how]
+DAMAGE = {
+    "cut short": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "flipped in its digest": lambda content: bytes([content[0] ^ 1]) + content[1:],
+    "flipped at its end": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "of another cache": lambda content: content[32:],
+}
 
 
 def test_what_was_compiled_comes_from_the_cache(tmp_path, events):
@@ -66,14 +63,14 @@ def test_what_was_compiled_comes_from_the_cache(tmp_path, events):
     assert (tmp_path / "xla").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("how", ["cut short", "empty", "flipped in its digest", "flipped at its end", "of another cache"])
+@pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_entry_is_dropped_and_written_again(tmp_path, events, how):
     """Without a warning, which would be an error here."""
     use_compile_cache(str(tmp_path))
     expected = compile_afresh()
     whole = {path: path.read_bytes() for path in entries(tmp_path)}
     for path, content in whole.items():
-        path.write_bytes(damaged(content, how))
+        path.write_bytes(DAMAGE[how](content))
     events.update(hits=0, misses=0)
     np.testing.assert_array_equal(compile_afresh(), expected)
     assert (events["hits"], events["misses"]) == (0, len(whole)) and entries(tmp_path) == sorted(whole)

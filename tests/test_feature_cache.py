@@ -241,12 +241,12 @@ def test_metadata_of_another_matrix_are_not_believed(tmp_path):
 
 
 def test_no_damage_to_any_file_gives_other_features(tmp_path):
-    """Three hundred files with one byte changed, or cut short: of the chunks, the metadata, and what is for people."""
+    """A hundred files with one byte changed, or cut short: of the chunks, the metadata, and what is for people."""
     get(tmp_path)
     rng = np.random.default_rng(0)
     files = [path for path in sorted(entry(tmp_path).rglob("*")) if path.is_file() and path.stat().st_size]
     assert len(files) == 5
-    for number in range(300):
+    for number in range(100):
         path = files[rng.integers(len(files))]
         if number % 3:
             flip(path, rng.integers(path.stat().st_size), 1 << rng.integers(8))
