@@ -37,7 +37,7 @@ class Kept(NamedTuple):
 
 def contents(root: Path) -> list[Kept]:
     """What the cache holds, kind by kind."""
-    kept = [_features(path) for path in _entries(root)]
+    kept = [_features(path) for path in _directories(root / FEATURES)]
     kept += [_other("decoded images", path) for path in _directories(root / DATA)]
     kept += [_other("weights", path) for path in _directories(root / WEIGHTS)]
     if (root / XLA).is_dir():
@@ -54,7 +54,7 @@ def clear(root: Path, say: Callable[[str], None] = lambda _: None) -> int:
       How many bytes that was.
     """
     freed, in_use = 0, []
-    for path in _entries(root):
+    for path in _removable(root):
         try:
             freed += _remove_features(path)
         except BlockingIOError:
@@ -79,7 +79,7 @@ def limit_features(
       in_use: names of entries that stay, as do those that another process is using.
       say: is called with the sentence that the user should see.
     """
-    kept = sorted((_features(path) for path in _entries(root)), key=lambda entry: entry.used)
+    kept = sorted((_features(path) for path in _removable(root)), key=lambda entry: entry.used)
     total, freed = sum(entry.size for entry in kept), 0
     for entry in kept:
         if total - freed > limit and entry.path.name not in in_use:
@@ -89,8 +89,10 @@ def limit_features(
         say(f"{freed / 1e9:.2f} GB of features that were used least recently left the cache, as --cache-limit says.")
 
 
-def _entries(root: Path) -> list[Path]:
-    return [path for path in _directories(root / FEATURES) if re.fullmatch(r"[0-9a-f]{32}", path.name)]
+def _removable(root: Path) -> list[Path]:
+    folder = root / FEATURES
+    ours = [path for path in _directories(folder) if re.fullmatch(r"[0-9a-f]{32}", path.name)]
+    return [] if folder.is_symlink() else ours
 
 
 def _directories(folder: Path) -> list[Path]:

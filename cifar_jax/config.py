@@ -85,7 +85,8 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """what the backbone computes in; parameters, features and head are float32 either way"""
     extract_batch_size: int | None = None
-    """images at a time through the backbone when features are extracted; else chosen by device and image size"""
+    """images at a time through the backbone when features are extracted; else chosen by device and image size; a power
+    of two up to 1024 divides the chunks that features are kept in, another number leaves their last batches unfilled"""
     feature_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """cached: what features are kept in; the smaller ones take half the space and round them, the first time too"""
     cache_dir: str | None = None

@@ -113,9 +113,7 @@ def _of_images(
     config: TrainConfig, paths: Sequence[str], direct: bool, reporter: Reporter
 ) -> tuple[Backbone, dict[str, np.ndarray]]:
     if config.weights in UNTRAINED:
-        raise UserError(
-            f"--weights {config.weights} is made from the images of a data set; name one, or others."
-        )
+        raise UserError(f"--weights {config.weights} is made from the images of a data set; name one, or others.")
     how: dict[str, Any] = {"cache_dir": config.cache_dir, "say": reporter.say, "progress": reporter.progress}
     backbone = load_backbone(config.weights, config.variant, **how)
     image_size = network_image_size(config, backbone)

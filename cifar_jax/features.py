@@ -1,5 +1,6 @@
 """Pooled features of a frozen backbone: the plain reference, and an extractor for any number of images."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -104,9 +105,12 @@ def _require_finite(backbone: Backbone) -> None:
 
 
 def default_batch_size(image_size: int) -> int:
-    """Images at a time: few on a CPU, whose caches they should stay in; on accelerators enough to fill them."""
+    """Images at a time: few on a CPU, whose caches they should stay in; on accelerators enough to fill them.
+
+    A power of two, at most 1024, divides the chunks that features are kept in.
+    """
     at_224 = 16 if jax.default_backend() == "cpu" else 256
-    return max(1, min(1024, round(at_224 * (224 / image_size) ** 2)))
+    return 2 ** max(0, min(10, int(math.log2(at_224 * (224 / image_size) ** 2))))
 
 
 def _batches(
