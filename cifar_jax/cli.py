@@ -17,7 +17,8 @@ USAGE = """usage: python -m cifar_jax COMMAND [options]
   train                  train a head on a frozen backbone (the same as python train.py)
   evaluate RUN           score a run's head on its test images again
   predict RUN IMAGE...   say what is in image files
-  info [TOPIC]           versions, devices, known weights and data sets on this machine
+  features SRC...        write the features of a data set or of image files to --out FILE.npz
+  info [TOPIC]           versions, devices, known weights and data sets on this machine; info cache
   convert SRC DST        weights of any form to our own (.safetensors), or back to Keras's (.h5) and others'
   verify-weights FILE    what a weights file is, what becomes of each tensor, and all that is wrong with it
 
@@ -27,6 +28,7 @@ COMMANDS = {
     "train": commands.train,
     "evaluate": commands.evaluate,
     "predict": commands.predict,
+    "features": commands.features,
     "info": commands.info,
     "convert": commands.convert,
     "verify-weights": commands.verify_weights,

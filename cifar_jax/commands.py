@@ -5,12 +5,14 @@ What only one of them needs is imported inside of it, so that `--help` need not 
 
 import json
 
+from cifar_jax.compile_cache import use_compile_cache
 from cifar_jax.console import ConsoleReporter
 from cifar_jax.errors import UserError
 from cifar_jax.files import without_nan
 from cifar_jax.options import (
     ConvertOptions,
     EvaluateOptions,
+    FeaturesOptions,
     InfoOptions,
     PredictOptions,
     VerifyOptions,
@@ -29,6 +31,7 @@ def train(arguments: list[str]) -> int:
 
     config = parse_train(arguments)
     reporter = ConsoleReporter(config.progress)
+    use_compile_cache(config.cache_dir, reporter.say)
     if warning := unused_accelerator():
         reporter.warn(warning)
     try:
@@ -47,6 +50,7 @@ def evaluate(arguments: list[str]) -> int:
 
     options = parse(EvaluateOptions, arguments, "evaluate")
     reporter = ConsoleReporter()
+    use_compile_cache(say=reporter.say)
     scores = evaluate_run(options.run, options.data_dir, options.weights, reporter)
     if options.json:
         print(json.dumps(without_nan(scores)))
@@ -64,6 +68,7 @@ def predict(arguments: list[str]) -> int:
     options = parse(PredictOptions, arguments, "predict")
     if not options.images:
         raise UserError("predict needs images; give the paths of PNG or JPEG files behind the run directory.")
+    use_compile_cache(say=ConsoleReporter().say)
     run = load_run(options.run, options.weights)
     predictions = predict_files(run, options.images, options.direct)
     for prediction in predictions:
@@ -80,6 +85,8 @@ def info(arguments: list[str]) -> int:
     from cifar_jax.info import collect
 
     options = parse(InfoOptions, arguments, "info")
+    if options.clear:
+        return _clear_cache(options)
     about = collect(options.topic, options.data_dir, options.cache_dir)
     if options.json:
         print(json.dumps(about))
@@ -94,6 +101,46 @@ def info(arguments: list[str]) -> int:
             reporter.table(part)
         else:
             reporter.header(part)
+    return 0
+
+
+def _clear_cache(options: InfoOptions) -> int:
+    from cifar_jax.cache_contents import clear
+    from cifar_jax.files import cache_root
+
+    if options.topic != "cache":
+        raise UserError("--clear goes with `info cache`; say so, or leave it out.")
+    reporter, root = ConsoleReporter(), cache_root(options.cache_dir)
+    freed = clear(root, reporter.say)
+    if options.json:
+        print(json.dumps({"cache": str(root), "freed_bytes": freed}))
+    else:
+        reporter.out.print(f"{freed / 1e6:,.1f} MB have left {root}; downloaded weights stay.", markup=False)
+    return 0
+
+
+def features(arguments: list[str]) -> int:
+    """Writes features to a file."""
+    from cifar_jax.feature_files import is_data_set, write_features
+    from cifar_jax.profiling import profiled
+
+    options = parse(FeaturesOptions, arguments, "features")
+    if not options.src:
+        raise UserError("features needs a data set or images; name one, or give the paths of PNG or JPEG files.")
+    of_data_set = is_data_set(options.src)
+    if of_data_set and options.direct:
+        raise UserError(f"--direct is for image files, and {options.src[0]} is a data set; leave it out.")
+    reporter = ConsoleReporter()
+    use_compile_cache(options.cache_dir, reporter.say)
+    images = () if of_data_set else options.src
+    with profiled(options.profile, reporter.say):
+        about = write_features(
+            options.config(), options.out, images, direct=options.direct, overwrite=options.overwrite, reporter=reporter
+        )
+    if options.json:
+        print(json.dumps(about))
+    else:
+        reporter.header(about)
     return 0
 
 

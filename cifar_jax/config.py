@@ -85,15 +85,23 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """what the backbone computes in; parameters, features and head are float32 either way"""
     extract_batch_size: int | None = None
-    """images at a time through the backbone when features are extracted; else chosen by device and image size"""
+    """images at a time through the backbone when features are extracted; else chosen by device and image size; a power
+    of two up to 1024 divides the chunks that features are kept in, another number leaves their last batches unfilled"""
+    feature_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """cached: what features are kept in; the smaller ones take half the space and round them, the first time too"""
     cache_dir: str | None = None
-    """where decoded data, features and downloaded weights are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
+    """where decoded data, features, compiled functions and downloaded weights are kept; else $CIFAR_JAX_CACHE, else
+    ~/.cache/cifar_jax"""
+    cache_limit: float = 20.0
+    """gigabytes of features that are kept; beyond it those used least recently are removed, never the run's own"""
     out: str | None = None
     """the run directory; else runs/TIME-PRESET"""
     resume: bool = False
     """go on with the unfinished run in --out after its newest checkpoint, to the same bits; starts it if need be"""
     overwrite: bool = False
     """replace the run that is already in the run directory"""
+    profile: str | None = None
+    """write a trace of the run to that directory, for XProf or Perfetto; best of a short run"""
     progress: bool = True
     """progress bars (only ever on a terminal)"""
     debug: bool = False
@@ -112,7 +120,8 @@ class TrainConfig:
             _require(self, name, lambda v: v is None or 0 < v < math.inf, "a positive number")
         for name in ("momentum", "val_fraction", "label_smoothing", "bn_momentum"):
             _require(self, name, lambda v: 0 <= v < 1, "at least 0 and below 1")
-        _require(self, "weight_decay", lambda v: 0 <= v < math.inf, "a number of at least 0")
+        for name in ("weight_decay", "cache_limit"):
+            _require(self, name, lambda v: 0 <= v < math.inf, "a number of at least 0")
         _require(self, "warmup_epochs", lambda v: 0 <= v < self.epochs, f"at least 0 and below --epochs {self.epochs}")
         _require(self, "freeze_stages", lambda v: 0 <= v <= 4, "in 0..4")
         _require(self, "augment", lambda v: len(set(v)) == len(v), "each of flip, crop and cutout at most once")
@@ -177,6 +186,10 @@ def _check_together(config: TrainConfig) -> None:
         raise UserError(
             "--augment needs the pixels at every step, which --mode cached sees only once; leave it out or use --mode "
             "live or finetune."
+        )
+    if config.feature_dtype != defaults["feature_dtype"] and config.mode != "cached":
+        raise UserError(
+            f"--feature-dtype says what --mode cached keeps; leave it out with --mode {config.mode}, which keeps none."
         )
     if config.nesterov and not config.momentum:
         raise UserError("--nesterov is a form of momentum; give --momentum as well, or leave it out.")

@@ -85,6 +85,8 @@ class ConsoleReporter:
                     f"{accuracy:.4f} on {count:,} images ({name}), 95 % interval {low:.4f} to {high:.4f}"
                 )
         rows["seconds"] = ", ".join(f"{phase} {value:.1f}" for phase, value in summary["seconds"].items())
+        if summary["seconds_to_first_step"] is not None:
+            rows["first step"] = f"{summary['seconds_to_first_step']:.1f} seconds after the start"
         if summary["images_per_second"]:
             rows["backbone"] = f"{summary['images_per_second']:,.0f} images a second"
         rows["pictures"] = f"{out}/samples.png, curves.png, predictions.png, confusion.png"

@@ -1,13 +1,8 @@
-"""Pooled features of a frozen backbone: the plain reference, an extractor for any number of images, the cache."""
+"""Pooled features of a frozen backbone: the plain reference, and an extractor for any number of images."""
 
-import hashlib
-import importlib.metadata
-import json
-import shutil
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -16,14 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from cifar_jax.errors import RunError
-from cifar_jax.files import load_arrays, save_arrays, sha256_of_arrays, sha256_of_file
 from cifar_jax.preprocess import preprocess
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.resnet import ResNet
-
-_CACHE_FORMAT = 1
-# Who changes one of these wants features of the changed network, not those in the cache.
-_CODE = ("features.py", "preprocess.py", "resnet.py")
 
 
 class Extractor(Protocol):
@@ -115,9 +105,12 @@ def _require_finite(backbone: Backbone) -> None:
 
 
 def default_batch_size(image_size: int) -> int:
-    """Images at a time: few on a CPU, whose caches they should stay in; on accelerators enough to fill them."""
+    """Images at a time: few on a CPU, whose caches they should stay in; on accelerators enough to fill them.
+
+    A power of two, at most 1024, divides the chunks that features are kept in.
+    """
     at_224 = 16 if jax.default_backend() == "cpu" else 256
-    return max(1, min(1024, round(at_224 * (224 / image_size) ** 2)))
+    return 2 ** max(0, min(10, int(math.log2(at_224 * (224 / image_size) ** 2))))
 
 
 def _batches(
@@ -144,55 +137,3 @@ def _copy_out(
             "or its preprocessing do not fit; nothing was trained."
         )
     on_images(rows.stop)
-
-
-def features_key(backbone: Backbone, image_size: int, precision: str, images_u8: UInt8[np.ndarray, "n h w 3"]) -> str:
-    """Names a feature matrix by what it depends on: pixels, weights, how they are run, and the code that runs them.
-
-    The number of images at a time and the machine's arithmetic units move its last digits and are no part of it.
-    """
-    about = {
-        "format": _CACHE_FORMAT,
-        "backbone": backbone.sha256,
-        "config": asdict(backbone.config),
-        "preprocessing": asdict(backbone.preprocessing),
-        "image_size": image_size,
-        "precision": precision,
-        "images": sha256_of_arrays(images_u8),
-        "backend": jax.default_backend(),
-        "packages": [importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")],
-        "code": [sha256_of_file(Path(__file__).with_name(name)) for name in _CODE],
-    }
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def cached_features(
-    directory: Path,
-    key: str,
-    compute: Callable[[], Float32[np.ndarray, "n features"]],
-    say: Callable[[str], None] = lambda _: None,
-) -> Float32[np.ndarray, "n features"]:
-    """Features from the cache, memory-mapped and checked byte for byte, or computed and kept there.
-
-    Args:
-      directory: of the cache.
-      key: from `features_key`.
-      compute: makes them where the cache has none, or a damaged one, which is said and replaced.
-      say: is called with each sentence that the user should see.
-    """
-    kept = directory / key[:32]
-    try:
-        features = load_arrays(kept)[0]["features"]
-        say(f"The features come from the cache, {kept}.")
-        return features
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError) as error:
-        say(f"{error}: the features are computed again.")
-        shutil.rmtree(kept, ignore_errors=True)
-    features = compute()
-    try:
-        save_arrays(kept, {"features": features}, {"key": key})
-    except OSError as error:
-        say(f"The features could not be kept in {directory} ({error}); they will be computed again next time.")
-    return features

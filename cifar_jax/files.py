@@ -7,11 +7,12 @@ import math
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -57,6 +58,28 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock(file: IO[bytes], on_waiting: Callable[[], None], shared: bool = False) -> None:
+    """Locks a file until it is closed, as the end of the process does too; where there are no locks, does nothing.
+
+    Args:
+      file: that is open.
+      on_waiting: is called when another process holds the lock, before it is waited for; what it raises ends that.
+      shared: with others who say the same.
+    """
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        on_waiting()
+        fcntl.flock(file, how)
+    except OSError:
+        pass  # a file system without them
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,16 +1,34 @@
 """What is on this machine: versions, devices, weights, data sets."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
+from cifar_jax.cache_contents import contents
 from cifar_jax.data.tfds import data_root
 from cifar_jax.environment import device_description, package_versions
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained import UNTRAINED, registry
 
 
+def cache_rows(cache_dir: str | None) -> list[dict[str, Any]]:
+    """What the cache holds, a row each."""
+    rows = [
+        {
+            "what": kept.what,
+            "MB": f"{kept.size / 1e6:.1f}",
+            "last used": time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used)),
+            "images": kept.images or "",
+            "backbone": kept.backbone,
+            "path": str(kept.path),
+        }
+        for kept in contents(cache_root(cache_dir))
+    ]
+    return rows or [{"what": "nothing", "path": str(cache_root(cache_dir))}]
+
+
 def collect(topic: str = "all", data_dir: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
-    """What is known of a topic, or of all of them, as JSON values: a dict to show line by line or a list of rows."""
+    """What is known of a topic, or of all but the cache, as JSON values: a dict to show line by line, or rows."""
     topics: dict[str, Callable[[], Any]] = {
         "environment": lambda: _environment(cache_dir),
         "weights": lambda: (
@@ -19,6 +37,8 @@ def collect(topic: str = "all", data_dir: str | None = None, cache_dir: str | No
         ),
         "data": lambda: _data(data_dir),
     }
+    if topic == "cache":
+        return {"cache": cache_rows(cache_dir)}
     return {name: tell() for name, tell in topics.items() if topic in ("all", name)}
 
 

@@ -19,6 +19,7 @@ from cifar_jax.keys import stream_key
 from cifar_jax.optimizer import make_schedule
 from cifar_jax.pretrained import UNTRAINED, Backbone, load_backbone, random_backbone
 from cifar_jax.pretrained.untrained import calibration_images
+from cifar_jax.profiling import profiled
 from cifar_jax.reporter import Reporter, Silent
 from cifar_jax.resume import epochs_done, is_finished, load_state, read_rows
 from cifar_jax.routes import Job, Route, make_route
@@ -75,7 +76,7 @@ def make_untrained(config: TrainConfig, train: Dataset, reporter: Reporter) -> B
 
 
 def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
-    """Runs the whole job.
+    """Runs the whole job, traced where `config.profile` asks for it.
 
     Args:
       config: what to do.
@@ -90,6 +91,11 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
       Interrupted: when Ctrl-C came.
     """
     reporter = reporter or Silent()
+    with profiled(config.profile, reporter.say):
+        return _train(config, reporter)
+
+
+def _train(config: TrainConfig, reporter: Reporter) -> Path:
     out = Path(config.out) if config.out else default_run_dir(config)
     done = epochs_done(out, config) if config.resume else None
     if is_finished(out, config, done):
@@ -98,7 +104,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
     check_run_dir(out, config, resumes=done is not None)
     clock = Clock()
     problem, backbone = load_problem_and_backbone(config, reporter, clock)
-    image_size = _image_size(config, backbone)
+    image_size = network_image_size(config, backbone)
     reporter.header(_header(config, problem, backbone, image_size, out))
     if done:
         reporter.say(f"The run in {out} goes on after epoch {done}.")
@@ -132,7 +138,12 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
     return out
 
 
-def _image_size(config: TrainConfig, backbone: Backbone) -> int:
+def network_image_size(config: TrainConfig, backbone: Backbone) -> int:
+    """The side in pixels that images are upsampled to.
+
+    Raises:
+      UserError: when the weights ask for one that 32 pixels cannot be upsampled to.
+    """
     image_size = config.image_size or backbone.image_size
     if image_size % IMAGE_SHAPE[0]:
         raise UserError(

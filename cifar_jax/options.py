@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import tyro
@@ -50,14 +50,62 @@ class PredictOptions(Common):
 
 @dataclass(frozen=True)
 class InfoOptions(Common):
-    """Versions, devices, and which known weights and data sets are on this machine."""
+    """Versions, devices, and which known weights and data sets are on this machine; or what the cache holds."""
 
-    topic: tyro.conf.Positional[Literal["all", "environment", "weights", "data"]] = "all"
-    """what to tell of"""
+    topic: tyro.conf.Positional[Literal["all", "environment", "weights", "data", "cache"]] = "all"
+    """what to tell of; all but the cache if it is left out"""
+    clear: bool = False
+    """with cache: remove features, decoded images and compiled functions from it, but no downloaded weights"""
     data_dir: str | None = None
     """where TFDS keeps its data sets; else $TFDS_DATA_DIR, else ~/tensorflow_datasets"""
     cache_dir: str | None = None
     """where downloads and features are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
+
+
+@dataclass(frozen=True)
+class FeaturesOptions(Common):
+    """Write the features of a data set or of image files, for use elsewhere."""
+
+    src: tyro.conf.Positional[tuple[str, ...]]
+    """a data set (cifar10, shapes, or another 32x32 classification set of TFDS), or PNG, JPEG or other image files"""
+    out: str
+    """the file to write: .npz, or for image files also .npy, which holds the bare matrix"""
+    weights: str = "keras-resnet50"
+    """the backbone: a file or directory, or a name that `info` lists; of a data set also random / random-w16"""
+    variant: str | None = None
+    """how to run the weights, where their file leaves a choice"""
+    image_size: int | None = None
+    """side in pixels to which images are upsampled; a multiple of 32; else the weights' own (224 for ImageNet's)"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """what the backbone computes in; the features are float32 either way"""
+    direct: bool = False
+    """image files: resize straight to the network's size, not through 32x32 as the images of the data sets"""
+    train_examples: int | None = None
+    """data set: that many training images, balanced over the classes; else all"""
+    test_examples: int | None = None
+    """data set: that many test images, balanced over the classes; else all"""
+    seed: int = 0
+    """data set: seed of subsets, drawn images and untrained networks"""
+    extract_batch_size: int | None = None
+    """images at a time through the backbone; else chosen by device and image size"""
+    data_dir: str | None = None
+    """where TFDS keeps its data sets; else $TFDS_DATA_DIR, else ~/tensorflow_datasets"""
+    cache_dir: str | None = None
+    """where data, features and downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
+    profile: str | None = None
+    """write a trace of the extraction to that directory, for XProf or Perfetto"""
+    overwrite: bool = False
+    """replace the file if it is there"""
+
+    def config(self) -> TrainConfig:
+        """The configuration of a job that extracts the same features.
+
+        Raises:
+          UserError: when a value cannot be.
+        """
+        theirs = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(self)}
+        values = {name: getattr(self, name) for name in theirs - {"out", "overwrite", "profile", "debug"}}
+        return TrainConfig(dataset=self.src[0], batch_size=1, **values)
 
 
 @dataclass(frozen=True)

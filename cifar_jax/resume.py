@@ -17,7 +17,7 @@ from cifar_jax.training import TrainState
 
 # What may differ between a run and the command that goes on with it. Where the learning rate follows a schedule, the
 # number of epochs may not.
-MAY_DIFFER = {"out", "resume", "overwrite", "progress", "debug", "epochs"}
+MAY_DIFFER = {"out", "resume", "overwrite", "progress", "debug", "epochs", "cache_limit", "profile"}
 
 
 def checkpoint_parts(state: TrainState, resumable: bool = True) -> dict[str, PyTree]:

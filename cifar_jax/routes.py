@@ -1,6 +1,8 @@
 """The ways to a trained head: on cached features, live through a frozen backbone, or with the backbone training too."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,8 +12,8 @@ from cifar_jax.augment import Augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Problem
 from cifar_jax.evaluation import EvalResult
-from cifar_jax.features import cached_features, features_key, make_extractor
-from cifar_jax.files import cache_root
+from cifar_jax.extraction import dataset_features
+from cifar_jax.features import make_extractor
 from cifar_jax.finetune import finetune_evaluator, finetune_probabilities, finetune_runner, init_finetune
 from cifar_jax.fit import (
     EpochOrder,
@@ -66,21 +68,22 @@ def make_route(job: Job) -> Route:
 def _cached(job: Job) -> Route:
     """Every image passes the backbone once; the head trains on the features."""
     config, problem, backbone, image_size, reporter, writer = job
-    extractor = make_extractor(backbone, image_size, config.precision, config.extract_batch_size)
-    directory = cache_root(config.cache_dir) / "features"
-
-    def features_of(dataset: Dataset, name: str) -> Float32[np.ndarray, "n features"]:
-        def compute() -> Float32[np.ndarray, "n features"]:
-            with reporter.progress(f"Features of {name}", len(dataset.labels)) as bar, writer.extracting(dataset):
-                return extractor(dataset.images, bar)
-
-        key = features_key(backbone, image_size, config.precision, dataset.images)
-        return cached_features(directory, key, compute, reporter.say)
-
+    datasets = {
+        "training images": problem.train,
+        f"{problem.val_name} images": problem.val,
+        "test images": problem.test,
+    }
     with writer.clock("features"):
-        train = features_of(problem.train, "training images")
-        val = features_of(problem.val, f"{problem.val_name} images")
-        test = features_of(problem.test, "test images") if problem.held_out else val
+        features = dataset_features(
+            config,
+            backbone,
+            image_size,
+            datasets,
+            say=reporter.say,
+            progress=partial(_bar, job),
+            timed=writer.extracting,
+        )
+    train, val, test = (features[name] for name in ("training images", f"{problem.val_name} images", "test images"))
     tx = make_optimizer(config, job.steps_per_epoch)
     return Route(
         init_state(_init_head(job), tx),
@@ -158,11 +161,23 @@ def _augmentation(config: TrainConfig) -> Augmentation | None:
     return Augmentation(stream_key(config.seed, "augment"), config.augment) if config.augment else None
 
 
+@contextlib.contextmanager
+def _bar(job: Job, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar; when something first comes through the network is noted."""
+    with job.reporter.progress(description, total) as bar:
+
+        def shown(done: int) -> None:
+            job.writer.clock.note_first_step()
+            bar(done)
+
+        yield shown
+
+
 def _shown_epoch(job: Job, run_epoch: Callable[..., tuple[TrainState, StepMetrics]]) -> RunEpoch:
     """An epoch with a bar."""
 
     def shown(state: TrainState, epoch: int) -> tuple[TrainState, StepMetrics]:
-        with job.reporter.progress(f"Epoch {epoch + 1}", len(job.problem.train.labels)) as bar:
+        with _bar(job, f"Epoch {epoch + 1}", len(job.problem.train.labels)) as bar:
             return run_epoch(state, epoch, bar)
 
     return shown
@@ -172,7 +187,7 @@ def _shown_evaluation(job: Job, evaluate: Callable[..., EvalResult], dataset: Da
     """An evaluation with a bar."""
 
     def shown(params: Any, batch_stats: Any = ()) -> EvalResult:
-        with job.reporter.progress(f"Evaluating {name} images", len(dataset.labels)) as bar:
+        with _bar(job, f"Evaluating {name} images", len(dataset.labels)) as bar:
             return evaluate(params, batch_stats, bar)
 
     return shown

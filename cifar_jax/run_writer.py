@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int32
 
 from cifar_jax.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from cifar_jax.config import TrainConfig
-from cifar_jax.data import Dataset, Problem
+from cifar_jax.data import Problem
 from cifar_jax.environment import device_description, package_versions
 from cifar_jax.errors import RunError
 from cifar_jax.evaluation import EvalResult, wilson_interval
@@ -43,6 +43,7 @@ class Clock:
         """Starts the clock."""
         self._start = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.first_step: float | None = None
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -52,6 +53,11 @@ class Clock:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def note_first_step(self) -> None:
+        """Something came through the network: the first time says how long compilation and all before it took."""
+        if self.first_step is None:
+            self.first_step = self.total
 
     @property
     def total(self) -> float:
@@ -95,12 +101,12 @@ class RunWriter:
                 save_backbone(self.out / BACKBONE, self.backbone)
 
     @contextlib.contextmanager
-    def extracting(self, dataset: Dataset) -> Iterator[None]:
+    def extracting(self, num_images: int) -> Iterator[None]:
         """Counts images and seconds towards the backbone's images per second."""
         start = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - start
-        self._images += len(dataset.labels)
+        self._images += num_images
 
     @property
     def selected_epoch(self) -> int:
@@ -217,6 +223,8 @@ class RunWriter:
             "num_val": len(problem.val.labels),
             "num_test": len(problem.test.labels),
             "seconds": {phase: round(s, 3) for phase, s in (self.clock.seconds | {"total": self.clock.total}).items()},
+            # The first batch of features, or the first step; on features from the cache the first epoch, one call.
+            "seconds_to_first_step": self.clock.first_step and round(self.clock.first_step, 3),
             "images_per_second": per_second and round(per_second, 2),  # null: the features came from the cache, or live
             "backbone": {
                 "source": str(Path(backbone.source).absolute()) if Path(backbone.source).is_file() else backbone.source,

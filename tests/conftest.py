@@ -8,10 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import narrow_networks
+from jax.experimental.compilation_cache import compilation_cache
 
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.shapes import draw_shapes
 from cifar_jax.data.tfds import find_prepared
+from cifar_jax.run_writer import RunWriter
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -50,6 +53,23 @@ def ctrl_c() -> Iterator[None]:
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, usual)
+
+
+@pytest.fixture(autouse=True)
+def no_compile_cache() -> Iterator[None]:
+    """What a command told JAX to keep, and where, is forgotten after a test."""
+    yield
+    if jax.config.jax_compilation_cache_dir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow networks and no pictures: jobs of seconds."""
+    narrow_networks(monkeypatch)
+    monkeypatch.setattr(RunWriter, "samples", lambda self: None)
+    monkeypatch.setattr(RunWriter, "pictures", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error, narrow_networks, tiny_run
+from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cifar_jax import files, job, routes, run_dir
+from cifar_jax import files, job, run_dir
 from cifar_jax.checkpoint import load_checkpoint
 from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.data import balanced_subset, epoch_batches, hold_out
@@ -52,19 +52,11 @@ def picture(tmp_path):
 
 
 @pytest.fixture
-def narrow(monkeypatch):
-    """Narrow networks and no pictures."""
-    narrow_networks(monkeypatch)
-    monkeypatch.setattr(RunWriter, "samples", lambda self: None)
-    monkeypatch.setattr(RunWriter, "pictures", lambda *_: None)
-
-
-@pytest.fixture
 def quick(monkeypatch, finished, narrow):
     """A job that computes next to nothing: where its files go has nothing to do with what is in them."""
     backbone = load_backbone(finished / "backbone.safetensors")
     monkeypatch.setattr(job, "make_untrained", lambda *_: backbone)
-    monkeypatch.setattr(routes, "make_extractor", lambda *_: no_features)
+    monkeypatch.setattr(extraction, "make_extractor", lambda *_: no_features)
     monkeypatch.setattr(job, "fit", one_epoch)
 
 
@@ -252,16 +244,17 @@ def test_a_cache_that_cannot_be_written_only_warns(tmp_path, capsys, quick):
     a_file(tmp_path / "cache")
     result = try_to_train(capsys, tmp_path / "out", "--cache-dir", tmp_path / "cache")
     assert result.code == 0 and result.err.count("The features could not be kept in") == 2
+    assert result.err.count("Compiled functions cannot be kept in") == 1
 
 
 def test_features_that_are_damaged_in_the_cache_are_made_again(tmp_path, capsys, quick):
     cache = tmp_path / "cache"
     assert try_to_train(capsys, tmp_path / "one", "--cache-dir", cache).code == 0
     kept = sorted((cache / "features").iterdir())
-    flip(kept[0] / "features.npy", 1000)
+    flip(kept[0] / "c" / "0" / "0", 1000)
     result = try_to_train(capsys, tmp_path / "two", "--cache-dir", cache)
-    assert result.code == 0 and f"{kept[0]}/features.npy is damaged" in result.err
-    assert result.err.count("the features are computed again") == 1
+    assert result.code == 0 and "The cache is damaged" in result.err and f"{kept[0]}/c/0/0" in result.err
+    assert result.err.count("images are computed again") == 1
     assert sorted((cache / "features").iterdir()) == kept
 
 

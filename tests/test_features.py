@@ -1,4 +1,4 @@
-"""The extractor against the plain reference, for any number of images, and the cache of its features."""
+"""The extractor against the plain reference, for any number of images."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from conftest import relative_difference
 
 from cifar_jax.errors import RunError
-from cifar_jax.features import cached_features, extract, features_key, make_extractor
+from cifar_jax.features import extract, make_extractor
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.resnet import ResNetConfig
 
@@ -61,37 +61,3 @@ def test_features_that_overflow_are_noticed(backbone, shapes):
     huge["params"]["stage2_block1"]["bn3"]["scale"][:] = 3e38
     with pytest.raises(RunError, match="not finite for images 0 to 3"):
         make_extractor(backbone.replace(variables=huge))(shapes.images[:4])
-
-
-def test_key_names_all_that_the_features_depend_on(backbone, shapes):
-    images = shapes.images[:4]
-    key = features_key(backbone, 64, "float32", images)
-    assert key == features_key(backbone, 64, "float32", images.copy())
-    others = {
-        features_key(backbone, 96, "float32", images),
-        features_key(backbone, 64, "bfloat16", images),
-        features_key(backbone, 64, "float32", images[::-1]),
-        features_key(backbone.replace(sha256="other"), 64, "float32", images),
-    }
-    assert len(others | {key}) == 5
-
-
-def test_cache_computes_once_and_repairs_what_is_damaged(tmp_path):
-    features, calls, said = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32), [], []
-
-    def compute():
-        calls.append(1)
-        return features
-
-    for expected_calls in (1, 1):
-        np.testing.assert_array_equal(cached_features(tmp_path, "k" * 64, compute, said.append), features)
-        assert len(calls) == expected_calls
-    assert len(said) == 1 and "come from the cache" in said.pop()
-    file = next(tmp_path.glob("*/features.npy"))
-    content = bytearray(file.read_bytes())
-    content[-2] ^= 1
-    file.write_bytes(content)
-    np.testing.assert_array_equal(cached_features(tmp_path, "k" * 64, compute, said.append), features)
-    assert len(calls) == 2 and "damaged" in said[0]
-    np.testing.assert_array_equal(cached_features(tmp_path, "k" * 64, compute, said.append), features)
-    assert len(calls) == 2

@@ -45,6 +45,7 @@ def test_leaves_what_it_says_it_leaves(run):
     assert summary["status"] == "complete" and summary["format_version"] == 1
     assert summary["num_train"] == 160 and summary["num_test"] == 50 and summary["val_split"] == "test"
     assert np.sum(summary["confusion"]) == 50
+    assert 0 < summary["seconds_to_first_step"] < summary["seconds"]["total"]
     assert summary["val_accuracy"] == rows_of(run)[-1]["val_accuracy"] == np.trace(summary["confusion"]) / 50
     assert TrainConfig.from_json(json.loads((run / "config.json").read_text())).train_examples == 160
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from helpers import narrow_networks
 
 from cifar_jax import load_run
 from cifar_jax.checkpoint import list_checkpoints
@@ -41,11 +40,7 @@ class Killed(BaseException):
     """Stands for kill -9: nothing catches it."""
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    narrow_networks(monkeypatch)
-    monkeypatch.setattr(RunWriter, "samples", lambda self: None)
-    monkeypatch.setattr(RunWriter, "pictures", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def config(tmp_path, way, out, **more):

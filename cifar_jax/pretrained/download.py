@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import IO
 
 import requests
 
+from cifar_jax.files import lock
 from cifar_jax.pretrained.places import Failed, Unreachable, connection, opened
 
 WAITS = (1.0, 2.0, 4.0)  # seconds between tries that bring nothing new
@@ -129,7 +129,7 @@ def _alone(path: Path, say: Say) -> Iterator[IO[bytes]]:
     """Opens a part for this process alone, by a lock that ends with the process; an empty one does not stay."""
     while True:
         with open(path, "a+b") as file:
-            _lock(file, lambda: say(f"Another process is downloading to {path}: waiting for it"))
+            lock(file, lambda: say(f"Another process is downloading to {path}: waiting for it"))
             try:
                 if not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                     continue
@@ -141,20 +141,6 @@ def _alone(path: Path, say: Say) -> Iterator[IO[bytes]]:
                 if not os.fstat(file.fileno()).st_size:
                     path.unlink(missing_ok=True)
             return
-
-
-def _lock(file: IO[bytes], on_waiting: Callable[[], None]) -> None:
-    if sys.platform == "win32":
-        return  # the digest alone guards
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        on_waiting()
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-        pass  # a file system without locks: the digest still guards
 
 
 def _bring(session: requests.Session, place: str, part: _Part, say: Say, sleep: Callable[[float], None]) -> None:

@@ -1,0 +1,152 @@
+"""Features kept on disk chunk by chunk, so that no image passes the backbone twice.
+
+They lie in a directory named by all that they depend on. A chunk that is missing or damaged is computed again, alone.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+
+from cifar_jax.errors import RunError
+from cifar_jax.feature_store import CHUNK_ROWS, chunks_of, num_rows, open_entry
+from cifar_jax.features import Extractor
+from cifar_jax.files import sha256_of_arrays, sha256_of_file
+from cifar_jax.pretrained.backbone import Backbone
+
+_FORMAT = 2
+# Who changes one of these wants features of the changed network, not those in the cache.
+_CODE = ("features.py", "preprocess.py", "resnet.py")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes computes of the features: of each `count` chunks the one at `index`.
+
+    `barrier` returns when all of them have called it; from then on each reads what the others computed.
+    """
+
+    index: int = 0
+    count: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
+def features_key(
+    backbone: Backbone,
+    image_size: int,
+    precision: str,
+    images_u8: UInt8[np.ndarray, "n h w 3"],
+    dtype: str = "float32",
+) -> str:
+    """Names a feature matrix by what it depends on: pixels, weights, how they are run, and the code that runs them.
+
+    The number of images at a time and the machine's arithmetic units move its last digits and are no part of it.
+    """
+    about = {
+        "format": _FORMAT,
+        "backbone": backbone.sha256,
+        "config": asdict(backbone.config),
+        "preprocessing": asdict(backbone.preprocessing),
+        "image_size": image_size,
+        "precision": precision,
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
+        "images": sha256_of_arrays(images_u8),
+        "dtype": dtype,
+        "backend": jax.default_backend(),
+        "packages": [importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")],
+        "code": [sha256_of_file(Path(__file__).with_name(name)) for name in _CODE],
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def cached_features(
+    directory: Path,
+    key: str,
+    images_u8: UInt8[np.ndarray, "n h w 3"],
+    extractor: Extractor,
+    num_features: int,
+    *,
+    dtype: str = "float32",
+    about: Mapping[str, Any] | None = None,
+    share: Share = Share(),
+    say: Say = lambda _: None,
+    on_images: Callable[[int], None] = lambda _: None,
+) -> Float32[np.ndarray, "n features"]:
+    """Features from the cache, every chunk checked; what it lacks is computed and kept there.
+
+    The extractor is called once a chunk, whatever is there already, so that a run that was stopped goes on to the bits
+    of one that was not. Where another process computes the same features this one waits for it, and goes on where it
+    ended. What cannot be kept is computed all the same.
+
+    Args:
+      directory: of the cache.
+      key: from `features_key`.
+      images_u8: RGB pixels.
+      extractor: from `make_extractor`.
+      num_features: how many features an image has.
+      dtype: what they are kept in: `float32`, `float16` or `bfloat16`. They come rounded to it, also the first time.
+      about: JSON values kept beside them for whoever looks at the cache.
+      share: what this process computes, where there are several.
+      say: is called with each sentence that the user should see.
+      on_images: is called with the number of images that are done.
+
+    Raises:
+      RunError: when features are too large for `dtype`, or what the extractor raises.
+    """
+    features = np.empty((len(images_u8), num_features), np.float32)
+    chunks = chunks_of(len(features))
+    with open_entry(directory / key[:32], features.shape, dtype, about or {}, share.count > 1, say) as entry:
+        missing = entry.read(features, chunks)
+        done = len(features) - num_rows(missing)
+        if done:
+            say(_what_is_reused(entry.path, len(features), done, missing))
+
+        def compute(chunks: Sequence[slice], done: int) -> None:
+            for rows in chunks:
+                values = extractor(images_u8[rows], _counted_from(done, on_images))
+                features[rows] = stored = _rounded(values, dtype)
+                entry.write(rows, stored)
+                done += len(stored)
+
+        mine = [rows for rows in missing if rows.start // CHUNK_ROWS % share.count == share.index]
+        compute(mine, done)
+        if share.count > 1:
+            entry.flush()
+            share.barrier()
+            theirs = entry.read(features, [rows for rows in missing if rows not in mine])
+            compute(theirs, len(features) - num_rows(theirs))
+    return features
+
+
+def _counted_from(before: int, on_images: Callable[[int], None]) -> Callable[[int], None]:
+    return lambda done: on_images(before + done)
+
+
+def _what_is_reused(path: Path, num: int, done: int, missing: Sequence[slice]) -> str:
+    if not missing:
+        return f"The features come from the cache, {path}."
+    return (
+        f"The features of {done:,} of {num:,} images come from the cache, {path}; extraction goes on at image "
+        f"{missing[0].start + 1:,} of {num:,}."
+    )
+
+
+def _rounded(values: Float32[np.ndarray, "n features"], dtype: str) -> Float[np.ndarray, "n features"]:
+    with np.errstate(over="ignore"):
+        rounded = values.astype(jnp.dtype(dtype), copy=False)
+    if not np.isfinite(rounded).all():
+        raise RunError(
+            f"Features of up to {np.abs(values).max():.3g} do not fit in {dtype}; use --feature-dtype bfloat16 or "
+            "float32."
+        )
+    return rounded

@@ -1,0 +1,36 @@
+"""A trace of what ran when, on the host and on the devices."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from cifar_jax.errors import RunError, UserError
+
+
+@contextlib.contextmanager
+def profiled(directory: str | None, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+    """Writes a JAX profiler trace of the block to a directory, for XProf or https://ui.perfetto.dev; nothing for None.
+
+    Raises:
+      UserError: when the directory cannot be written.
+      RunError: when no trace came to be.
+    """
+    if directory is None:
+        yield
+        return
+    path = Path(os.path.expanduser(directory))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--profile {path} cannot be made ({error.strerror}); choose another directory.") from error
+    before = set(path.rglob("*.xplane.pb"))
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # every call of every Python function: a hundred megabytes, and minutes, of a demo
+    with jax.profiler.trace(path, profiler_options=options):
+        yield
+    if not (traces := set(path.rglob("*.xplane.pb")) - before):
+        raise RunError(f"The profiler wrote no trace to {path}; make room or choose another --profile.")
+    say(f"The trace is in {traces.pop().parent}.")

@@ -1,0 +1,166 @@
+"""What the cache holds, how it is kept within its limit, and that nothing goes that is not its own."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from helpers import TINY, command, files_below, is_one_error
+from test_feature_cache import IMAGES, WIDTH, features_of
+
+from cifar_jax.cache_contents import FEATURES, clear, contents, limit_features
+from cifar_jax.feature_cache import cached_features
+from cifar_jax.feature_store import locked
+from cifar_jax.files import save_arrays
+
+ENTRY_BYTES = 3 * (1024 * WIDTH * 4 + 4)
+
+
+def name_of(number):
+    return f"{number:032x}"
+
+
+def keep(root, *numbers):
+    """Entries of features, each used a minute after the one before."""
+    extractor = lambda images_u8, on_images: features_of(images_u8)  # noqa: E731
+    about = {"data": "drawn training images", "backbone": "a backbone", "image_size": 32, "precision": "float32"}
+    for number in numbers:
+        cached_features(root / FEATURES, name_of(number), IMAGES, extractor, WIDTH, about=about)
+        os.utime(root / FEATURES / name_of(number) / "about.json", (0, 60 * number))
+
+
+def kept(root):
+    return [int(path.name, 16) for path in sorted((root / FEATURES).iterdir())]
+
+
+@pytest.mark.parametrize(
+    ("entries", "in_use", "left"),
+    [
+        (10, [], [1, 2, 3, 4]),
+        (3.5, [], [2, 3, 4]),
+        (2.5, [], [3, 4]),
+        (2.5, [1], [1, 4]),
+        (0, [], []),
+        (0, [2, 3], [2, 3]),
+    ],
+)
+def test_what_was_used_least_recently_goes_first(tmp_path, entries, in_use, left):
+    keep(tmp_path, 3, 1, 4, 2)
+    said = []
+    limit_features(tmp_path, entries * ENTRY_BYTES, [name_of(number) for number in in_use], said.append)
+    assert kept(tmp_path) == left
+    assert len(said) == (len(left) < 4) and all("used least recently left the cache" in text for text in said)
+
+
+def test_what_is_read_was_used(tmp_path):
+    keep(tmp_path, 1, 2)
+    cached_features(tmp_path / FEATURES, name_of(1), IMAGES, None, WIDTH)  # all of it is there
+    limit_features(tmp_path, 1.5 * ENTRY_BYTES, [])
+    assert kept(tmp_path) == [1]
+
+
+def test_what_another_process_uses_stays(tmp_path):
+    keep(tmp_path, 1, 2)
+    said = []
+    with locked(tmp_path / FEATURES / name_of(1)):
+        limit_features(tmp_path, 0, [])
+        assert kept(tmp_path) == [1]
+        assert clear(tmp_path, said.append) == 0
+    assert kept(tmp_path) == [1] and "another process is using it" in said[0] and len(said) == 1
+
+
+def test_features_that_go_while_they_are_waited_for_are_computed(tmp_path):
+    """The directory of a lock may be removed by whoever holds it; the next one makes it anew."""
+    keep(tmp_path, 1)
+    path = tmp_path / FEATURES / name_of(1)
+    with locked(path):
+        for file in (*path.glob("c/*/0"), *path.glob("*.json"), path / "lock"):
+            file.unlink()
+        with locked(path):  # nobody holds the lock that is there now
+            assert (path / "lock").exists()
+
+
+def test_contents_tell_what_things_are(tmp_path):
+    keep(tmp_path, 1)
+    save_arrays(tmp_path / "data" / "tiny-1.0.0-abc", {"train_images": np.zeros(10)}, {})
+    (tmp_path / "weights" / "some").mkdir(parents=True)
+    (tmp_path / "weights" / "some" / "some.h5").write_bytes(b"12345")
+    (tmp_path / "xla").mkdir()
+    found = {entry.what: entry for entry in contents(tmp_path)}
+    features = found.pop("features of drawn training images, 32 pixels, float32, kept in float32")
+    assert (features.images, features.backbone, features.used) == (len(IMAGES), "a backbone", 60)
+    assert ENTRY_BYTES < features.size < ENTRY_BYTES + 1000
+    assert list(found) == ["decoded images", "weights", "compiled functions"] and found["weights"].size == 5
+    (features.path / "about.json").write_text("{")
+    assert contents(tmp_path)[0].what == "features"
+    assert contents(tmp_path / "nothing") == []
+
+
+def test_clear_removes_what_is_ours_and_nothing_else(tmp_path):
+    root, outside = tmp_path / "cache", tmp_path / "outside"
+    keep(root, 1, 2, 3)
+    keep(outside, 4)
+    save_arrays(root / "data" / "tiny", {"train_images": np.zeros(10)}, {})
+    (root / "xla").mkdir()
+    (root / "xla" / "jit_f-0123.xla").write_bytes(b"123")
+    theirs = [
+        root / "features" / "notes.txt",
+        root / "features" / name_of(2) / "notes.txt",
+        root / "features" / "empty" / "too",
+        root / "data" / "tiny" / "notes.txt",
+        root / "xla" / "notes.txt",
+        root / "weights" / "some" / "some.h5",
+        root / "others" / "about.json",
+    ]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    # Links out of the cache: in place of an entry, of a part of one, and of a file.
+    (root / "features" / name_of(5)).symlink_to(outside / FEATURES / name_of(4))
+    (root / "features" / name_of(3) / "c" / "7").symlink_to(outside / FEATURES / name_of(4) / "c" / "0")
+    (root / "data" / "linked").symlink_to(outside)
+    before, said = files_below(outside), []
+    assert clear(root, said.append) > 3 * ENTRY_BYTES
+    assert files_below(outside) == before
+    assert all(path.read_text() == "mine" for path in theirs)
+    left = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert sorted(left) == sorted(theirs)
+    assert not (root / FEATURES / name_of(1)).exists() and len(said) == 3
+    assert all("stays, as the cache did not write it" in text for text in said)
+
+
+def test_a_folder_that_is_a_link_is_not_followed(tmp_path):
+    root, outside = tmp_path / "cache", tmp_path / "outside"
+    keep(outside, 1)
+    root.mkdir()
+    (root / FEATURES).symlink_to(outside / FEATURES)
+    before, said = files_below(outside), []
+    assert clear(root, said.append) == 0
+    limit_features(root, 0, [])
+    assert files_below(outside) == before and str(root / FEATURES) in said[0]
+
+
+def test_info_shows_the_cache_and_clears_it(tmp_path, capsys):
+    assert "nothing" in command(capsys, "info", "cache", "--cache-dir", tmp_path).out
+    keep(tmp_path, 1)
+    rows = json.loads(command(capsys, "info", "cache", "--json", "--cache-dir", tmp_path).out)["cache"]
+    assert [(row["images"], row["backbone"]) for row in rows] == [(len(IMAGES), "a backbone")]
+    shown = command(capsys, "info", "cache", "--cache-dir", tmp_path)
+    assert shown.code == 0 and "features of drawn training images" in shown.out and name_of(1) in shown.out
+    cleared = command(capsys, "info", "cache", "--clear", "--cache-dir", tmp_path)
+    assert cleared.code == 0 and cleared.out.startswith("0.1 MB have left") and kept(tmp_path) == []
+    assert json.loads(command(capsys, "info", "cache", "--clear", "--json", "--cache-dir", tmp_path).out) == {
+        "cache": str(tmp_path),
+        "freed_bytes": 0,
+    }
+    is_one_error(command(capsys, "info", "--clear", "--cache-dir", tmp_path), 2, "--clear goes with `info cache`")
+
+
+def test_a_run_keeps_to_the_limit_but_for_its_own(tmp_path, capsys, narrow):
+    keep(tmp_path / "cache", 1)
+    arguments = ["--cache-dir", tmp_path / "cache", "--cache-limit", "0"]
+    result = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "run", *arguments)
+    assert result.code == 0 and "used least recently left the cache, as --cache-limit says" in result.err
+    assert len(kept(tmp_path / "cache")) == 2 and 1 not in kept(tmp_path / "cache")
+    again = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "again", *arguments)
+    assert again.err.count("The features come from the cache") == 2 and "least recently" not in again.err

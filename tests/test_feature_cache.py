@@ -1,0 +1,335 @@
+"""Features on disk: what is computed, reused, said and repaired, whatever becomes of the files or of the process."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import NARROW, files_below, full_disk
+
+import cifar_jax
+from cifar_jax import feature_cache
+from cifar_jax.errors import RunError
+from cifar_jax.feature_cache import Share, cached_features, features_key
+from cifar_jax.feature_store import CHUNK_ROWS
+from cifar_jax.pretrained import random_backbone
+
+KEY = "0123456789abcdef" * 4
+NUM, WIDTH = 2 * CHUNK_ROWS + 500, 6
+IMAGES = np.random.default_rng(0).integers(0, 256, (NUM, 2, 2, 3), np.uint8)
+STARTS = [0, CHUNK_ROWS, 2 * CHUNK_ROWS]
+
+
+def features_of(images_u8):
+    """Stands for a backbone: six numbers of an image."""
+    return images_u8.reshape(len(images_u8), -1)[:, :WIDTH].astype(np.float32) / 255
+
+
+FEATURES = features_of(IMAGES)
+
+
+class Extractor:
+    """Remembers where the images it was given begin, and may stop at one of its calls."""
+
+    def __init__(self, stops_at=None, error=KeyboardInterrupt):
+        self.starts, self.stops_at, self.error = [], stops_at, error
+
+    def __call__(self, images_u8, on_images=lambda _: None):
+        start = next(start for start in STARTS if np.array_equal(IMAGES[start : start + len(images_u8)], images_u8))
+        if len(self.starts) == self.stops_at:
+            raise self.error
+        self.starts.append(start)
+        on_images(len(images_u8))
+        return features_of(images_u8)
+
+
+def get(directory, said=None, **how):
+    """Features from the cache, and where the chunks began that were computed."""
+    extractor = how.pop("extractor", None) or Extractor()
+    said = said if said is not None else []
+    features = cached_features(directory, KEY, IMAGES, extractor, WIDTH, say=said.append, **how)
+    assert features.dtype == np.float32 and features.shape == (NUM, WIDTH)
+    return features, extractor.starts
+
+
+def entry(directory):
+    return directory / KEY[:32]
+
+
+def chunk(directory, number):
+    return entry(directory) / "c" / str(number) / "0"
+
+
+def flip(path, position, bit=1):
+    content = bytearray(path.read_bytes())
+    content[position] ^= bit
+    path.write_bytes(content)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The key
+
+
+@pytest.fixture(scope="module")
+def backbone(shapes):
+    return random_backbone(jax.random.key(0), shapes.images[:64], NARROW, 32)
+
+
+def test_key_names_all_that_the_features_depend_on(backbone, shapes):
+    images = shapes.images[:4]
+    key = features_key(backbone, 64, "float32", images)
+    assert key == features_key(backbone, 64, "float32", images.copy())
+    others = {
+        features_key(backbone, 96, "float32", images),
+        features_key(backbone, 64, "bfloat16", images),
+        features_key(backbone, 64, "float32", images[::-1]),
+        features_key(backbone, 64, "float32", images, "float16"),
+        features_key(backbone.replace(sha256="other"), 64, "float32", images),
+        features_key(backbone.replace(config=replace(NARROW, bn_epsilon=1e-5)), 64, "float32", images),
+    }
+    with jax.default_matmul_precision("bfloat16"):
+        others.add(features_key(backbone, 64, "float32", images))
+    assert len(others | {key}) == 8
+
+
+def test_key_names_all_code_that_computes_features():
+    """Whatever module the extraction imports is in the key, unless it computes nothing."""
+    package = Path(cifar_jax.__file__).parent
+    computes_nothing = {"errors.py", "files.py", "version.py", "pretrained/backbone.py"}
+    found, queue = set(), ["features.py"]
+    while queue:
+        found.add(name := queue.pop())
+        for node in ast.walk(ast.parse((package / name).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cifar_jax."):
+                file = node.module.removeprefix("cifar_jax.").replace(".", "/") + ".py"
+                queue += [file] if file not in found | computes_nothing else []
+    assert found == set(feature_cache._CODE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is computed, and what is reused
+
+
+def test_each_chunk_is_computed_once(tmp_path):
+    said, done = [], []
+    features, starts = get(tmp_path, said, on_images=done.append)
+    np.testing.assert_array_equal(features, FEATURES)
+    assert starts == STARTS and said == [] and done == [CHUNK_ROWS, 2 * CHUNK_ROWS, NUM]
+    features, starts = get(tmp_path, said)
+    np.testing.assert_array_equal(features, FEATURES)
+    assert starts == [] and said == [f"The features come from the cache, {entry(tmp_path)}."]
+    assert "lock" in os.listdir(entry(tmp_path)) and not list(tmp_path.rglob("*.__lock"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RunError("the backbone burst")])
+def test_an_extraction_that_was_stopped_goes_on(tmp_path, error):
+    said, done = [], []
+    with pytest.raises(type(error) if isinstance(error, RunError) else error):
+        get(tmp_path, extractor=Extractor(stops_at=2, error=error))
+    features, starts = get(tmp_path, said, on_images=done.append)
+    np.testing.assert_array_equal(features, FEATURES)
+    assert starts == [2 * CHUNK_ROWS] and done == [NUM]
+    assert said == [
+        f"The features of 2,048 of 2,548 images come from the cache, {entry(tmp_path)}; extraction goes on at image "
+        "2,049 of 2,548."
+    ]
+
+
+def test_a_killed_process_leaves_whole_chunks_and_no_lock(tmp_path):
+    code = (
+        "import os, signal, sys, pathlib, numpy as np, test_feature_cache as t\n"
+        "class Killed(t.Extractor):\n"
+        "    def __call__(self, images, on_images):\n"
+        "        if len(self.starts) == 2:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return super().__call__(images, on_images)\n"
+        "t.get(pathlib.Path(sys.argv[1]), extractor=Killed())\n"
+    )
+    root = Path(cifar_jax.__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests"))), "JAX_PLATFORMS": "cpu"}
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    said = []
+    features, starts = get(tmp_path, said)
+    np.testing.assert_array_equal(features, FEATURES)
+    # The second chunk was on its way to the disk: it is there, or it is not.
+    assert starts in (STARTS[1:], STARTS[2:]) and "goes on at image" in said[0] and len(said) == 1
+
+
+def test_features_of_zeros_are_kept_and_missing_ones_are_not_zeros(tmp_path):
+    zeros = lambda images_u8, on_images: np.zeros((len(images_u8), WIDTH), np.float32)  # noqa: E731
+    cached_features(tmp_path, KEY, IMAGES, zeros, WIDTH)
+    features, starts = get(tmp_path)
+    assert starts == [] and not features.any()
+    chunk(tmp_path, 1).unlink()
+    features, starts = get(tmp_path)
+    assert starts == [CHUNK_ROWS] and features[CHUNK_ROWS : 2 * CHUNK_ROWS].any() and not features[:CHUNK_ROWS].any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_smaller_types_round_the_first_time_too(tmp_path, dtype):
+    first, _ = get(tmp_path, dtype=dtype)
+    second, starts = get(tmp_path, dtype=dtype)
+    assert starts == []
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first, FEATURES.astype(jnp.dtype(dtype)).astype(np.float32))
+    assert chunk(tmp_path, 0).stat().st_size == CHUNK_ROWS * WIDTH * 2 + 4
+
+
+def test_features_that_a_type_cannot_hold_are_an_error(tmp_path):
+    large = lambda images_u8, on_images: np.full((len(images_u8), WIDTH), 1e5, np.float32)  # noqa: E731
+    with pytest.raises(RunError, match=r"up to 1e\+05 do not fit in float16; use --feature-dtype bfloat16"):
+        cached_features(tmp_path, KEY, IMAGES, large, WIDTH, dtype="float16")
+    assert not chunk(tmp_path, 0).exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: flip(path, 100),
+        lambda path: flip(path, -1),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b""),
+    ],
+)
+@pytest.mark.parametrize(("number", "num"), [(1, "1,024"), (2, "500")])
+def test_a_damaged_chunk_is_said_and_computed_again_alone(tmp_path, damage, number, num):
+    get(tmp_path)
+    damage(chunk(tmp_path, number))
+    said = []
+    features, starts = get(tmp_path, said)
+    np.testing.assert_array_equal(features, FEATURES)
+    assert starts == [STARTS[number]] and len(said) == 2
+    assert said[0].startswith("The cache is damaged (") and str(chunk(tmp_path, number)) in said[0]
+    assert said[0].endswith(f": the features of {num} images are computed again.")
+    assert get(tmp_path)[1] == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'"zarr.json"', b"\xff\xfe", None])
+def test_damaged_metadata_are_written_again(tmp_path, content):
+    get(tmp_path)
+    metadata, said = entry(tmp_path) / "zarr.json", []
+    whole = metadata.read_bytes()
+    metadata.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    features, starts = get(tmp_path, said)
+    np.testing.assert_array_equal(features, FEATURES)
+    assert starts == [] and len(said) == 2 and said[0].startswith(f"{metadata} is damaged (")
+    assert metadata.read_bytes() == whole and "\n" not in said[0] and "tensorstore_spec" not in said[0]
+
+
+def test_metadata_of_another_matrix_are_not_believed(tmp_path):
+    get(tmp_path)
+    metadata = entry(tmp_path) / "zarr.json"
+    whole = metadata.read_text()
+    for old, new in [(str(NUM), str(NUM + 1)), ("1024", "512"), ("float32", "int32"), ('{"name":"crc32c"}', "")]:
+        metadata.write_text(whole.replace(old, new).replace("},]", "}]"))
+        np.testing.assert_array_equal(get(tmp_path)[0], FEATURES)
+        assert metadata.read_text() == whole
+
+
+def test_no_damage_to_any_file_gives_other_features(tmp_path):
+    """A hundred files with one byte changed, or cut short: of the chunks, the metadata, and what is for people."""
+    get(tmp_path)
+    rng = np.random.default_rng(0)
+    files = [path for path in sorted(entry(tmp_path).rglob("*")) if path.is_file() and path.stat().st_size]
+    assert len(files) == 5
+    for number in range(100):
+        path = files[rng.integers(len(files))]
+        if number % 3:
+            flip(path, rng.integers(path.stat().st_size), 1 << rng.integers(8))
+        else:
+            path.write_bytes(path.read_bytes()[: rng.integers(path.stat().st_size)])
+        said = []
+        np.testing.assert_array_equal(get(tmp_path, said)[0], FEATURES)
+        assert not any("could not be kept" in text for text in said)
+    assert get(tmp_path)[1] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several at once
+
+
+def test_a_second_process_waits_and_computes_nothing_again(tmp_path):
+    inside, go_on, said = threading.Event(), threading.Event(), []
+
+    def slow(images_u8, on_images):
+        inside.set()
+        assert go_on.wait(10)
+        return features_of(images_u8)
+
+    def second(text):
+        said.append(text)
+        go_on.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(cached_features, tmp_path, KEY, IMAGES, slow, WIDTH)
+        assert inside.wait(10)
+        never = Extractor(stops_at=0)
+        features = cached_features(tmp_path, KEY, IMAGES, never, WIDTH, say=second)
+        np.testing.assert_array_equal(features, first.result())
+    assert said[0] == f"Another process is computing the features in {entry(tmp_path)}; waiting for it."
+    assert "come from the cache" in said[1]
+
+
+def test_processes_share_the_chunks(tmp_path):
+    barrier = threading.Barrier(2)
+
+    def one_of_two(index):
+        return get(tmp_path, share=Share(index, 2, barrier.wait))
+
+    with ThreadPoolExecutor(2) as pool:
+        (features, starts), (others, other_starts) = pool.map(one_of_two, (0, 1))
+    np.testing.assert_array_equal(features, FEATURES)
+    np.testing.assert_array_equal(others, FEATURES)
+    assert starts == [0, 2 * CHUNK_ROWS] and other_starts == [CHUNK_ROWS]
+
+
+def test_processes_that_share_no_disk_compute_all(tmp_path):
+    barrier = threading.Barrier(2)
+
+    def one_of_two(index):
+        return get(tmp_path / str(index), share=Share(index, 2, barrier.wait))
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(one_of_two, (0, 1)))
+    for features, starts in results:
+        np.testing.assert_array_equal(features, FEATURES)
+        assert sorted(starts) == STARTS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places that cannot be written
+
+
+def test_a_place_that_cannot_be_written_is_said_once(tmp_path):
+    place, said = tmp_path / "cache", []
+    place.write_text("a file")
+    for _ in range(2):
+        features, starts = get(place, said)
+        np.testing.assert_array_equal(features, FEATURES)
+        assert starts == STARTS
+    assert len(said) == 2 and all(text.startswith(f"The features could not be kept in {place} (") for text in said)
+    assert place.read_text() == "a file"
+
+
+def test_a_full_disk_is_said_once_and_keeps_what_is_whole(tmp_path):
+    said = []
+    with full_disk(at=CHUNK_ROWS * WIDTH * 4):  # a chunk has four bytes more
+        features, starts = get(tmp_path, said)
+    np.testing.assert_array_equal(features, FEATURES)
+    assert starts == STARTS and len(said) == 1 and "could not be kept" in said[0] and "File too large" in said[0]
+    assert not [path for path in files_below(tmp_path) if path.endswith(("__lock", "0/0", "1/0", "2/0"))]
+    assert get(tmp_path)[1] == STARTS
