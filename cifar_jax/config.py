@@ -86,6 +86,8 @@ class TrainConfig:
     """what the backbone computes in; parameters, features and head are float32 either way"""
     extract_batch_size: int | None = None
     """images at a time through the backbone when features are extracted; else chosen by device and image size"""
+    devices: int | None = None
+    """devices of this machine that each training step is divided between; else all accelerators, or one CPU device"""
     cache_dir: str | None = None
     """where decoded data, features and downloaded weights are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
     out: str | None = None
@@ -104,7 +106,15 @@ class TrainConfig:
         for name, hint in get_type_hints(TrainConfig).items():
             must_be = " or ".join(get_args(hint)) if get_origin(hint) is Literal else f"of type {_type_name(hint)}"
             _require(self, name, lambda v, hint=hint: _is_a(v, hint), must_be)
-        counts = ("epochs", "batch_size", "train_examples", "test_examples", "extract_batch_size", "micro_batch")
+        counts = (
+            "epochs",
+            "batch_size",
+            "train_examples",
+            "test_examples",
+            "extract_batch_size",
+            "micro_batch",
+            "devices",
+        )
         for name in counts:
             _require(self, name, lambda v: v is None or v >= 1, "at least 1")
         _require(self, "seed", lambda v: 0 <= v < 2**31, "in 0..2147483647")
