@@ -5,6 +5,7 @@
 # make parity-torch  against torchvision, timm and transformers themselves, in minutes more
 # make mutations     thousands of damaged weights files, in minutes
 # make bench         against Keras, PyTorch and ONNX Runtime on this machine, in about a quarter of an hour
+# make tpu-report    what the TPU compiler says of it, on a machine without a TPU, in minutes
 # make installed     a short demo from an installed copy
 # make demo-weights  the demo backbone again, in one to two hours
 # The first of them makes a virtual environment in $(VENV).
@@ -13,7 +14,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint parity parity-torch mutations bench installed demo-weights clean
+.PHONY: demo test lint parity parity-torch mutations bench tpu-report installed demo-weights clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python train.py --preset demo
@@ -39,6 +40,10 @@ mutations: $(VENV)/.dev
 bench: $(VENV)-bench/.bench
 	$(VENV)-bench/bin/python -m benchmarks $(OPTIONS)
 
+# In an environment of its own: where libtpu is installed and no TPU is, JAX complains whenever it starts.
+tpu-report: $(VENV)-tpu/.tpu
+	$(VENV)-tpu/bin/python -m benchmarks.tpu_report
+
 # The wheel, outside of the checkout: all its parts are in it, and it finds its weights.
 installed: $(VENV)/.runtime
 	rm -rf build/installed
@@ -59,6 +64,12 @@ $(VENV)/.runtime: requirements.txt
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(VENV)-tpu/.tpu: BIN = $(VENV)-tpu/bin
+$(VENV)-tpu/.tpu: requirements.txt requirements-tpu.txt
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(PIP) -r requirements.txt -r requirements-tpu.txt
 	touch $@
 
 # tf_keras asks for the package `tensorflow`, whose place `tensorflow-cpu` takes here: hence --no-deps.
@@ -84,4 +95,4 @@ $(VENV)-bench/.bench: requirements.txt requirements-bench.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-tpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

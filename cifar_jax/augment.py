@@ -26,12 +26,10 @@ def random_flip(key: PRNGKeyArray, images: Images) -> Images:
 
 def random_crop(key: PRNGKeyArray, images: Images, padding: int = CROP_PADDING) -> Images:
     """Shifts each image by up to `padding` pixels in both directions; what comes in is its mirrored border."""
-    batch, height, width, _ = images.shape
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)), mode="reflect")
-    shifts: Int[Array, "batch 2"] = jax.random.randint(key, (batch, 2), 0, 2 * padding + 1)
-    rows = shifts[:, :1] + jnp.arange(height)
-    columns = shifts[:, 1:] + jnp.arange(width)
-    return padded[jnp.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    shifts: Int[Array, "batch 2"] = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1)
+    # Image by image: indexed as a whole, a batch that is divided between devices would be gathered first.
+    return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), images.shape[1:]))(padded, shifts)
 
 
 def cutout(key: PRNGKeyArray, images: Images) -> Images:

@@ -89,6 +89,8 @@ class TrainConfig:
     of two up to 1024 divides the chunks that features are kept in, another number leaves their last batches unfilled"""
     feature_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """cached: what features are kept in; the smaller ones take half the space and round them, the first time too"""
+    devices: int | None = None
+    """devices of this machine that each training step is divided between; else all accelerators, or one CPU device"""
     cache_dir: str | None = None
     """where decoded data, features, compiled functions and downloaded weights are kept; else $CIFAR_JAX_CACHE, else
     ~/.cache/cifar_jax"""
@@ -112,7 +114,15 @@ class TrainConfig:
         for name, hint in get_type_hints(TrainConfig).items():
             must_be = " or ".join(get_args(hint)) if get_origin(hint) is Literal else f"of type {_type_name(hint)}"
             _require(self, name, lambda v, hint=hint: _is_a(v, hint), must_be)
-        counts = ("epochs", "batch_size", "train_examples", "test_examples", "extract_batch_size", "micro_batch")
+        counts = (
+            "epochs",
+            "batch_size",
+            "train_examples",
+            "test_examples",
+            "extract_batch_size",
+            "micro_batch",
+            "devices",
+        )
         for name in counts:
             _require(self, name, lambda v: v is None or v >= 1, "at least 1")
         _require(self, "seed", lambda v: 0 <= v < 2**31, "in 0..2147483647")

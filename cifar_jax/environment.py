@@ -19,14 +19,12 @@ def package_versions() -> dict[str, str]:
     return versions | {name: _version(name) for name in PACKAGES}
 
 
-def device_description() -> str:
-    """The device that is used, for people: `tpu (TPU v5 lite), 1 of 8`, `cpu (Intel ..., 2 cores)`."""
+def device_description(used: int | None = None) -> str:
+    """The devices, for people, and how many of them are used: `tpu (TPU v5 lite), 8 of 8 devices`."""
     devices = jax.devices()
-    first = devices[0]
-    if first.platform == "cpu":
-        return f"cpu ({_processor()}, {os.cpu_count()} cores)"
-    others = f", 1 of {len(devices)}" if len(devices) > 1 else ""
-    return f"{first.platform} ({first.device_kind}){others}"
+    kind = f"{_processor()}, {os.cpu_count()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
+    some = f", {used} of" if used else ","
+    return f"{devices[0].platform} ({kind})" + (f"{some} {len(devices)} devices" if len(devices) > 1 else "")
 
 
 def unused_accelerator() -> str | None:

@@ -1,17 +1,19 @@
 """Evaluation over all examples: sums and counts, divided once at the end, so the batch size cannot matter."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int32, PyTree
 
 from cifar_jax.head import HeadParams, head_logits
-from cifar_jax.training import Batch, real_weights
+from cifar_jax.parallel import make_mesh, replicate, round_up, shard
+from cifar_jax.training import Batch
 
 
 class EvalSums(NamedTuple):
@@ -55,14 +57,16 @@ def eval_step(params: HeadParams, batch: Batch) -> EvalSums:
     return logits_sums(head_logits(params, batch.inputs), batch)
 
 
-def eval_batches(inputs: Array | np.ndarray, labels: Int32[np.ndarray, "n"], batch_size: int) -> Iterator[Batch]:
-    """All examples in batches of one shape, the last one filled up and weighted."""
-    batch_size = min(batch_size, len(labels))
+def eval_batches(
+    inputs: Array | np.ndarray, labels: Int32[np.ndarray, "n"], batch_size: int, mesh: Mesh
+) -> Iterator[Batch]:
+    """All examples in batches of one shape, divided between the devices, the last one filled up and weighted."""
+    batch_size = round_up(mesh, min(batch_size, len(labels)))
     for start in range(0, len(labels), batch_size):
         rows = np.arange(start, start + batch_size)
-        real = min(batch_size, len(labels) - start)
-        rows[real:] = 0
-        yield Batch(jnp.asarray(inputs[rows]), jnp.asarray(labels[rows]), real_weights(batch_size, jnp.int32(real)))
+        real = rows < len(labels)
+        rows[~real] = 0
+        yield Batch(*shard(mesh, (inputs[rows], labels[rows], real.astype(np.float32))))
 
 
 def evaluate(
@@ -72,6 +76,7 @@ def evaluate(
     labels: Int32[np.ndarray, "n"],
     batch_size: int = 2048,
     on_examples: Callable[[int], None] = lambda _: None,
+    mesh: Mesh | None = None,
 ) -> EvalResult:
     """Loss, accuracy and confusion matrix over all examples.
 
@@ -82,21 +87,35 @@ def evaluate(
       labels: in 0..classes - 1.
       batch_size: examples at a time; the result does not depend on it but for rounding of the loss.
       on_examples: is called with the number done after each batch.
+      mesh: the devices that a batch is divided between; one if None.
 
     Raises:
       ValueError: when there are no examples.
     """
-    if not len(labels):
+    mesh = mesh or make_mesh()
+    batches = eval_batches(inputs, labels, batch_size, mesh)
+    return evaluate_batches(step, replicate(mesh, params), batches, len(labels), on_examples)
+
+
+def evaluate_batches(
+    step: Callable[[PyTree, Batch], EvalSums],
+    params: PyTree,
+    batches: Iterable[Batch],
+    num_examples: int,
+    on_examples: Callable[[int], None] = lambda _: None,
+) -> EvalResult:
+    """The same of batches from `eval_batches`, which hold `num_examples` real examples."""
+    if not num_examples:
         raise ValueError("there are no examples to evaluate on")
     loss_sum, confusion, done = 0.0, None, 0
-    for batch in eval_batches(inputs, labels, batch_size):
+    for batch in batches:
         sums = jax.device_get(step(params, batch))
         loss_sum += float(sums.loss_sum)
         confusion = sums.confusion.astype(np.int64) + (0 if confusion is None else confusion)
-        done = min(done + batch_size, len(labels))
+        done = min(done + len(batch.labels), num_examples)
         on_examples(done)
-    assert confusion is not None and confusion.sum() == len(labels), "every example is counted once"
-    return EvalResult(loss_sum / len(labels), float(np.trace(confusion) / len(labels)), confusion)
+    assert confusion is not None and confusion.sum() == num_examples, "every example is counted once"
+    return EvalResult(loss_sum / num_examples, float(np.trace(confusion) / num_examples), confusion)
 
 
 def wilson_interval(accuracy: float, count: int, z: float = 1.959964) -> tuple[float, float]:

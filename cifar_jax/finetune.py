@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray, PyTree, UInt8
 
 from cifar_jax.augment import Augmentation
@@ -22,6 +23,7 @@ from cifar_jax.features import extract
 from cifar_jax.fit import EpochOrder, image_evaluator, step_runner
 from cifar_jax.head import HeadParams, head_logits
 from cifar_jax.optimizer import param_labels
+from cifar_jax.parallel import make_mesh, rows_sharding
 from cifar_jax.preprocess import Preprocessing, preprocess
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.resnet import ResNet, ResNetConfig, Variables
@@ -55,14 +57,14 @@ def init_finetune(
     return init_state({"backbone": backbone, "head": head_params}, tx, variables["batch_stats"])
 
 
-def make_network(config: TrainConfig, network: ResNetConfig) -> ResNet:
-    """The network as it is trained."""
+def make_network(config: TrainConfig, network: ResNetConfig, platform: str | None = None) -> ResNet:
+    """The network as it is trained, on a platform of JAX's; on the one that is here if None."""
     return ResNet(
         network,
         dtype=jnp.dtype(config.precision),
         bn_momentum=config.bn_momentum,
         # As matrix products the gradients of 3x3 convolutions are three to four times faster on a CPU.
-        convs_as_dots=jax.default_backend() == "cpu",
+        convs_as_dots=(platform or jax.default_backend()) == "cpu",
         frozen_stages=config.freeze_stages,
         remat=config.remat,
     )
@@ -74,6 +76,8 @@ def make_finetune_loss(
     image_size: int,
     bn_statistics: str = "batch",
     label_smoothing: float = 0.0,
+    mesh: Mesh | None = None,
+    has_fillers: bool = False,
 ) -> LossFn:
     """Loss of uint8 images, as a function of backbone and head.
 
@@ -82,9 +86,11 @@ def make_finetune_loss(
       preprocessing: the backbone's.
       image_size: side in pixels that images are upsampled to.
       bn_statistics: `batch`: BatchNorm normalises by the batch, and the running statistics become
-        `momentum * old + (1 - momentum) * batch's`, the variance being the biased one, as in Keras 3. So a batch must
-        have no examples that only fill it up. `frozen`: BatchNorm uses its running statistics and keeps them.
+        `momentum * old + (1 - momentum) * batch's`, the variance being the biased one, as in Keras 3. `frozen`:
+        BatchNorm uses its running statistics and keeps them.
       label_smoothing: see `batch_loss`.
+      mesh: the devices that each piece of a batch is divided between; None leaves it where it lies.
+      has_fillers: whether examples may have weight 0, which are then left out of BatchNorm's statistics as well.
     """
 
     def loss_fn(
@@ -92,10 +98,13 @@ def make_finetune_loss(
     ) -> tuple[Float[Array, ""], tuple[StepMetrics, PyTree]]:
         del key  # nothing random: the images have been augmented before
         params = _stop_frozen(params, network.frozen_stages)
+        if mesh:
+            batch = jax.lax.with_sharding_constraint(batch, rows_sharding(mesh))
+        real = batch.weights > 0 if has_fillers else None
         x = preprocess(batch.inputs, preprocessing, image_size)
         variables = {"params": params["backbone"], "batch_stats": batch_stats}
         if bn_statistics == "batch":
-            output, changed = network.apply(variables, x, train=True, mutable=["batch_stats"])
+            output, changed = network.apply(variables, x, train=True, real=real, mutable=["batch_stats"])
             batch_stats = changed["batch_stats"]
         else:
             output = network.apply(variables, x, train=False)
@@ -145,22 +154,36 @@ def finetune_runner(
     order: EpochOrder,
     image_size: int,
     augmentation: Augmentation | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Epochs in which all layers train; see `step_runner`.
 
-    The last batch of an epoch is run as short as it is, which compiles the step a second time: filled up, the examples
-    that fill it would count in BatchNorm's statistics.
+    The last batch of an epoch is run as short as it is, which compiles the step a second time, so that a piece of it
+    has real examples. What is filled up to be divided between devices is left out of BatchNorm's statistics, which are
+    those of the whole batch, over all devices.
     """
-    network = make_network(config, backbone.config)
+    mesh = mesh or make_mesh()
+    counts = {config.batch_size, len(dataset.labels) % config.batch_size}
     loss_fn = make_finetune_loss(
-        network, backbone.preprocessing, image_size, config.bn_statistics, config.label_smoothing
+        make_network(config, backbone.config),
+        backbone.preprocessing,
+        image_size,
+        config.bn_statistics,
+        config.label_smoothing,
+        mesh,
+        has_fillers=any(count % mesh.size for count in counts),
     )
     step = make_finetune_step(loss_fn, tx, config.micro_batch, augmentation)
-    return step_runner(step, dataset, order, fill_up=False)
+    return step_runner(step, dataset, order, mesh, fill_up=False)
 
 
 def finetune_evaluator(
-    backbone: Backbone, dataset: Dataset, image_size: int, precision: str, batch_size: int | None = None
+    backbone: Backbone,
+    dataset: Dataset,
+    image_size: int,
+    precision: str,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., EvalResult]:
     """Evaluation of the network as it is now, with its running statistics, over all images.
 
@@ -172,7 +195,7 @@ def finetune_evaluator(
     def step(now: tuple[Params, PyTree], batch: Batch) -> EvalSums:
         return logits_sums(_logits(backbone, *now, batch.inputs, image_size, precision), batch)
 
-    on_images = image_evaluator(step, dataset, image_size, batch_size)
+    on_images = image_evaluator(step, dataset, image_size, batch_size, mesh or make_mesh())
     return lambda params, batch_stats, on_examples=lambda _: None: on_images((params, batch_stats), on_examples)
 
 

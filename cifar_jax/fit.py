@@ -8,16 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int32, PRNGKeyArray, PyTree
 
 from cifar_jax.augment import Augmentation
 from cifar_jax.data import Dataset, epoch_batches
 from cifar_jax.errors import RunError
-from cifar_jax.evaluation import EvalResult, EvalSums, eval_step, evaluate, logits_sums
+from cifar_jax.evaluation import (
+    EvalResult,
+    EvalSums,
+    eval_batches,
+    eval_step,
+    evaluate,
+    evaluate_batches,
+    logits_sums,
+)
 from cifar_jax.features import default_batch_size, extract
 from cifar_jax.head import HeadParams, head_logits
+from cifar_jax.parallel import make_mesh, replicate, round_up, shard
 from cifar_jax.pretrained.backbone import Backbone
-from cifar_jax.training import Batch, StepMetrics, TrainState, make_cached_epoch, make_live_step, real_weights
+from cifar_jax.training import Batch, StepMetrics, TrainState, make_cached_epoch, make_live_step
 
 RunEpoch = Callable[[TrainState, int], tuple[TrainState, StepMetrics]]
 Evaluate = Callable[..., EvalResult]  # (params, batch_stats) -> EvalResult
@@ -72,19 +82,22 @@ def cached_runner(
     tx: optax.GradientTransformation,
     order: EpochOrder,
     label_smoothing: float = 0.0,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Epochs over features that are put on the device once.
+    """Epochs over features that are put on the devices once, whole: their rows are drawn in any order.
 
     Returns:
       A `RunEpoch` that takes a third argument, to be called with the number of examples done at its end.
     """
-    epoch_fn = make_cached_epoch(tx, label_smoothing)
-    on_device = jax.device_put((np.asarray(features), np.asarray(labels)))
+    epoch_fn, mesh = make_cached_epoch(tx, label_smoothing), mesh or make_mesh()
+    on_device = replicate(mesh, (np.asarray(features), np.asarray(labels)))
 
     def run_epoch(
         state: TrainState, epoch: int, on_examples: Callable[[int], None] = lambda _: None
     ) -> tuple[TrainState, StepMetrics]:
-        state, metrics = epoch_fn(state, *on_device, *order.batches(epoch, len(labels)), order.step_key)
+        indices, counts = order.batches(epoch, len(labels))
+        indices = shard(mesh, filled_up(indices, round_up(mesh, order.batch_size), axis=1), axis=1)
+        state, metrics = epoch_fn(replicate(mesh, state), *on_device, indices, counts, order.step_key)
         metrics = jax.device_get(metrics)
         on_examples(len(labels))
         return state, metrics
@@ -101,15 +114,16 @@ def live_runner(
     precision: str,
     label_smoothing: float = 0.0,
     augmentation: Augmentation | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Epochs of the literal step: every image goes through the whole network every time; see `step_runner`."""
-    step = make_live_step(tx, image_size, precision, label_smoothing, augmentation)
-    on_device = jax.device_put(backbone)
-    return step_runner(lambda carry, batch, key: step(carry, on_device, batch, key), dataset, order)
+    step, mesh = make_live_step(tx, image_size, precision, label_smoothing, augmentation), mesh or make_mesh()
+    on_device = replicate(mesh, backbone)
+    return step_runner(lambda carry, batch, key: step(carry, on_device, batch, key), dataset, order, mesh)
 
 
 def step_runner(
-    step: Callable[..., Any], dataset: Dataset, order: EpochOrder, fill_up: bool = True
+    step: Callable[..., Any], dataset: Dataset, order: EpochOrder, mesh: Mesh, fill_up: bool = True
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Epochs as a loop over compiled steps on uint8 images.
 
@@ -117,7 +131,9 @@ def step_runner(
       step: `((state, going), batch, key) -> ((state, going), metrics)`.
       dataset: the training images.
       order: how they are gone through.
-      fill_up: whether the last batch is filled up to the others' shape, its examples weighted; else it is shorter.
+      mesh: the devices that a batch is divided between.
+      fill_up: whether the last batch is filled up to the others' shape, its examples weighted; else it is shorter, and
+        filled up as far as it must be to be divided.
 
     Returns:
       A `RunEpoch` that takes a third argument, to be called with the number of examples done after each step.
@@ -127,12 +143,11 @@ def step_runner(
         state: TrainState, epoch: int, on_examples: Callable[[int], None] = lambda _: None
     ) -> tuple[TrainState, StepMetrics]:
         indices, counts = order.batches(epoch, len(dataset.labels))
-        carry, metrics = (state, jnp.array(True)), []
+        carry, metrics = replicate(mesh, (state, np.array(True))), []
         for number, (index, count) in enumerate(zip(indices, counts, strict=True)):
-            if not fill_up:
-                index = index[:count]
-            weights = real_weights(len(index), jnp.int32(count))
-            batch = Batch(jnp.asarray(dataset.images[index]), jnp.asarray(dataset.labels[index]), weights)
+            index = filled_up(index[:count], round_up(mesh, order.batch_size if fill_up else count))
+            weights = (np.arange(len(index)) < count).astype(np.float32)
+            batch = shard(mesh, Batch(dataset.images[index], dataset.labels[index], weights))
             carry, step_metrics = step(carry, batch, order.step_key)
             metrics.append(step_metrics)
             # Looking one step back keeps the device busy and still stops a diverged run at once.
@@ -144,37 +159,55 @@ def step_runner(
     return run_epoch
 
 
-def cached_evaluator(features: Float32[np.ndarray, "n features"], labels: Int32[np.ndarray, "n"]) -> Evaluate:
-    """Evaluation of head parameters on features that are put on the device once."""
-    on_device = jax.device_put(np.asarray(features))
-    return lambda params, batch_stats=(): evaluate(eval_step, params, on_device, np.asarray(labels))
+def filled_up(indices: Int32[np.ndarray, "..."], size: int, axis: int = 0) -> Int32[np.ndarray, "..."]:
+    """Indices with that many along an axis; those that are added are 0."""
+    return np.pad(indices, [(0, size - indices.shape[axis] if at == axis else 0) for at in range(indices.ndim)])
+
+
+def cached_evaluator(
+    features: Float32[np.ndarray, "n features"],
+    labels: Int32[np.ndarray, "n"],
+    batch_size: int = 2048,
+    mesh: Mesh | None = None,
+) -> Evaluate:
+    """Evaluation of head parameters on features that are put on the devices once, divided between them."""
+    mesh = mesh or make_mesh()
+    batches = list(eval_batches(np.asarray(features), np.asarray(labels), batch_size, mesh))
+    return lambda params, batch_stats=(): evaluate_batches(eval_step, replicate(mesh, params), batches, len(labels))
 
 
 def live_evaluator(
-    backbone: Backbone, dataset: Dataset, image_size: int, precision: str, batch_size: int | None = None
+    backbone: Backbone,
+    dataset: Dataset,
+    image_size: int,
+    precision: str,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., EvalResult]:
     """Evaluation of head parameters through the whole network.
 
     Returns:
       An `Evaluate` that takes a third argument, to be called with the number of examples done after each batch.
     """
-    on_device = jax.device_put(backbone)
+    mesh = mesh or make_mesh()
+    on_device = replicate(mesh, backbone)
 
     @jax.jit
     def step(params: tuple[Backbone, HeadParams], batch: Batch) -> EvalSums:
         features = extract(params[0], batch.inputs, image_size, precision)
         return logits_sums(head_logits(params[1], features), batch)
 
-    on_images = image_evaluator(step, dataset, image_size, batch_size)
+    on_images = image_evaluator(step, dataset, image_size, batch_size, mesh)
     return lambda params, batch_stats=(), on_examples=lambda _: None: on_images((on_device, params), on_examples)
 
 
 def image_evaluator(
-    step: Callable[[PyTree, Batch], EvalSums], dataset: Dataset, image_size: int, batch_size: int | None
+    step: Callable[[PyTree, Batch], EvalSums], dataset: Dataset, image_size: int, batch_size: int | None, mesh: Mesh
 ) -> Callable[[PyTree, Callable[[int], None]], EvalResult]:
-    """Evaluation of all of a data set's images, as many at a time as suits the device unless `batch_size` says."""
-    at_once, labels = batch_size or default_batch_size(image_size), np.asarray(dataset.labels)
-    return lambda params, on_examples: evaluate(step, params, dataset.images, labels, at_once, on_examples)
+    """Evaluation of all of a data set's images, as many at a time as suits the devices unless `batch_size` says."""
+    at_once = batch_size or default_batch_size(image_size) * mesh.size
+    labels = np.asarray(dataset.labels)
+    return lambda params, on_examples: evaluate(step, params, dataset.images, labels, at_once, on_examples, mesh)
 
 
 def fit(

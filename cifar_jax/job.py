@@ -17,12 +17,13 @@ from cifar_jax.files import undisturbed
 from cifar_jax.fit import Diverged, EpochRow, fit
 from cifar_jax.keys import stream_key
 from cifar_jax.optimizer import make_schedule
+from cifar_jax.parallel import make_mesh
 from cifar_jax.pretrained import UNTRAINED, Backbone, load_backbone, random_backbone
 from cifar_jax.pretrained.untrained import calibration_images
 from cifar_jax.profiling import profiled
 from cifar_jax.reporter import Reporter, Silent
 from cifar_jax.resume import epochs_done, is_finished, load_state, read_rows
-from cifar_jax.routes import Job, Route, make_route
+from cifar_jax.routes import Job, Route, check_divisible, make_route
 from cifar_jax.run_dir import CHECKPOINTS, check_run_dir, default_run_dir
 from cifar_jax.run_writer import Clock, RunWriter
 from cifar_jax.training import TrainState
@@ -102,10 +103,12 @@ def _train(config: TrainConfig, reporter: Reporter) -> Path:
         reporter.say(f"The run in {out} is finished; there is nothing to resume.")
         return out
     check_run_dir(out, config, resumes=done is not None)
+    mesh = make_mesh(config.devices)
+    check_divisible(config, mesh)
     clock = Clock()
     problem, backbone = load_problem_and_backbone(config, reporter, clock)
     image_size = network_image_size(config, backbone)
-    reporter.header(_header(config, problem, backbone, image_size, out))
+    reporter.header(_header(config, problem, backbone, image_size, out, mesh.size))
     if done:
         reporter.say(f"The run in {out} goes on after epoch {done}.")
     history = read_rows(out, done) if done else []
@@ -115,7 +118,7 @@ def _train(config: TrainConfig, reporter: Reporter) -> Path:
             writer.start(resumes=done is not None)
         with clock("pictures"):
             writer.samples()
-        job = Job(config, problem, backbone, image_size, reporter, writer)
+        job = Job(config, problem, backbone, image_size, reporter, writer, mesh)
         route = make_route(job)
         trained = _fit(job, route)
         with clock("evaluation"):
@@ -179,7 +182,9 @@ def _fit(job: Job, route: Route) -> TrainState:
     return best[0]
 
 
-def _header(config: TrainConfig, problem: Problem, backbone: Backbone, image_size: int, out: Path) -> dict[str, str]:
+def _header(
+    config: TrainConfig, problem: Problem, backbone: Backbone, image_size: int, out: Path, devices: int
+) -> dict[str, str]:
     counts = f"{len(problem.train.labels):,} training, {len(problem.val.labels):,} {problem.val_name}"
     if problem.held_out:
         counts += f", {len(problem.test.labels):,} test"
@@ -187,7 +192,7 @@ def _header(config: TrainConfig, problem: Problem, backbone: Backbone, image_siz
         "data": f"{problem.splits.name} {problem.splits.version}: {counts} images",
         "weights": f"{backbone.source}, SHA-256 {backbone.sha256[:16]}",
         "variant": f"{backbone.variant}; {backbone.preprocessing.name} preprocessing, {image_size}x{image_size} pixels",
-        "device": f"{device_description()}, {config.precision}",
+        "device": f"{device_description(devices)}, {config.precision}",
         "training": f"{config.mode}: {config.epochs} epochs, batch {config.batch_size}, SGD {config.learning_rate:g}"
         + (f", momentum {config.momentum:g}" if config.momentum else ""),
         "run": str(out),

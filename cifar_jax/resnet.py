@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}, nested dicts of float32 arrays
 
@@ -83,8 +83,16 @@ class ResNet(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch size size 3"], train: bool = False) -> ResNetOutput:
-        """Runs the network. With `train`, BatchNorm uses and updates batch statistics (make `batch_stats` mutable)."""
+    def __call__(
+        self, x: Float[Array, "batch size size 3"], train: bool = False, real: Bool[Array, "batch"] | None = None
+    ) -> ResNetOutput:
+        """Runs the network.
+
+        Args:
+          x: from `preprocess`.
+          train: whether BatchNorm uses and updates batch statistics (make `batch_stats` mutable).
+          real: which examples count in batch statistics; all if None.
+        """
         config = self.config
         trained = _Layers(config, self.dtype, self.bn_momentum, self.convs_as_dots, train)
         frozen = replace(trained, train=False)
@@ -92,7 +100,7 @@ class ResNet(nn.Module):
         make_block = nn.remat(Bottleneck) if self.remat else Bottleneck
         x = x.astype(self.dtype)
         x = layers.conv(config.width, 7, 2, "stem_conv")(x)
-        x = nn.relu(layers.norm("stem_bn")(x))
+        x = nn.relu(layers.norm("stem_bn")(x, real))
         # Behind a relu nothing is below zero, so Keras's zero padding and torch's -inf padding are the same maximum.
         pad = config.pool_padding
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((pad, pad), (pad, pad)))
@@ -101,7 +109,7 @@ class ResNet(nn.Module):
             layers = frozen if stage < self.frozen_stages else trained
             for block in range(num_blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = make_block(layers, config.width * 2**stage, stride, name=block_name(stage, block))(x)
+                x = make_block(layers, config.width * 2**stage, stride, name=block_name(stage, block))(x, real)
             stages.append(x)
         return ResNetOutput(tuple(stages), jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
 
@@ -141,7 +149,7 @@ class _Layers:
             name=name,
         )
 
-    def norm(self, name: str) -> Callable[[Array], Array]:
+    def norm(self, name: str) -> Callable[[Array, Array | None], Array]:
         """BatchNorm, always in float32: bfloat16 has too few digits for a mean taken off a value of its own size."""
         # use_fast_variance takes E[x^2] - E[x]^2, which loses every digit where a mean is large against its spread.
         norm = nn.BatchNorm(
@@ -152,7 +160,12 @@ class _Layers:
             use_fast_variance=False,
             name=name,
         )
-        return lambda x: norm(x.astype(jnp.float32)).astype(self.dtype)
+
+        def normalise(x: Float[Array, "batch h w c"], real: Bool[Array, "batch"] | None) -> Float[Array, "batch h w c"]:
+            mask = None if real is None else real[:, None, None, None]
+            return norm(x.astype(jnp.float32), mask=mask).astype(self.dtype)
+
+        return normalise
 
 
 class Conv(nn.Module):
@@ -199,17 +212,19 @@ class Bottleneck(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h2 w2 c2"]:
+    def __call__(
+        self, x: Float[Array, "batch h w c"], real: Bool[Array, "batch"] | None = None
+    ) -> Float[Array, "batch h2 w2 c2"]:
         """Runs the block."""
         layers, out = self.layers, 4 * self.features
         first, second = (self.stride, 1) if layers.config.stride_in_1x1 else (1, self.stride)
         y = layers.conv1x1(self.features, "conv1")(_subsample(x, first))
-        y = nn.relu(layers.norm("bn1")(y))
+        y = nn.relu(layers.norm("bn1")(y, real))
         y = layers.conv(self.features, 3, second, "conv2")(y)
-        y = nn.relu(layers.norm("bn2")(y))
-        y = layers.norm("bn3")(layers.conv1x1(out, "conv3")(y))
+        y = nn.relu(layers.norm("bn2")(y, real))
+        y = layers.norm("bn3")(layers.conv1x1(out, "conv3")(y), real)
         if self.stride > 1 or x.shape[-1] != out:
-            x = layers.norm("bn_proj")(layers.conv1x1(out, "conv_proj")(_subsample(x, self.stride)))
+            x = layers.norm("bn_proj")(layers.conv1x1(out, "conv_proj")(_subsample(x, self.stride)), real)
         return nn.relu(x + y)
 
 

@@ -6,11 +6,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 
 from cifar_jax.augment import Augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Problem
+from cifar_jax.errors import UserError
 from cifar_jax.evaluation import EvalResult
 from cifar_jax.extraction import dataset_features
 from cifar_jax.features import make_extractor
@@ -53,11 +55,25 @@ class Job(NamedTuple):
     image_size: int
     reporter: Reporter
     writer: RunWriter
+    mesh: Mesh
 
     @property
     def steps_per_epoch(self) -> int:
         """A short last step included."""
         return -(-len(self.problem.train.labels) // self.config.batch_size)
+
+
+def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
+    """Refuses pieces of a batch that cannot be divided: filled up, each would be normalised by other examples.
+
+    Raises:
+      UserError: when --micro-batch is no multiple of the number of devices.
+    """
+    if config.micro_batch and config.micro_batch % mesh.size:
+        raise UserError(
+            f"--micro-batch {config.micro_batch} cannot be divided between {mesh.size} devices; name a multiple, or "
+            "fewer --devices."
+        )
 
 
 def make_route(job: Job) -> Route:
@@ -67,7 +83,7 @@ def make_route(job: Job) -> Route:
 
 def _cached(job: Job) -> Route:
     """Every image passes the backbone once; the head trains on the features."""
-    config, problem, backbone, image_size, reporter, writer = job
+    config, problem, backbone, image_size, reporter, writer, mesh = job
     datasets = {
         "training images": problem.train,
         f"{problem.val_name} images": problem.val,
@@ -87,16 +103,16 @@ def _cached(job: Job) -> Route:
     tx = make_optimizer(config, job.steps_per_epoch)
     return Route(
         init_state(_init_head(job), tx),
-        _shown_epoch(job, cached_runner(train, problem.train.labels, tx, _order(config), config.label_smoothing)),
-        cached_evaluator(val, problem.val.labels),
-        cached_evaluator(test, problem.test.labels),
+        _shown_epoch(job, cached_runner(train, problem.train.labels, tx, _order(config), config.label_smoothing, mesh)),
+        cached_evaluator(val, problem.val.labels, mesh=mesh),
+        cached_evaluator(test, problem.test.labels, mesh=mesh),
         lambda state, indices: probabilities(state.params, np.asarray(val[indices])),
     )
 
 
 def _live(job: Job) -> Route:
     """Every step goes through the whole network, as in the notebook."""
-    config, problem, backbone, image_size, _, _ = job
+    config, problem, backbone, image_size, _, _, mesh = job
     tx = make_optimizer(config, job.steps_per_epoch)
     run_epoch = live_runner(
         backbone,
@@ -107,11 +123,12 @@ def _live(job: Job) -> Route:
         config.precision,
         config.label_smoothing,
         _augmentation(config),
+        mesh,
     )
     extractor = make_extractor(backbone, image_size, config.precision, config.extract_batch_size)
 
     def evaluator(dataset: Dataset, name: str) -> Evaluate:
-        on_images = live_evaluator(backbone, dataset, image_size, config.precision, config.extract_batch_size)
+        on_images = live_evaluator(backbone, dataset, image_size, config.precision, config.extract_batch_size, mesh)
         return _shown_evaluation(job, on_images, dataset, name)
 
     return Route(
@@ -125,12 +142,13 @@ def _live(job: Job) -> Route:
 
 def _finetune(job: Job) -> Route:
     """Backbone and head train together."""
-    config, problem, backbone, image_size, _, _ = job
+    config, problem, backbone, image_size, _, _, mesh = job
     tx = make_optimizer(config, job.steps_per_epoch)
-    run_epoch = finetune_runner(config, backbone, problem.train, tx, _order(config), image_size, _augmentation(config))
+    order, augmentation = _order(config), _augmentation(config)
+    run_epoch = finetune_runner(config, backbone, problem.train, tx, order, image_size, augmentation, mesh)
 
     def evaluator(dataset: Dataset, name: str) -> Evaluate:
-        on_images = finetune_evaluator(backbone, dataset, image_size, config.precision, config.extract_batch_size)
+        on_images = finetune_evaluator(backbone, dataset, image_size, config.precision, config.extract_batch_size, mesh)
         return _shown_evaluation(job, on_images, dataset, name)
 
     def val_probabilities(state: TrainState, indices: Int32[np.ndarray, "m"]) -> Float32[np.ndarray, "m classes"]:

@@ -20,6 +20,7 @@ from cifar_jax.evaluation import EvalResult, wilson_interval
 from cifar_jax.files import without_nan, write_json
 from cifar_jax.fit import EpochRow
 from cifar_jax.keys import stream_key
+from cifar_jax.parallel import make_mesh
 from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
 from cifar_jax.resume import checkpoint_parts, clear_leftovers
 from cifar_jax.run_dir import (
@@ -243,7 +244,7 @@ class RunWriter:
             },
             "seed": self.config.seed,
             "precision": self.config.precision,
-            "device": device_description(),
+            "device": device_description(make_mesh(self.config.devices).size),
             "packages": package_versions(),
         }
 

@@ -1,0 +1,217 @@
+"""Run by test_parallel.py in a process with eight devices: the results of one, to rounding, and what is exchanged."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+import pytest
+from helpers import narrow_networks
+
+import cifar_jax.fit
+from benchmarks.hlo import collectives
+from cifar_jax.augment import AUGMENTATIONS, Augmentation
+from cifar_jax.config import TrainConfig
+from cifar_jax.errors import UserError
+from cifar_jax.evaluation import eval_step, evaluate
+from cifar_jax.features import make_extractor
+from cifar_jax.finetune import (
+    finetune_evaluator,
+    finetune_runner,
+    init_finetune,
+    make_finetune_loss,
+    make_finetune_step,
+    make_network,
+)
+from cifar_jax.fit import EpochOrder, cached_evaluator, cached_runner, fit, live_evaluator, live_runner
+from cifar_jax.head import init_head
+from cifar_jax.job import train
+from cifar_jax.optimizer import make_optimizer
+from cifar_jax.parallel import make_mesh, replicate, shard
+from cifar_jax.pretrained import random_backbone
+from cifar_jax.resnet import ResNetConfig
+from cifar_jax.run_writer import RunWriter
+from cifar_jax.training import Batch, init_state, make_cached_epoch, make_live_step
+
+NETWORK = ResNetConfig(stage_sizes=(1,), width=4)
+KEY = jax.random.key(7)
+TX = optax.sgd(0.1, momentum=0.9)
+ALL = Augmentation(jax.random.key(5), tuple(AUGMENTATIONS))
+ONE, EIGHT = make_mesh(1), make_mesh(8)
+
+
+def order(batch_size):
+    return EpochOrder(jax.random.key(1), jax.random.key(2), batch_size)
+
+
+@pytest.fixture(scope="module")
+def images(shapes):
+    """Batches of 16 leave 6 of them over, those of 20 leave 10: neither 6, 10 nor 20 can be divided by eight."""
+    return shapes.take(np.arange(70))
+
+
+@pytest.fixture(scope="module")
+def backbone(shapes):
+    return random_backbone(jax.random.key(0), shapes.images[:64], NETWORK, 32)
+
+
+def head():
+    return init_head(jax.random.key(3), NETWORK.features, (8,), 10)
+
+
+def assert_same(on_one, on_eight, tolerance=1e-5):
+    """State and rows of both agree, and the state lies on all devices."""
+    (state, rows), (state_8, rows_8) = on_one, on_eight
+    for a, b in zip(*map(jax.tree.leaves, (state, state_8)), strict=True):
+        # A bias in front of a BatchNorm moves by nothing but rounding, so not everything can be relative.
+        np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance * 0.01)
+        assert b.sharding.is_fully_replicated and len(b.sharding.device_set) == 8
+    for a, b in zip(rows, rows_8, strict=True):
+        np.testing.assert_allclose(a[1:5], b[1:5], rtol=tolerance)
+
+
+def test_cached(backbone, images):
+    features = make_extractor(backbone)(images.images)
+
+    def run(mesh):
+        runner = cached_runner(features, images.labels, TX, order(20), mesh=mesh)
+        evaluate = cached_evaluator(features[:47], images.labels[:47], batch_size=30, mesh=mesh)
+        return fit(init_state(head(), TX), runner, evaluate, 3)
+
+    assert_same(run(ONE), run(EIGHT))
+
+
+def test_live(backbone, images):
+    def run(mesh):
+        runner = live_runner(backbone, images, TX, order(20), 32, "float32", augmentation=ALL, mesh=mesh)
+        evaluator = live_evaluator(backbone, images.take(np.arange(33)), 32, "float32", 20, mesh)
+        return fit(init_state(head(), TX), runner, evaluator, 2)
+
+    assert_same(run(ONE), run(EIGHT))
+
+
+def finetune(backbone, images, mesh, batch_size, epochs=1, **options):
+    config = TrainConfig(mode="finetune", batch_size=batch_size, momentum=0.9, learning_rate=0.02, **options)
+    tx = make_optimizer(config, 10)
+    runner = finetune_runner(config, backbone, images, tx, order(batch_size), 32, mesh=mesh)
+    evaluator = finetune_evaluator(backbone, images.take(np.arange(33)), 32, "float32", 20, mesh)
+    return fit(init_finetune(backbone.variables, head(), tx), runner, evaluator, epochs)
+
+
+@pytest.mark.parametrize(("batch_size", "options"), [(20, {"remat": True}), (16, {"micro_batch": 8})])
+def test_finetune(backbone, images, batch_size, options):
+    """BatchNorm over all devices, and over no example that only fills up."""
+    runs = (finetune(backbone, images, mesh, batch_size, **options) for mesh in (ONE, EIGHT))
+    assert_same(*runs, tolerance=2e-4)
+
+
+def test_filler_would_show(backbone, images):
+    """The step that leaves fillers in its statistics differs by far more than the tolerance above."""
+    loss_fn = make_finetune_loss(make_network(TrainConfig(mode="finetune"), NETWORK), backbone.preprocessing, 32)
+    left_out = make_finetune_loss(
+        make_network(TrainConfig(mode="finetune"), NETWORK), backbone.preprocessing, 32, has_fillers=True
+    )
+    state, filled = init_finetune(backbone.variables, head(), TX), batch_of(images, 8, real=6)
+    short = jax.tree.map(lambda leaf: leaf[:6], filled)
+    (wrong, _), (right, _), (expected, _) = (
+        jax.jit(f)(state.params, state.batch_stats, batch, KEY)
+        for f, batch in ((loss_fn, filled), (left_out, filled), (loss_fn, short))
+    )
+    assert float(right) == pytest.approx(float(expected), rel=1e-5)
+    assert abs(float(wrong) - float(expected)) > 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 30, 200])
+def test_every_example_is_counted_once(backbone, images, batch_size):
+    features = make_extractor(backbone)(images.images)
+    one, eight = (evaluate(eval_step, head(), features, images.labels, batch_size, mesh=mesh) for mesh in (ONE, EIGHT))
+    np.testing.assert_array_equal(one.confusion, eight.confusion)
+    assert eight.num == 70 and eight.loss == pytest.approx(one.loss, rel=1e-6)
+
+
+def batch_of(images, size, real=None):
+    weights = np.arange(size) < (size if real is None else real)
+    return Batch(images.images[:size], images.labels[:size], weights.astype(np.float32))
+
+
+def exchanged(step, *args):
+    """What the compiled step exchanges: the kinds, and the elements of the sums, each sum once."""
+    found = collectives(step.lower(*args).compile().as_text())
+    return {one.name for one in found}, sum(one.elements for one in found if one.name == "all-reduce")
+
+
+def size_of(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_frozen_steps_exchange_the_gradient_and_the_metrics(backbone, images):
+    """Loss, correct and count; nothing of images, features or backbone."""
+    size, features = size_of(head()), np.zeros((70, NETWORK.features), np.float32)
+    state, going = replicate(EIGHT, (init_state(head(), TX), np.array(True)))
+    indices, counts = order(16).batches(0, 70)
+    placed = replicate(EIGHT, (features, images.labels)), shard(EIGHT, indices, axis=1)
+    epoch = make_cached_epoch(TX)
+    assert exchanged(epoch, state, *placed[0], placed[1], counts, KEY) == ({"all-reduce"}, size + 3)
+    step, batch = make_live_step(TX, 32, augmentation=ALL), shard(EIGHT, batch_of(images, 16))
+    assert exchanged(step, (state, going), replicate(EIGHT, backbone), batch, KEY) == ({"all-reduce"}, size + 3)
+    assert exchanged(eval_step, state.params, batch._replace(inputs=features[:16])) == ({"all-reduce"}, 101)
+
+
+@pytest.mark.parametrize("bn_statistics", ["batch", "frozen"])
+def test_finetune_exchanges_statistics_as_well(backbone, images, bn_statistics):
+    """Of each BatchNorm mean and variance, and their gradients on the way back; else as above."""
+    network = make_network(TrainConfig(mode="finetune"), NETWORK)
+    step = make_finetune_step(make_finetune_loss(network, backbone.preprocessing, 32, bn_statistics, mesh=EIGHT), TX)
+    state = replicate(EIGHT, init_finetune(backbone.variables, head(), TX))
+    found = exchanged(step, (state, replicate(EIGHT, np.array(True))), shard(EIGHT, batch_of(images, 16)), KEY)
+    statistics = size_of(backbone.variables["batch_stats"]) if bn_statistics == "batch" else 0
+    assert found == ({"all-reduce"}, size_of(state.params) + 3 + 2 * statistics)
+
+
+def test_epoch_is_compiled_once(backbone, images, monkeypatch):
+    compiled = make_cached_epoch(TX)
+    monkeypatch.setattr(cifar_jax.fit, "make_cached_epoch", lambda *_: compiled)
+    features, state = make_extractor(backbone)(images.images), init_state(head(), TX)
+    runner = cached_runner(features, images.labels, TX, order(20), mesh=EIGHT)
+    for epoch in range(3):
+        state, _ = runner(state, epoch)
+    assert compiled._cache_size() == 1
+
+
+JOB = {
+    "dataset": "shapes",
+    "weights": "random-w16",
+    "image_size": 32,
+    "train_examples": 72,
+    "test_examples": 20,
+    "epochs": 2,
+    "hidden": (8,),
+    "batch_size": 20,
+    "learning_rate": 0.05,
+    "momentum": 0.9,
+}
+
+
+def test_job(tmp_path, monkeypatch):
+    """The whole job, stopped after its first epoch and gone on with, against one device."""
+    narrow_networks(monkeypatch)
+    monkeypatch.setattr(RunWriter, "samples", lambda self: None)
+    config = TrainConfig(**JOB, cache_dir=str(tmp_path), devices=8, out=str(tmp_path / "eight"), resume=True)
+    train(replace(config, epochs=1))
+    eight = train(config)
+    one = train(replace(config, devices=1, out=str(tmp_path / "one")))
+    rows, rows_1 = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (eight, one)
+    )
+    for row, row_1 in zip(rows, rows_1, strict=True):
+        assert row | {"seconds": 0} == pytest.approx(row_1 | {"seconds": 0}, rel=1e-4)
+    summary = json.loads((eight / "summary.json").read_text())
+    assert summary["status"] == "complete" and summary["device"].endswith("8 of 8 devices")
+
+
+def test_pieces_that_cannot_be_divided_are_refused(tmp_path):
+    config = TrainConfig(**JOB, mode="finetune", devices=8, micro_batch=12, out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="--micro-batch 12 cannot be divided between 8 devices"):
+        train(config)
+    assert not (tmp_path / "run").exists()

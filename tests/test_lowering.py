@@ -1,0 +1,96 @@
+"""What runs on GPUs and TPUs is lowered for them here, where there is none: no step may lean on the machine at hand."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from helpers import NARROW
+
+from cifar_jax.augment import AUGMENTATIONS, Augmentation
+from cifar_jax.config import TrainConfig
+from cifar_jax.features import extract
+from cifar_jax.finetune import init_finetune, make_finetune_loss, make_finetune_step, make_network
+from cifar_jax.head import init_head
+from cifar_jax.preprocess import CAFFE
+from cifar_jax.pretrained import Backbone
+from cifar_jax.pretrained.merge import variable_shapes
+from cifar_jax.training import Batch, init_state, make_cached_epoch, make_live_step
+
+TX = optax.sgd(0.1, momentum=0.9)
+AUGMENTATION = Augmentation(jax.random.key(0), tuple(AUGMENTATIONS))
+KEY, GOING = jax.random.key(1), jnp.array(True)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    variables = {}
+    for path, shape in variable_shapes(NARROW).items():
+        inner = variables
+        for name in path[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[path[-1]] = jnp.ones(shape)
+    return Backbone(NARROW, CAFFE, 64, variables)
+
+
+@pytest.fixture(scope="module")
+def head():
+    return init_head(KEY, NARROW.features, (8,), 10)
+
+
+@pytest.fixture(params=["cuda", "tpu"])
+def platform(request):
+    return request.param
+
+
+def batch_of(inputs):
+    return Batch(inputs, jnp.zeros(8, jnp.int32), jnp.ones(8))
+
+
+IMAGES = jnp.zeros((8, 32, 32, 3), jnp.uint8)
+
+
+def lowered(platform, function, *args):
+    """The program that the platform's compiler is given."""
+    exported = jax.export.export(function, platforms=[platform])(*args)
+    assert exported.platforms == (platform,)
+    return exported.mlir_module()
+
+
+def products(program):
+    """Matrix products and convolutions, a line each."""
+    return re.findall(r"stablehlo\.(?:dot_general|convolution).*", program)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_extraction(backbone, platform, precision):
+    program = lowered(platform, jax.jit(partial(extract, precision=precision)), backbone, IMAGES)
+    assert len(products(program)) == 9 and "stablehlo.convolution" in program
+    full = [line for line in products(program) if "HIGHEST" in line]
+    assert len(full) == (9 if precision == "float32" else 0)
+    assert ("bf16" in program) == (precision == "bfloat16")
+
+
+def test_live_step(backbone, head, platform):
+    step = make_live_step(TX, 64, augmentation=AUGMENTATION)
+    program = lowered(platform, step, (init_state(head, TX), GOING), backbone, batch_of(IMAGES), KEY)
+    assert "stablehlo.convolution" in program and all("HIGHEST" in line for line in products(program))
+
+
+def test_finetune_step(backbone, head, platform):
+    network = make_network(TrainConfig(mode="finetune"), NARROW, platform)
+    step = make_finetune_step(make_finetune_loss(network, CAFFE, 64), TX, augmentation=AUGMENTATION)
+    state = init_finetune(backbone.variables, head, TX)
+    program = lowered(platform, step, (state, GOING), batch_of(IMAGES), KEY)
+    # Three of them, forward, and both ways back: as matrix products they would be the CPU's.
+    assert len(re.findall(r"stablehlo\.convolution", program)) == 8
+    assert all("HIGHEST" in line for line in products(program))
+
+
+def test_cached_epoch(head, platform):
+    features, labels = jnp.zeros((20, NARROW.features)), jnp.zeros(20, jnp.int32)
+    indices, counts = jnp.zeros((3, 8), jnp.int32), jnp.full(3, 8, jnp.int32)
+    program = lowered(platform, make_cached_epoch(TX), init_state(head, TX), features, labels, indices, counts, KEY)
+    assert "stablehlo.while" in program and all("HIGHEST" in line for line in products(program))

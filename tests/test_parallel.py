@@ -1,0 +1,42 @@
+"""Data parallelism: a process with eight devices runs what stands in eight_devices.py, as this one has but one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from helpers import TINY, command, is_one_error
+
+from cifar_jax.environment import device_description
+from cifar_jax.errors import UserError
+from cifar_jax.parallel import device_rows, make_mesh
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_eight_devices_give_what_one_gives():
+    flags = "--xla_force_host_platform_device_count=8"
+    tests = [sys.executable, "-m", "pytest", "-q", "tests/eight_devices.py"]
+    done = subprocess.run(
+        tests, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_more_devices_than_there_are_is_refused_before_any_work(tmp_path, capsys):
+    too_many = str(jax.local_device_count() + 1)
+    result = command(capsys, "train", *TINY, "--devices", too_many, "--out", tmp_path / "out")
+    is_one_error(result, 2, f"--devices {too_many} cannot be", "JAX_NUM_CPU_DEVICES")
+    is_one_error(command(capsys, "train", *TINY, "--devices", "0"), 2, "--devices 0 cannot be", "at least 1")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="cannot be"):
+        make_mesh(int(too_many))
+
+
+def test_training_takes_one_device_of_a_cpu():
+    assert make_mesh(None).size == make_mesh().size == 1
+    rows = device_rows()
+    assert len(rows) == jax.device_count() and [row["training"] for row in rows].count("yes") == 1
+    assert rows[0]["platform"] == "cpu" and device_description().startswith("cpu (")
