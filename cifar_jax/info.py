@@ -8,6 +8,7 @@ from cifar_jax.cache_contents import contents
 from cifar_jax.data.tfds import data_root
 from cifar_jax.environment import device_description, package_versions
 from cifar_jax.files import cache_root
+from cifar_jax.parallel import device_rows
 from cifar_jax.pretrained import UNTRAINED, registry
 
 
@@ -28,7 +29,7 @@ def cache_rows(cache_dir: str | None) -> list[dict[str, Any]]:
 
 
 def collect(topic: str = "all", data_dir: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
-    """What is known of a topic, or of all but the cache, as JSON values: a dict to show line by line, or rows."""
+    """What is known of a topic, or of most of them, as JSON values: a dict to show line by line, or rows."""
     topics: dict[str, Callable[[], Any]] = {
         "environment": lambda: _environment(cache_dir),
         "weights": lambda: (
@@ -36,10 +37,11 @@ def collect(topic: str = "all", data_dir: str | None = None, cache_dir: str | No
             + [_untrained_row(name) for name in UNTRAINED]
         ),
         "data": lambda: _data(data_dir),
+        "devices": device_rows,
+        "cache": lambda: cache_rows(cache_dir),
     }
-    if topic == "cache":
-        return {"cache": cache_rows(cache_dir)}
-    return {name: tell() for name, tell in topics.items() if topic in ("all", name)}
+    alone = {"devices", "cache"}  # which are asked for by name
+    return {name: tell() for name, tell in topics.items() if topic == name or (topic == "all" and name not in alone)}
 
 
 def _environment(cache_dir: str | None) -> dict[str, str]:

@@ -52,8 +52,8 @@ class PredictOptions(Common):
 class InfoOptions(Common):
     """Versions, devices, and which known weights and data sets are on this machine; or what the cache holds."""
 
-    topic: tyro.conf.Positional[Literal["all", "environment", "weights", "data", "cache"]] = "all"
-    """what to tell of; all but the cache if it is left out"""
+    topic: tyro.conf.Positional[Literal["all", "environment", "weights", "data", "devices", "cache"]] = "all"
+    """what to tell of; environment, weights and data if it is left out"""
     clear: bool = False
     """with cache: remove features, decoded images and compiled functions from it, but no downloaded weights"""
     data_dir: str | None = None

@@ -95,7 +95,12 @@ def test_options_that_cannot_be(tmp_path, capsys, typed, parts):
     out = tmp_path / "out"
     result = command(capsys, "train", *TINY, "--out", out, "--cache-dir", tmp_path / "cache", *typed.split())
     is_one_error(result, 2, *parts)
-    assert result.out == "" and files_below(tmp_path) == []
+    assert result.out == "" and written_below(tmp_path) == []
+
+
+def written_below(directory):
+    """Every file and directory but what was compiled on the way, which is kept whatever becomes of a command."""
+    return [name for name in files_below(directory) if not re.match(r"cache(/xla(/|$)|$)", name)]
 
 
 @pytest.mark.parametrize(
@@ -238,6 +243,12 @@ def test_info_names_all_that_is_known(run, capsys, tmp_path):
     assert result.code == 0 and f"cifar10 3.0.2 in {tmp_path}" in result.out and "\x1b" not in result.out
     for entry in registry.entries().values():
         assert re.search(rf"^{entry.name}\t.*{entry.digest}", result.out, re.MULTILINE)
+
+
+def test_info_devices_names_each_and_which_train(capsys):
+    (row,) = json.loads(command(capsys, "info", "devices", "--json").out)["devices"]
+    assert (row["platform"], row["process"], row["training"]) == ("cpu", "0", "yes")
+    assert command(capsys, "info", "devices").out.splitlines()[0].split("\t")[:3] == ["device", "platform", "kind"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
