@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gzip
 import hashlib
 import itertools
 import os
@@ -134,6 +135,18 @@ def test_what_will_not_change_is_not_tried_again(target, answer, cause):
         outcome = bring(target, server.url())
         assert outcome.cause == cause and not outcome.slept and not outcome.error.kept
         assert len(server.asked) == (31 if "redirects" in cause else 1)
+
+
+def test_the_bytes_are_asked_for_as_they_lie(target):
+    """Compressed on the way they would have another length and other ranges."""
+    packed = gzip.compress(CONTENT)
+
+    def compresses(handler):
+        willing = "gzip" in (handler.headers["Accept-Encoding"] or "")
+        (sends(packed, length=len(packed), Content_Encoding="gzip") if willing else whole(CONTENT))(handler)
+
+    with serving(compresses) as server:
+        assert bring(target, server.url()).error is None
 
 
 def test_no_more_is_ever_taken_than_the_file_has(target):
