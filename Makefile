@@ -1,8 +1,8 @@
 # make demo          the main job on drawn images, in about half a minute and without a download
 # make test          the tests
 # make lint          ruff and mypy
-# make parity        against Keras itself, in minutes
-# make parity-torch  against torchvision, timm and transformers themselves, in minutes more
+# make parity        against Keras, torchvision, timm and transformers themselves, in minutes
+# make parity-all    the same with ResNet101, ResNet152 and more at 224 pixels, in minutes more
 # make mutations     thousands of damaged weights files, in minutes
 # make bench         against Keras, PyTorch and ONNX Runtime on this machine, in about a quarter of an hour
 # make tpu-report    what the TPU compiler says of it, on a machine without a TPU, in minutes
@@ -14,7 +14,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint parity parity-torch mutations bench tpu-report installed demo-weights clean
+.PHONY: demo test lint parity parity-all mutations bench tpu-report installed demo-weights clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python train.py --preset demo
@@ -28,10 +28,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 parity: $(VENV)/.parity
-	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity tests/parity --ignore tests/parity/test_torch.py
+	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m "parity and not slow" tests/parity
 
-parity-torch: $(VENV)/.parity-torch
-	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity tests/parity/test_torch.py
+parity-all: $(VENV)/.parity
+	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity tests/parity
 
 mutations: $(VENV)/.dev
 	CIFAR_JAX_MUTATIONS=10000 $(BIN)/python -m pytest tests/pretrained/test_mutations.py
@@ -72,17 +72,11 @@ $(VENV)-tpu/.tpu: requirements.txt requirements-tpu.txt
 	$(PIP) -r requirements.txt -r requirements-tpu.txt
 	touch $@
 
-# tf_keras asks for the package `tensorflow`, whose place `tensorflow-cpu` takes here: hence --no-deps.
+# tf_keras asks for the package `tensorflow`, whose place `tensorflow-cpu` takes here. torchvision asks for the one PyTorch
+# that its operators were built for, of which no network needs any, and timm for torchvision. Hence --no-deps.
 $(VENV)/.parity: $(VENV)/.dev requirements-parity.txt
 	$(PIP) -r requirements-parity.txt
-	$(PIP) --no-deps "tf_keras>=2.21,<2.22"
-	touch $@
-
-# torchvision asks for the one PyTorch that its operators were built for, of which no network needs any, and timm for
-# torchvision.
-$(VENV)/.parity-torch: $(VENV)/.parity requirements-parity-torch.txt
-	$(PIP) -r requirements-parity-torch.txt
-	$(PIP) --no-deps "torchvision==0.29.2" "timm==1.0.31"
+	$(PIP) --no-deps "tf_keras>=2.21,<2.22" "torchvision==0.29.2" "timm==1.0.31"
 	touch $@
 
 # What is compared with stays out of the environment that the project is developed in. For torchvision see above; where

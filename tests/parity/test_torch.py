@@ -21,10 +21,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::Deprecatio
 
 NUM_IMAGES = 256
 CASES = [
-    TorchCase("torchvision", "pth", 0, 224),
     TorchCase("torchvision", "legacy-pth", 1, 96),
-    TorchCase("torchvision", "pth", 2, 64, depth=101),
-    TorchCase("torchvision", "pth", 3, 64, depth=152),
     TorchCase("timm", "hub", 4, 96, usual=False),
     TorchCase("timm", "hub-bin", 5, 64),
     TorchCase("timm", "pth", 6, 96),
@@ -33,10 +30,15 @@ CASES = [
     TorchCase("transformers", "hub", 9, 96, in_1x1=True),
     TorchCase("transformers", "legacy-pth", 10, 64),
 ]
+SLOW = [
+    TorchCase("torchvision", "pth", 0, 224),
+    TorchCase("torchvision", "pth", 2, 64, depth=101),
+    TorchCase("torchvision", "pth", 3, 64, depth=152),
+]
 Record = Callable[[str, float], None]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str)
 def test_stages_features_and_logits_agree(
     case: TorchCase, torch_written: TorchWritten, cifar10: Splits, record_property: Record
 ) -> None:
