@@ -86,13 +86,17 @@ def head_loss(
     return loss, (metrics, batch_stats)
 
 
-def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, micro_batch: int | None = None) -> TrainStep:
+def make_train_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, micro_batch: int | None = None, guard: bool = True
+) -> TrainStep:
     """One step of an optimiser on any loss, as a pure function.
 
     Args:
       loss_fn: `(params, batch_stats, batch, key) -> (loss, (metrics, new batch_stats))`.
       tx: the optimiser.
       micro_batch: examples at a time, their gradients added up; all at once if None. See `in_pieces`.
+      guard: whether to look at all that a step is about to add. Without, `metrics.finite` is about the loss alone, and
+        the step is made whatever it is.
 
     Returns:
       `train_step(state, batch, key) -> (state, metrics)`. A step whose loss or gradients are not finite leaves the
@@ -111,6 +115,8 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, micro_bat
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         stepped = TrainState(params, batch_stats, opt_state, state.step + 1)
+        if not guard:
+            return stepped, metrics
         # The norm is finite only if every update is, and no update of a gradient that is not finite is.
         # The statistics are looked at as well: compiled for a CPU, a relu behind them makes 0 of NaN.
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm((updates, batch_stats)))
@@ -164,15 +170,27 @@ def halting(train_step: TrainStep) -> Callable[..., tuple[tuple[TrainState, Bool
 def make_cached_epoch(
     tx: optax.GradientTransformation, label_smoothing: float = 0.0
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """An epoch over features that lie on the device, as one compiled call.
+    """`cached_epoch` as one compiled call. The state that goes in is donated."""
+    return jax.jit(cached_epoch(tx, label_smoothing), donate_argnums=0)
+
+
+def cached_epoch(
+    tx: optax.GradientTransformation, label_smoothing: float = 0.0
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """An epoch over features that lie on the device, as a pure function.
+
+    A step takes little longer than to read and write the head, and the guard against what is not finite reads all that
+    is to be added once more. So the epoch goes without it, as what is not finite stays in the parameters and is found
+    there at the end. Only then is the epoch gone through again, from where it began, with the guard.
 
     Returns:
       `epoch(state, features [n, features], labels [n], indices [steps, batch], counts [steps], key)
-      -> (state, metrics)`, where each metric has one entry a step. The state that goes in is donated.
+      -> (state, metrics)`, where each metric has one entry a step. From the first step on whose loss or gradients are
+      not finite, the state stays as it was.
     """
-    step = halting(make_train_step(partial(head_loss, label_smoothing=label_smoothing), tx))
+    loss_fn = partial(head_loss, label_smoothing=label_smoothing)
+    fast, guarded = (halting(make_train_step(loss_fn, tx, guard=guard)) for guard in (False, True))
 
-    @partial(jax.jit, donate_argnums=0)
     def epoch(
         state: TrainState,
         features: Float[Array, "n features"],
@@ -181,13 +199,22 @@ def make_cached_epoch(
         counts: Int32[Array, "steps"],
         key: PRNGKeyArray,
     ) -> tuple[TrainState, StepMetrics]:
-        def body(carry: Any, rows: tuple[Array, Array]) -> tuple[Any, StepMetrics]:
-            index, count = rows
-            batch = Batch(features[index], labels[index], real_weights(index.shape[0], count))
-            return step(carry, batch, jax.random.fold_in(key, carry[0].step))
+        def run(step: Callable[..., Any]) -> tuple[TrainState, StepMetrics]:
+            def body(carry: Any, rows: tuple[Array, Array]) -> tuple[Any, StepMetrics]:
+                index, count = rows
+                batch = Batch(features[index], labels[index], real_weights(index.shape[0], count))
+                return step(carry, batch, jax.random.fold_in(key, carry[0].step))
 
-        (state, _), metrics = jax.lax.scan(body, (state, jnp.array(True)), (indices, counts))
-        return state, metrics
+            (ended, _), metrics = jax.lax.scan(body, (state, jnp.array(True)), (indices, counts))
+            return ended, metrics
+
+        ended, metrics = run(fast)
+        finite = jnp.isfinite(optax.tree.norm(ended.params))
+        # A loop that runs once at most, as under vmap a cond would always run.
+        _, ended, metrics = jax.lax.while_loop(
+            lambda carry: ~carry[0], lambda _: (jnp.array(True), *run(guarded)), (finite, ended, metrics)
+        )
+        return ended, metrics
 
     return epoch
 

@@ -23,6 +23,7 @@ from cifar_jax.resnet import ResNetConfig
 from cifar_jax.training import (
     Batch,
     batch_loss,
+    halting,
     head_loss,
     init_state,
     make_cached_epoch,
@@ -127,6 +128,32 @@ def test_epoch_stops_at_the_first_bad_step_and_keeps_the_state_before_it():
     with pytest.raises(Diverged, match=r"epoch 1, step 3") as raised:
         fit(init_state(params, TX), run, cached_evaluator(features, labels), 2)
     assert int(raised.value.state.step) == 2
+
+
+@pytest.mark.parametrize(
+    ("broken", "factor"),
+    [
+        pytest.param(np.nan, 1.0, id="gradient"),  # of NaN the relu makes 0, so that no loss shows it
+        pytest.param(3e38, 1.0, id="loss"),
+        pytest.param(1.0, np.inf, id="update"),
+    ],
+)
+def test_epoch_is_its_guarded_steps_whatever_is_not_finite(broken, factor):
+    once = optax.scale_by_schedule(lambda count: jnp.where(count == 2, factor, 1.0))
+    tx = optax.chain(optax.sgd(0.05, momentum=0.9), once)
+    features, labels, params = problem(64)
+    indices, counts = ORDER._replace(shuffle=False).batches(0, 64)
+    features[37] = broken  # in the third step of four
+    state, metrics = make_cached_epoch(tx)(init_state(params, tx), features, labels, indices, counts, KEY)
+
+    carry, step = (init_state(params, tx), jnp.array(True)), jax.jit(halting(make_train_step(head_loss, tx)))
+    for index in indices:
+        batch = Batch(jnp.asarray(features[index]), jnp.asarray(labels[index]), jnp.ones(16))
+        carry, _ = step(carry, batch, KEY)
+    assert metrics.finite.tolist() == [True, True, False, False] and int(state.step) == 2
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(carry[0]), strict=True):
+        assert np.isfinite(x).all()
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_epoch_is_compiled_once_for_all_epochs():
