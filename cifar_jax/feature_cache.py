@@ -24,7 +24,7 @@ from cifar_jax.pretrained.backbone import Backbone
 
 _FORMAT = 2
 # Who changes one of these wants features of the changed network, not those in the cache.
-_CODE = ("features.py", "preprocess.py", "resnet.py")
+_CODE = ("features.py", "inference.py", "preprocess.py", "resnet.py")
 
 Say = Callable[[str], None]
 

@@ -1,8 +1,7 @@
 """Pooled features of a frozen backbone: the plain reference, and an extractor for any number of images."""
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -11,6 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from cifar_jax.errors import RunError
+from cifar_jax.inference import features_of, prepare
+from cifar_jax.parallel import mesh_of, replicate, round_up, shard
 from cifar_jax.preprocess import preprocess
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.resnet import ResNet
@@ -53,14 +54,16 @@ def make_extractor(
     image_size: int | None = None,
     precision: str = "float32",
     batch_size: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Extractor:
-    """Prepares `extract` for many images: compiled once, fed batch by batch, any number of images.
+    """Prepares `extract` for many images: folded, compiled once, fed batch by batch, any number of images.
 
     Args:
-      backbone: from `load_backbone`; its variables go to the device once.
+      backbone: from `load_backbone`; what is made of it goes to the devices once.
       image_size: side in pixels that the images are upsampled to; the backbone's own if None.
       precision: `float32` or `bfloat16`.
-      batch_size: images a compiled call; chosen by device and image size if None.
+      batch_size: images a compiled call, divided between the devices; chosen by platform and image size if None.
+      devices: of one platform; all of this process if None.
 
     Raises:
       RunError: when the backbone has a value that is not finite; the extractor itself, when features are not.
@@ -71,19 +74,20 @@ def make_extractor(
       (10000, 2048)
     """
     _require_finite(backbone)
-    size = image_size or backbone.image_size
-    batch_size = batch_size or default_batch_size(size)
-    on_device = jax.device_put(backbone)
-    run = jax.jit(partial(extract, image_size=size, precision=precision))
+    mesh = mesh_of(devices or jax.local_devices())
+    prepared = prepare(backbone, image_size, precision, mesh.devices.flat[0].platform)
+    on_devices = replicate(mesh, prepared)
+    at_once = batch_size or extraction_batch_size(prepared.image_size, prepared.platform) * mesh.size
+    run = jax.jit(features_of)
 
     def extractor(
         images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] = lambda _: None
     ) -> Float32[np.ndarray, "n features"]:
         features = np.empty((len(images_u8), backbone.config.features), np.float32)
         waiting: tuple[slice, Array] | None = None
-        for rows, batch in _batches(images_u8, batch_size):
-            # One batch ahead: the device works on this one while the last one's features are copied out.
-            running = run(on_device, batch)
+        for rows, batch in _batches(images_u8, round_up(mesh, min(at_once, len(images_u8)))):
+            # One batch ahead: the devices work on this one while the last one's features are copied out.
+            running = run(on_devices, shard(mesh, batch))
             if waiting:
                 _copy_out(features, *waiting, on_images)
             waiting = rows, running
@@ -104,21 +108,28 @@ def _require_finite(backbone: Backbone) -> None:
             )
 
 
-def default_batch_size(image_size: int) -> int:
-    """Images at a time: few on a CPU, whose caches they should stay in; on accelerators enough to fill them.
+def extraction_batch_size(image_size: int, platform: str) -> int:
+    """Images at a time on one device: few on a CPU, in whose caches they should stay; elsewhere enough to fill it.
 
     A power of two, at most 1024, divides the chunks that features are kept in.
     """
-    at_224 = 16 if jax.default_backend() == "cpu" else 256
-    return 2 ** max(0, min(10, int(math.log2(at_224 * (224 / image_size) ** 2))))
+    return _power_of_two((4 if platform == "cpu" else 256) * (224 / image_size) ** 2)
+
+
+def default_batch_size(image_size: int) -> int:
+    """The same for networks that are run plainly, as those that train are."""
+    return _power_of_two((16 if jax.default_backend() == "cpu" else 256) * (224 / image_size) ** 2)
+
+
+def _power_of_two(most: float) -> int:
+    return 2 ** max(0, min(10, int(math.log2(most))))
 
 
 def _batches(
     images: UInt8[np.ndarray, "n h w 3"], batch_size: int
 ) -> Iterator[tuple[slice, UInt8[np.ndarray, "batch h w 3"]]]:
     """Batches of one shape, the last one filled up with black images, and the rows that are real."""
-    batch_size = min(batch_size, len(images)) or 1
-    for start in range(0, len(images), batch_size):
+    for start in range(0, len(images), batch_size or 1):
         batch = images[start : start + batch_size]
         rows = slice(start, start + len(batch))
         missing = batch_size - len(batch)

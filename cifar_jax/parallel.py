@@ -5,6 +5,8 @@ every device, the examples of a step are divided between them, and XLA puts in t
 gradients and metrics, and where BatchNorm normalises by the batch those of its statistics.
 """
 
+from collections.abc import Sequence
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -30,7 +32,12 @@ def make_mesh(devices: int | None = 1) -> Mesh:
     if devices > len(here):
         how = "; set JAX_NUM_CPU_DEVICES to divide the CPU into more" if platform == "cpu" else ""
         raise UserError(f"--devices {devices} cannot be: JAX has {len(here)} {platform} device(s) here{how}.")
-    return Mesh(here[:devices], (AXIS,), axis_types=(AxisType.Auto,))
+    return mesh_of(here[:devices])
+
+
+def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+    """Devices in one row."""
+    return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicate(mesh: Mesh, tree: PyTree) -> PyTree:

@@ -189,8 +189,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         if self.as_dot or min(x.shape[1:3]) < self.size:
-            patches = _patches(x, self.size, self.stride)
-            y = jnp.dot(patches, kernel.reshape(-1, self.features), precision=self.precision)
+            y = jnp.dot(patches(x, self.size, self.stride), kernel.reshape(-1, self.features), precision=self.precision)
         else:
             pad = self.size // 2
             padding = ((pad, pad), (pad, pad))
@@ -218,22 +217,22 @@ class Bottleneck(nn.Module):
         """Runs the block."""
         layers, out = self.layers, 4 * self.features
         first, second = (self.stride, 1) if layers.config.stride_in_1x1 else (1, self.stride)
-        y = layers.conv1x1(self.features, "conv1")(_subsample(x, first))
+        y = layers.conv1x1(self.features, "conv1")(subsample(x, first))
         y = nn.relu(layers.norm("bn1")(y, real))
         y = layers.conv(self.features, 3, second, "conv2")(y)
         y = nn.relu(layers.norm("bn2")(y, real))
         y = layers.norm("bn3")(layers.conv1x1(out, "conv3")(y), real)
         if self.stride > 1 or x.shape[-1] != out:
-            x = layers.norm("bn_proj")(layers.conv1x1(out, "conv_proj")(_subsample(x, self.stride)), real)
+            x = layers.norm("bn_proj")(layers.conv1x1(out, "conv_proj")(subsample(x, self.stride)), real)
         return nn.relu(x + y)
 
 
-def _subsample(x: Float[Array, "batch h w c"], stride: int) -> Float[Array, "batch h2 w2 c"]:
+def subsample(x: Float[Array, "batch h w c"], stride: int) -> Float[Array, "batch h2 w2 c"]:
     """What a strided 1x1 convolution sees of its input."""
     return x if stride == 1 else x[:, ::stride, ::stride]
 
 
-def _patches(x: Float[Array, "batch h w c"], size: int, stride: int) -> Float[Array, "batch h2 w2 size*size*c"]:
+def patches(x: Float[Array, "batch h w c"], size: int, stride: int) -> Float[Array, "batch h2 w2 size*size*c"]:
     """What each position of a convolution sees, in the order of its kernel's rows."""
     pad, (height, width) = size // 2, x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))

@@ -45,10 +45,11 @@ def save_backbone(path: Path, backbone: Backbone, half: bool = False) -> str:
 
 def to_bytes(backbone: Backbone, half: bool = False) -> bytes:
     """The content of a backbone's file; see `save_backbone`."""
-    tensors = {"/".join(at): np.asarray(leaf) for at, leaf in flatten_dict(backbone.variables).items()}
+    # safetensors writes the bytes of a view as they lie, whatever its strides.
+    tensors = {"/".join(at): np.ascontiguousarray(leaf) for at, leaf in flatten_dict(backbone.variables).items()}
     if half:
         tensors |= {name: leaf.astype(np.float16) for name, leaf in tensors.items() if name.endswith("/kernel")}
-    tensors |= {f"{TOP}{name}": np.asarray(leaf) for name, leaf in (backbone.top or {}).items()}
+    tensors |= {f"{TOP}{name}": np.ascontiguousarray(leaf) for name, leaf in (backbone.top or {}).items()}
     about: dict[str, Any] = {
         "format": FORMAT,
         "config": dataclasses.asdict(backbone.config),

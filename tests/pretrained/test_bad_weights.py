@@ -417,6 +417,13 @@ def test_equal_backbones_make_equal_files(tmp_path, backbone_file):
     assert digest == again.sha256 == sha256_of_file(backbone_file) == sha256_of_file(tmp_path / "again.safetensors")
 
 
+def test_views_are_written_as_what_they_show(tmp_path, backbone_file):
+    backbone = read_backbone(backbone_file)
+    turned = jax.tree.map(lambda leaf: np.asarray(leaf)[..., ::-1], backbone.variables)
+    save_backbone(tmp_path / "turned.safetensors", backbone.replace(variables=turned))
+    jax.tree.map(np.testing.assert_array_equal, read_backbone(tmp_path / "turned.safetensors").variables, turned)
+
+
 def test_half_precision_is_for_kernels_alone(tmp_path, backbone_file):
     whole = read_backbone(backbone_file)
     save_backbone(tmp_path / "half.safetensors", whole, half=True)
