@@ -69,7 +69,7 @@ class Sizes:
     peers: bool = True
 
 
-QUICK = Sizes(2, 32, 8, (20, 4), (80, 20), 32, 200, 32, 96, 96, 0, peers=False)
+QUICK = Sizes(1, 32, 8, (20, 4), (80, 20), 32, 200, 32, 96, 96, 0, peers=False)
 
 
 @dataclass

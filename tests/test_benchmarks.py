@@ -55,7 +55,7 @@ def test_more_images_a_second_and_fewer_seconds_are_faster_round_by_round():
 def test_table_has_median_spread_and_what_could_not_be_measured():
     lines = tables.table(section("images/s", [30, 40, 44], [20, 10, 11])).splitlines()
     assert lines[2:] == [
-        "| | images/s | this project is as fast |",
+        "| | images/s | cifar_jax is as fast |",
         "|---|---|---|",
         "| ours | 40.0 (30.0 to 44.0) |  |",
         "| a peer (8 at a time) | 11.0 (10.0 to 20.0) | 4x (1.5 to 4) |",
