@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from benchmarks import machine
 from benchmarks.bench import ON_CPU, ON_GPU, TEST, TRAIN, Bench, Row, Section
 from benchmarks.keras_notebook import make_notebook, make_predict
 from benchmarks.onnx_runtime import make_onnx_runtime
-from benchmarks.ours import make_epoch, make_ours, make_products
+from benchmarks.ours import make_epoch, make_heads, make_ours, make_products
 from benchmarks.pytorch import export_onnx, make_pytorch
 from benchmarks.worker import Worker, interleaved
 
@@ -97,7 +98,8 @@ def extraction(
             name: stack.enter_context(bench.worker(c.make, *c.arguments, on=on)) for name, c in contenders.items()
         }
         ours = {name: contender.ours for name, contender in contenders.items()}
-        differences = agreement(workers, ours, images, tolerance)
+        called = {name: partial(worker, images, min(len(images), 256)) for name, worker in workers.items()}
+        differences = agreement(called, ours, tolerance)
         batches = {name: fastest(worker, images, contenders[name].batch_sizes) for name, worker in workers.items()}
         timed = {name: partial(worker.seconds, images, batches[name]) for name, worker in workers.items()}
         seconds = interleaved(timed, bench.sizes.rounds)
@@ -114,20 +116,22 @@ def extraction(
 
 
 def agreement(
-    workers: Mapping[str, Worker], ours: Mapping[str, str | None], images: np.ndarray, tolerance: float
+    results: Mapping[str, Callable[[], np.ndarray]],
+    ours: Mapping[str, str | None],
+    tolerance: float = TOLERANCES["float32"],
 ) -> dict[str, float]:
-    """How far the peers' features are from ours, relative to the largest.
+    """How far the results of peers are from ours, relative to the largest value.
 
     Raises:
       RuntimeError: when it is further than `tolerance`: what is not the same work is not compared.
     """
-    features = {name: worker(images, min(len(images), 256)) for name, worker in workers.items()}
+    found = {name: result() for name, result in results.items()}
     differences = {}
     for name, mine in ours.items():
         if mine is not None:
-            differences[name] = float(np.abs(features[name] - features[mine]).max() / np.abs(features[mine]).max())
+            differences[name] = float(np.abs(found[name] - found[mine]).max() / np.abs(found[mine]).max())
             if not differences[name] <= tolerance:
-                raise RuntimeError(f"the features of {name} differ from ours by {differences[name]:.1e}")
+                raise RuntimeError(f"what {name} computes differs from ours by {differences[name]:.1e}")
     return differences
 
 
@@ -141,7 +145,7 @@ def job(bench: Bench) -> Section:
     sizes, weights = bench.sizes, bench.networks.ours["keras"]
     images, total = bench.images[0][: sizes.images], sum(sizes.job)
     first, notebook = f"cifar_jax, first run: {total:,} images once", "the Keras notebook"
-    widths = {2048: weights, 512: "demo"} if sizes.peers else {sizes.in_features: weights}
+    widths: dict[int, Path | str] = {2048: weights, 512: "demo"} if sizes.peers else {sizes.in_features: weights}
     second = {f"cifar_jax, second run, {width} features": of for width, of in widths.items()}
     for of in second.values():
         bench.first_run(of)
@@ -193,6 +197,23 @@ def head(bench: Bench) -> Section:
     return Section("An epoch of the head", about, "s", rows)
 
 
+def heads(bench: Bench) -> Section:
+    """Many heads in one call, and one after the other."""
+    (count, examples), width = bench.sizes.heads, bench.sizes.in_features
+    one_call, in_turn = f"cifar_jax, {count} heads in one compiled call", f"{count} heads one after the other"
+    with ExitStack() as stack:
+        made = {one_call: True, in_turn: False}
+        workers = {
+            name: stack.enter_context(bench.worker(make_heads, count, examples, width, together))
+            for name, together in made.items()
+        }
+        differences = agreement(workers, {one_call: None, in_turn: one_call})
+        seconds = interleaved({name: worker.seconds for name, worker in workers.items()}, bench.sizes.rounds)
+    about = f"an epoch on {examples:,} cached features of width {width}, each head with parameters of its own"
+    rows = [Row(one_call, seconds[one_call]), Row(in_turn, seconds[in_turn], one_call, "", differences[in_turn])]
+    return Section("Many heads", about, "s", rows)
+
+
 def memory(bench: Bench) -> Section:
     """Peak resident memory of whole jobs."""
     sizes, weights = bench.sizes, bench.networks.ours["keras"]
@@ -211,4 +232,4 @@ def memory(bench: Bench) -> Section:
     return Section("Memory", about, "GB", rows)
 
 
-SECTIONS = {"backbone": backbone, "job": job, "head": head, "memory": memory, "gpu": gpu}
+SECTIONS = {"backbone": backbone, "job": job, "head": head, "heads": heads, "memory": memory, "gpu": gpu}
