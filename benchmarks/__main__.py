@@ -30,9 +30,9 @@ def main(arguments: list[str]) -> None:
             print(f"Measuring: {name}", file=sys.stderr, flush=True)
             section = SECTIONS[name](bench).to_json()
             tables.write_results(out, name, section, about)
-            print(tables.table(section), flush=True)
-    if not options.out:
-        tables.update_readme()
+            print(f"\n{tables.table(section)}\n", flush=True)
+            if not options.out:
+                tables.update_readme()
 
 
 def _slug(device: str) -> str:

@@ -63,13 +63,14 @@ class Sizes:
     job_size: int = 32  # pixels a side at which they are extracted, so that it takes a minute
     head: int = TRAIN
     in_features: int = 2048
+    heads: tuple[int, int] = (16, 5000)  # and the examples of each
     few: int = 10_000  # the smaller job whose memory is measured
     at_full_size: int = 480  # images of one at the full image size
     gpu_images: int = 8192
     peers: bool = True
 
 
-QUICK = Sizes(2, 32, 8, (20, 4), (80, 20), 32, 200, 32, 96, 96, 0, peers=False)
+QUICK = Sizes(1, 32, 8, (20, 4), (80, 20), 32, 200, 32, (3, 100), 96, 96, 0, peers=False)
 
 
 @dataclass

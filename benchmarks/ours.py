@@ -1,5 +1,6 @@
 """This project's side: features, an epoch of the head, and what is measured of the products that it is made of."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +21,16 @@ def load_images(dataset: str, num_train: int, num_test: int) -> tuple[np.ndarray
 def make_ours(
     weights: Path, image_size: int, precision: str = "float32"
 ) -> Callable[[np.ndarray, int | None], np.ndarray]:
-    """Pixels to features by `make_extractor`, which chooses how many images go at a time."""
+    """Pixels to features by `make_extractor`, which chooses how many images go at a time.
+
+    The CPU is divided as the commands divide it, which must be done before JAX begins.
+    """
     from cifar_jax import load_backbone, make_extractor
+
+    with contextlib.suppress(ImportError):
+        from cifar_jax.devices import use_all_cores
+
+        use_all_cores()
 
     extractor = make_extractor(load_backbone(weights), image_size, precision)
 
@@ -84,6 +93,32 @@ def make_products(num_examples: int, in_features: int) -> Callable[[], None]:
         jax.block_until_ready(products(kernels, batches))
 
     return run
+
+
+def make_heads(num_heads: int, num_examples: int, in_features: int, in_one_call: bool) -> Callable[[], np.ndarray]:
+    """An epoch of many heads, in one compiled call or one after the other; gives their last kernels, to be compared."""
+    import jax
+    import optax
+
+    from cifar_jax import init_head, init_state
+    from cifar_jax.fit import EpochOrder, cached_runner
+    from cifar_jax.sweep import train_heads
+
+    features, labels = jax.device_put(drawn_features(num_examples, in_features))
+    rate, (order_key, step_key, init) = 0.01, jax.random.split(jax.random.key(0), 3)
+    order, keys = EpochOrder(order_key, step_key, BATCH_SIZE), jax.random.split(init, num_heads)
+    tx = optax.sgd(rate)
+    run_epoch = cached_runner(features, labels, tx, order)
+
+    def one_call() -> np.ndarray:
+        params, _ = train_heads(keys, rate, features, labels, order, 1, hidden=HIDDEN)
+        return np.asarray(params[-1]["kernel"])
+
+    def in_turn() -> np.ndarray:
+        starts = (init_state(init_head(key, in_features, HIDDEN), tx) for key in keys)
+        return np.stack([run_epoch(state, 0)[0].params[-1]["kernel"] for state in starts])
+
+    return one_call if in_one_call else in_turn
 
 
 def drawn_features(num_examples: int, in_features: int) -> tuple[np.ndarray, np.ndarray]:

@@ -51,13 +51,11 @@ def table(section: Mapping[str, Any]) -> str:
     values = {row["name"]: row["values"] for row in rows}
     compared = any(row["ours"] for row in rows)
     lines = [f"**{section['title']}**: {section['about']}.", ""]
-    lines += (
-        [f"| | {unit} | this project is as fast |", "|---|---|---|"] if compared else [f"| | {unit} |", "|---|---|"]
-    )
+    lines += [f"| | {unit} | cifar_jax is as fast |", "|---|---|---|"] if compared else [f"| | {unit} |", "|---|---|"]
     for row in rows:
         cells = [f"{row['name']} ({row['note']})" if row["note"] else row["name"], spread(row["values"])]
         if compared:
-            ratios = speed_ratios(values[row["ours"]], row["values"], unit) if row["ours"] else []
+            ratios = speed_ratios(values[row["ours"]], row["values"], unit) if row["ours"] and row["values"] else []
             cells.append(spread(ratios, "x") if ratios else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
