@@ -23,6 +23,7 @@ from cifar_jax.files import sha256_of_arrays, sha256_of_file
 from cifar_jax.pretrained.backbone import Backbone
 
 _FORMAT = 2
+_ALIGNMENT = 64  # bytes
 # Who changes one of these wants features of the changed network, not those in the cache.
 _CODE = ("features.py", "inference.py", "preprocess.py", "resnet.py")
 
@@ -100,10 +101,13 @@ def cached_features(
       say: is called with each sentence that the user should see.
       on_images: is called with the number of images that are done.
 
+    Returns:
+      Features that are read-only, as JAX may take their memory for its own.
+
     Raises:
       RunError: when features are too large for `dtype`, or what the extractor raises.
     """
-    features = np.empty((len(images_u8), num_features), np.float32)
+    features = _empty(len(images_u8), num_features)
     chunks = chunks_of(len(features))
     with open_entry(directory / key[:32], features.shape, dtype, about or {}, share.count > 1, say) as entry:
         missing = entry.read(features, chunks)
@@ -125,7 +129,15 @@ def cached_features(
             share.barrier()
             theirs = entry.read(features, [rows for rows in missing if rows not in mine])
             compute(theirs, len(features) - num_rows(theirs))
+    features.flags.writeable = False
     return features
+
+
+def _empty(num: int, num_features: int) -> Float32[np.ndarray, "n features"]:
+    """Memory that JAX takes as it is where its device is the CPU: that is none of another alignment."""
+    memory = np.empty(num * num_features * 4 + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num * num_features * 4].view(np.float32).reshape(num, num_features)
 
 
 def _counted_from(before: int, on_images: Callable[[int], None]) -> Callable[[int], None]:

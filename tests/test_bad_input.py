@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cifar_jax import files, job, run_dir
+from cifar_jax import extraction, files, job, run_dir
 from cifar_jax.checkpoint import load_checkpoint
 from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.data import balanced_subset, epoch_batches, hold_out

@@ -175,6 +175,12 @@ def test_features_of_zeros_are_kept_and_missing_ones_are_not_zeros(tmp_path):
     assert starts == [CHUNK_ROWS] and features[CHUNK_ROWS : 2 * CHUNK_ROWS].any() and not features[:CHUNK_ROWS].any()
 
 
+def test_jax_takes_the_features_without_a_copy(tmp_path):
+    features, _ = get(tmp_path)
+    assert jax.device_put(features).unsafe_buffer_pointer() == features.ctypes.data
+    assert not features.flags.writeable
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_smaller_types_round_the_first_time_too(tmp_path, dtype):
     first, _ = get(tmp_path, dtype=dtype)
