@@ -5,7 +5,10 @@ every device, the examples of a step are divided between them, and XLA puts in t
 gradients and metrics, and where BatchNorm normalises by the batch those of its statistics.
 """
 
+from typing import Any
+
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -18,7 +21,7 @@ def make_mesh(devices: int | None = 1) -> Mesh:
     """The devices of a run in one row.
 
     Args:
-      devices: how many of this process's devices; all if None, but on a CPU, whose devices share its cores, one.
+      devices: how many of each process; all if None, but on a CPU, whose devices share its cores, one.
 
     Raises:
       UserError: when there are fewer.
@@ -30,17 +33,32 @@ def make_mesh(devices: int | None = 1) -> Mesh:
     if devices > len(here):
         how = "; set JAX_NUM_CPU_DEVICES to divide the CPU into more" if platform == "cpu" else ""
         raise UserError(f"--devices {devices} cannot be: JAX has {len(here)} {platform} device(s) here{how}.")
-    return Mesh(here[:devices], (AXIS,), axis_types=(AxisType.Auto,))
+    of_process = [[d for d in jax.devices() if d.process_index == process] for process in range(jax.process_count())]
+    return Mesh([d for theirs in of_process for d in theirs[:devices]], (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
     """The arrays, whole on every device. Those that lie so already stay where they are."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return _place(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def shard(mesh: Mesh, tree: PyTree, axis: int = 0) -> PyTree:
     """The arrays, divided between the devices along an axis, whose size must be a multiple of their number."""
-    return jax.device_put(tree, rows_sharding(mesh, axis))
+    return _place(tree, rows_sharding(mesh, axis))
+
+
+def _place(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    # Every process has the whole array, of which it places what its devices need; device_put would compare them all.
+    def place(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(place, tree)
 
 
 def rows_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
