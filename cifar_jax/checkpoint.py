@@ -131,11 +131,14 @@ def _checkpointer() -> Iterator[Any]:
     # Imported here: it takes longer to import than a head to load, and most of the library has no use for it.
     import orbax.checkpoint as ocp
 
+    # One process alone writes and reads a run's files: Orbax need not wait for the others.
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(own, {own}, barrier_sync_key_prefix=str(own))
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # what goes wrong is raised, and need not be logged by Orbax's threads as well
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
             yield checkpointer
     finally:
         logger.setLevel(level)

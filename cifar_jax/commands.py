@@ -27,10 +27,13 @@ def train(arguments: list[str]) -> int:
     """Trains; 0, or 130 after Ctrl-C."""
     from cifar_jax import job
     from cifar_jax.environment import unused_accelerator
+    from cifar_jax.processes import is_first, join
+    from cifar_jax.reporter import Silent
     from cifar_jax.run_dir import SUMMARY, read_json
 
     config = parse_train(arguments)
-    reporter = ConsoleReporter(config.progress)
+    join()
+    reporter = ConsoleReporter(config.progress) if is_first() else Silent()
     use_compile_cache(config.cache_dir, reporter.say)
     if warning := unused_accelerator():
         reporter.warn(warning)
@@ -40,7 +43,8 @@ def train(arguments: list[str]) -> int:
         done = f"{stop.epochs_done} of {config.epochs} epochs were done"
         reporter.say(f"Interrupted: {done}; what there is lies in {stop.path}.")
         return INTERRUPTED
-    reporter.closing(out, read_json(out / SUMMARY))
+    if isinstance(reporter, ConsoleReporter):
+        reporter.closing(out, read_json(out / SUMMARY))
     return 0
 
 

@@ -1,8 +1,10 @@
 """The main job from end to end: data, backbone, features, training, evaluation, pictures, the run directory."""
 
 import contextlib
+import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +22,13 @@ from cifar_jax.optimizer import make_schedule
 from cifar_jax.parallel import make_mesh
 from cifar_jax.pretrained import UNTRAINED, Backbone, load_backbone, random_backbone
 from cifar_jax.pretrained.untrained import calibration_images
+from cifar_jax.processes import arrays_from_first, from_first, is_first, require_same
 from cifar_jax.profiling import profiled
 from cifar_jax.reporter import Reporter, Silent
 from cifar_jax.resume import epochs_done, is_finished, load_state, read_rows
 from cifar_jax.routes import Job, Route, check_divisible, make_route
 from cifar_jax.run_dir import CHECKPOINTS, check_run_dir, default_run_dir
-from cifar_jax.run_writer import Clock, RunWriter
+from cifar_jax.run_writer import Clock, NoWriter, RunWriter
 from cifar_jax.training import TrainState
 
 
@@ -79,6 +82,8 @@ def make_untrained(config: TrainConfig, train: Dataset, reporter: Reporter) -> B
 def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
     """Runs the whole job, traced where `config.profile` asks for it.
 
+    Where there are several processes, it runs in all of them, of which the first one says and writes things.
+
     Args:
       config: what to do.
       reporter: who is told about it.
@@ -91,28 +96,28 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
       RunError: when the job failed; what was done until then is in the run directory.
       Interrupted: when Ctrl-C came.
     """
-    reporter = reporter or Silent()
+    reporter = reporter if reporter and is_first() else Silent()
     with profiled(config.profile, reporter.say):
         return _train(config, reporter)
 
 
 def _train(config: TrainConfig, reporter: Reporter) -> Path:
-    out = Path(config.out) if config.out else default_run_dir(config)
-    done = epochs_done(out, config) if config.resume else None
-    if is_finished(out, config, done):
-        reporter.say(f"The run in {out} is finished; there is nothing to resume.")
-        return out
-    check_run_dir(out, config, resumes=done is not None)
     mesh = make_mesh(config.devices)
     check_divisible(config, mesh)
+    found = from_first(lambda: _find_run(config))
+    out, done = Path(found["out"]), found["done"]
+    if found["finished"]:
+        reporter.say(f"The run in {out} is finished; there is nothing to resume.")
+        return out
     clock = Clock()
     problem, backbone = load_problem_and_backbone(config, reporter, clock)
+    _require_same(config, problem, backbone)
     image_size = network_image_size(config, backbone)
     reporter.header(_header(config, problem, backbone, image_size, out, mesh.size))
     if done:
         reporter.say(f"The run in {out} goes on after epoch {done}.")
-    history = read_rows(out, done) if done else []
-    writer = RunWriter(out, config, problem, backbone, image_size, clock, history)
+    history = [EpochRow(**row) for row in found["rows"]]
+    writer = (RunWriter if is_first() else NoWriter)(out, config, problem, backbone, image_size, clock, history)
     try:
         with undisturbed():
             writer.start(resumes=done is not None)
@@ -125,7 +130,7 @@ def _train(config: TrainConfig, reporter: Reporter) -> Path:
             val = route.evaluate_val(trained.params, trained.batch_stats)
             test = route.evaluate_test(trained.params, trained.batch_stats) if problem.held_out else val
         with clock("pictures"):
-            writer.pictures(partial(route.val_probabilities, trained), val)
+            writer.pictures(partial(route.val_probabilities, jax.device_get(trained)), val)
         writer.finish("complete", val, test)
     except KeyboardInterrupt:
         with undisturbed():
@@ -139,6 +144,29 @@ def _train(config: TrainConfig, reporter: Reporter) -> Path:
             writer.finish("failed")
         raise
     return out
+
+
+def _find_run(config: TrainConfig) -> dict[str, Any]:
+    """Where the run is, how many epochs of it are done (None where there is no run), and their figures; as JSON.
+
+    Raises:
+      UserError: when it can be neither begun nor gone on with.
+    """
+    out = Path(config.out) if config.out else default_run_dir(config)
+    done = epochs_done(out, config) if config.resume else None
+    finished = is_finished(out, config, done)
+    if not finished:
+        check_run_dir(out, config, resumes=done is not None)
+    rows = read_rows(out, done) if done and not finished else []
+    return {"out": str(out), "done": done, "finished": finished, "rows": [row._asdict() for row in rows]}
+
+
+def _require_same(config: TrainConfig, problem: Problem, backbone: Backbone) -> None:
+    """Sees to it that processes which train together do the same; where files lie may differ."""
+    if jax.process_count() > 1:
+        options = {k: v for k, v in config.to_json().items() if k not in ("weights", "data_dir", "cache_dir", "out")}
+        data = [part.fingerprint() for part in (problem.train, problem.val, problem.test)]
+        require_same({"options": json.dumps(options), "data": json.dumps(data), "weights": backbone.sha256})
 
 
 def network_image_size(config: TrainConfig, backbone: Backbone) -> int:
@@ -161,8 +189,11 @@ def _fit(job: Job, route: Route) -> TrainState:
     config, writer, checkpoints = job.config, job.writer, job.writer.out / CHECKPOINTS
     state, done, best = route.state, len(writer.history), []
     if done:
-        state = load_state(checkpoints, state, done)
-        best = [load_state(checkpoints, state, writer.selected_epoch)]
+        state, selected = (
+            arrays_from_first(load_state(checkpoints, state, epoch) if is_first() else state)
+            for epoch in (done, writer.selected_epoch)
+        )
+        best = [selected]
 
     def on_epoch(row: EpochRow, state: TrainState) -> None:
         with undisturbed():

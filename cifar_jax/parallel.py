@@ -6,8 +6,10 @@ gradients and metrics, and where BatchNorm normalises by the batch those of its 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -20,7 +22,7 @@ def make_mesh(devices: int | None = 1) -> Mesh:
     """The devices of a run in one row.
 
     Args:
-      devices: how many of this process's devices; all if None, but on a CPU, whose devices share its cores, one.
+      devices: how many of each process; all if None, but on a CPU, whose devices share its cores, one.
 
     Raises:
       UserError: when there are fewer.
@@ -32,7 +34,8 @@ def make_mesh(devices: int | None = 1) -> Mesh:
     if devices > len(here):
         how = "; set JAX_NUM_CPU_DEVICES to divide the CPU into more" if platform == "cpu" else ""
         raise UserError(f"--devices {devices} cannot be: JAX has {len(here)} {platform} device(s) here{how}.")
-    return mesh_of(here[:devices])
+    of_process = [[d for d in jax.devices() if d.process_index == process] for process in range(jax.process_count())]
+    return mesh_of([device for theirs in of_process for device in theirs[:devices]])
 
 
 def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
@@ -42,12 +45,26 @@ def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
 
 def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
     """The arrays, whole on every device. Those that lie so already stay where they are."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return _place(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def shard(mesh: Mesh, tree: PyTree, axis: int = 0) -> PyTree:
     """The arrays, divided between the devices along an axis, whose size must be a multiple of their number."""
-    return jax.device_put(tree, rows_sharding(mesh, axis))
+    return _place(tree, rows_sharding(mesh, axis))
+
+
+def _place(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    # Every process has the whole array, of which it places what its devices need; device_put would compare them all.
+    def place(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(place, tree)
 
 
 def rows_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:

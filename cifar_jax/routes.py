@@ -31,6 +31,7 @@ from cifar_jax.head import HeadParams, init_head
 from cifar_jax.keys import stream_key
 from cifar_jax.optimizer import make_optimizer
 from cifar_jax.pretrained import Backbone
+from cifar_jax.processes import gather, own_rows
 from cifar_jax.reporter import Reporter
 from cifar_jax.run_writer import RunWriter
 from cifar_jax.training import StepMetrics, TrainState, init_state
@@ -94,11 +95,12 @@ def _cached(job: Job) -> Route:
             config,
             backbone,
             image_size,
-            datasets,
+            {name: own_part(dataset) for name, dataset in datasets.items()},
             say=reporter.say,
             progress=partial(_bar, job),
             timed=writer.extracting,
         )
+        features = {name: gather(own, len(datasets[name].labels)) for name, own in features.items()}
     train, val, test = (features[name] for name in ("training images", f"{problem.val_name} images", "test images"))
     tx = make_optimizer(config, job.steps_per_epoch)
     return Route(
@@ -108,6 +110,12 @@ def _cached(job: Job) -> Route:
         cached_evaluator(test, problem.test.labels, mesh=mesh),
         lambda state, indices: probabilities(state.params, np.asarray(val[indices])),
     )
+
+
+def own_part(dataset: Dataset) -> Dataset:
+    """The examples whose features this process extracts, and keeps in a cache of its own."""
+    rows = own_rows(len(dataset.labels))
+    return Dataset(dataset.images[rows], dataset.labels[rows])
 
 
 def _live(job: Job) -> Route:

@@ -128,13 +128,15 @@ class RunWriter:
 
     def checkpoint(self, state: TrainState) -> None:
         """Keeps the state of the last epoch, from which a run can go on, and that of the selected one."""
-        parts = checkpoint_parts(state)
+        # On the host: what lies on the devices of several processes would be theirs to write together.
+        parts = jax.device_get(checkpoint_parts(state))
         save_checkpoint(self.out / CHECKPOINTS, len(self.history), parts, keep=[self.selected_epoch])
 
     def diverged(self, state: TrainState) -> None:
         """Keeps the state of the step before, from which no run can go on, unless held-out images chose another."""
         if not (self.problem.held_out and self.history):
-            save_checkpoint(self.out / CHECKPOINTS, len(self.history), checkpoint_parts(state, resumable=False))
+            parts = jax.device_get(checkpoint_parts(state, resumable=False))
+            save_checkpoint(self.out / CHECKPOINTS, len(self.history), parts)
         self.finish("diverged")
 
     def _keep_trained_backbone(self) -> None:
@@ -247,6 +249,31 @@ class RunWriter:
             "device": device_description(make_mesh(self.config.devices).size),
             "packages": package_versions(),
         }
+
+
+class NoWriter(RunWriter):
+    """What a process keeps of a run that another one writes: the same history, and no file."""
+
+    def start(self, resumes: bool) -> None:
+        """Nothing."""
+
+    def _write_metrics(self) -> None:
+        """Nothing."""
+
+    def checkpoint(self, state: TrainState) -> None:
+        """Nothing."""
+
+    def diverged(self, state: TrainState) -> None:
+        """Nothing."""
+
+    def samples(self) -> None:
+        """Nothing."""
+
+    def pictures(self, val_probabilities: Callable[..., Any], val: EvalResult) -> None:
+        """Nothing."""
+
+    def finish(self, status: str, val: EvalResult | None = None, test: EvalResult | None = None) -> None:
+        """Nothing."""
 
 
 def _scores(name: str, result: EvalResult) -> dict[str, Any]:

@@ -1,0 +1,121 @@
+"""Two processes on one machine: the run that one of them would make, written once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import command, is_one_error, narrow_networks
+from two_processes import JOB
+
+from cifar_jax import job
+from cifar_jax.checkpoint import list_checkpoints
+from cifar_jax.cli import main
+from cifar_jax.run_dir import CHECKPOINTS, CONTENTS
+from cifar_jax.run_writer import RunWriter
+
+HERE = Path(__file__).parent
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """The directory that two processes have worked in, and what each wrote to its terminal."""
+    directory = tmp_path_factory.mktemp("together")
+    address = f"localhost:{free_port()}"
+    usual = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, HERE / "two_processes.py", directory],
+            cwd=HERE.parent,
+            env=usual
+            | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu"}
+            | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(own)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for own in (0, 1)
+    ]
+    written = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], written
+    return directory, written
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same two epochs in one process."""
+    directory, states, usual = tmp_path_factory.mktemp("alone"), [], job._fit
+    with pytest.MonkeyPatch.context() as patch:
+        narrow_networks(patch)
+        patch.setattr(RunWriter, "samples", lambda self: None)
+        patch.setattr(RunWriter, "pictures", lambda *_: None)
+        patch.setattr(job, "_fit", lambda *args: states.append(usual(*args)) or states[-1])
+        arguments = ["train", *JOB, str(directory / "cache"), "--epochs", "2", "--out", str(directory / "run")]
+        assert main(arguments) == 0
+    return directory / "run", jax.tree.leaves(states[-1].params)
+
+
+def rows_of(run):
+    return [json.loads(line) | {"seconds": 0} for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_processes_agree(together):
+    directory, _ = together
+    for own in (0, 1):
+        found = json.loads((directory / f"process{own}.json").read_text())
+        assert found["count"] == 2 and found["value"] == {"process": 0} and found["error"] == "No."
+        assert "differ in weights;" in found["differ"]
+        assert found["share"] == (4, 3)[own] and found["gathered"] and found["arrays"] == [0, 0]
+        # Trained, gone on with, and refused as the run is there already: both alike.
+        assert found["codes"] == [0, 0, 2]
+
+
+def test_both_have_the_parameters_that_one_process_has(together, alone):
+    directory, _ = together
+    first, second = (np.load(directory / f"process{own}.npz") for own in (0, 1))
+    for name, expected in zip(first.files, alone[1], strict=True):
+        np.testing.assert_array_equal(first[name], second[name])
+        np.testing.assert_allclose(first[name], expected, rtol=1e-5, atol=1e-7)
+    for ours, expected in zip(rows_of(directory / "run"), rows_of(alone[0]), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_run_is_written_once(together):
+    directory, written = together
+    assert {path.name for path in (directory / "run").iterdir()} == set(CONTENTS) - {"samples.png"}
+    assert [path.name for path in list_checkpoints(directory / "run" / CHECKPOINTS)] == ["0002"]
+    summary = json.loads((directory / "run" / "summary.json").read_text())
+    assert summary["status"] == "complete" and summary["num_train"] == 127
+    assert summary["device"].endswith("2 of 2 devices")
+    (out, _), (other_out, other_err) = written
+    assert "epoch 2/2" in out and "epoch" not in other_out
+    lines = [line for line in other_err.splitlines() if "Gloo" not in line]
+    assert len(lines) == 1 and "already holds a run" in lines[0], other_err
+
+
+@pytest.mark.parametrize(
+    ("variables", "parts"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:1"}, ["$JAX_COORDINATOR_ADDRESS asks", "$JAX_NUM_PROCESSES too"]),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, ["$JAX_COORDINATOR_ADDRESS too"]),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+            ["cannot join the others", "two", "check $JAX_COORDINATOR_ADDRESS"],
+        ),
+    ],
+)
+def test_half_an_answer_is_refused(monkeypatch, capsys, variables, parts):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    is_one_error(command(capsys, "train", *JOB, "unused"), 2, *parts)

@@ -1,0 +1,69 @@
+"""Run by test_distributed.py, the same in each of two processes: `two_processes.py DIRECTORY`."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import TINY, narrow_networks
+
+from cifar_jax import job, processes
+from cifar_jax.cli import main
+from cifar_jax.errors import UserError
+from cifar_jax.run_writer import RunWriter
+
+JOB = (*TINY, "--schedule", "constant", "--train-examples", "127", "--cache-dir")
+
+
+def sentence(call):
+    """The error that both processes end with."""
+    with pytest.raises(UserError) as raised:
+        call()
+    return str(raised.value)
+
+
+def refuse():
+    raise UserError("No.")
+
+
+def exchange():
+    """What the first says, all know; what they differ in, all are told; shares make a whole."""
+    own = jax.process_index()
+    rows = np.arange(14, dtype=np.float32).reshape(7, 2)
+    share = rows[processes.own_rows(7)]
+    return {
+        "count": jax.process_count(),
+        "value": processes.from_first(lambda: {"process": own}),
+        "error": sentence(lambda: processes.from_first(refuse)),
+        "differ": sentence(lambda: processes.require_same({"data": "a", "weights": str(own)})),
+        "share": len(share),
+        "gathered": np.array_equal(processes.gather(share, 7), rows),
+        "arrays": processes.arrays_from_first([np.full(2, own, np.int32)])[0].tolist(),
+    }
+
+
+def run(directory):
+    """One epoch, and another by a second command; the run is not begun a second time."""
+    out, found = directory / f"process{jax.process_index()}", exchange()
+    train = ["train", *JOB, str(directory / "cache"), "--out", str(directory / "run")]
+    usual = job._fit
+
+    def kept(*arguments):
+        state = usual(*arguments)
+        np.savez(out, *jax.tree.leaves(jax.device_get(state.params)))
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        narrow_networks(patch)
+        patch.setattr(job, "_fit", kept)
+        patch.setattr(RunWriter, "samples", lambda self: None)
+        commands = (["--epochs", "1"], ["--epochs", "2", "--resume"], [])
+        found["codes"] = [main([*train, *more]) for more in commands]
+    out.with_suffix(".json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    processes.join()
+    run(Path(sys.argv[1]))
