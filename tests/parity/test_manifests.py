@@ -6,7 +6,7 @@ import pytest
 from golden.published import MANIFESTS, Manifest
 from make_manifests import of_keras, of_torch, to_json
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 
 def test_manifests_are_what_keras_writes(libs: dict[str, ModuleType]) -> None:
