@@ -66,7 +66,7 @@ def make_extractor(
       devices: of one platform; all of this process if None.
 
     Raises:
-      RunError: when the backbone has a value that is not finite; the extractor itself, when features are not.
+      RunError: when the backbone has a value that is not finite, folded or not; the extractor, when features are not.
 
     Example:
       >>> features = make_extractor(backbone)(splits.test.images)  # doctest: +SKIP

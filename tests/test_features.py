@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from conftest import relative_difference
 
+from cifar_jax import features as features_module
 from cifar_jax.errors import RunError
 from cifar_jax.features import extract, make_extractor
+from cifar_jax.inference import features_of
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.resnet import ResNetConfig
 
@@ -58,6 +60,21 @@ def test_broken_weights_are_noticed(backbone, shapes):
 
 def test_features_that_overflow_are_noticed(backbone, shapes):
     huge = jax.tree.map(np.array, backbone.variables)
-    huge["params"]["stage2_block1"]["bn3"]["scale"][:] = 3e38
+    block = huge["params"]["stage2_block1"]
+    block["bn3"]["bias"][:] = block["bn_proj"]["bias"][:] = 3e38
     with pytest.raises(RunError, match="not finite for images 0 to 3"):
         make_extractor(backbone.replace(variables=huge))(shapes.images[:4])
+
+
+def test_each_extractor_compiles_once(backbone, shapes, monkeypatch):
+    traces = []
+
+    def traced(prepared, images):
+        traces.append(images.shape)
+        return features_of(prepared, images)
+
+    monkeypatch.setattr(features_module, "features_of", traced)
+    extractor = make_extractor(backbone, batch_size=8)
+    for num in (21, 8, 40):
+        extractor(shapes.images[:num])
+    assert traces == [(8, *shapes.images.shape[1:])]

@@ -1,0 +1,86 @@
+"""The folded network against the plain one, for every variant and in every form that a platform takes."""
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+from conftest import relative_difference
+
+from cifar_jax.errors import RunError
+from cifar_jax.features import extract
+from cifar_jax.inference import features_of, prepare
+from cifar_jax.pretrained import random_backbone
+from cifar_jax.resnet import ResNetConfig
+
+SMALL = ResNetConfig(stage_sizes=(1, 2), width=8)
+VARIANTS = {
+    "keras": SMALL,
+    "stride in 3x3, no bias": ResNetConfig(stage_sizes=(1, 2), width=8, stride_in_1x1=False, conv_bias=False),
+    "unpadded pool": ResNetConfig(stage_sizes=(1, 2), width=8, pool_padding=0),
+    "four stages, odd width": ResNetConfig(stage_sizes=(1, 1, 1, 1), width=5, stride_in_1x1=False),
+}
+
+
+def make_backbone(shapes, config, image_size=64):
+    """Calibrated, with channels whose variance is so small that epsilon counts and folded kernels are large."""
+    backbone = random_backbone(jax.random.key(0), shapes.images[:32], config, image_size)
+    variables = jax.tree.map(np.array, backbone.variables)
+    params, stats = variables["params"], variables["batch_stats"]
+    for conv, norm, where in (
+        ("stem_conv", "stem_bn", (params, stats)),
+        ("conv2", "bn2", (params["stage1_block1"], stats["stage1_block1"])),
+    ):
+        kernel, stat = where[0][conv]["kernel"], where[1][norm]
+        shrink = np.sqrt(1e-5 / stat["var"][:3])  # the layer's own output shrinks along, so that it stays of order one
+        kernel[..., :3] *= shrink
+        if "bias" in where[0][conv]:
+            where[0][conv]["bias"][:3] *= shrink
+        stat["mean"][:3] *= shrink
+        stat["var"][:3] = 1e-5
+    return backbone.replace(variables=variables)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_folded_features_are_the_plain_ones(shapes, name, platform):
+    backbone, images = make_backbone(shapes, VARIANTS[name]), shapes.images[:4]
+    features = jax.jit(features_of)(prepare(backbone, platform=platform), images)
+    assert features.dtype == np.float32
+    assert relative_difference(features, extract(backbone, images)) < 1e-5
+
+
+@pytest.mark.parametrize("image_size", [32, 96])
+def test_any_image_size(shapes, image_size):
+    backbone, images = make_backbone(shapes, VARIANTS["four stages, odd width"]), shapes.images[:3]
+    features = jax.jit(features_of)(prepare(backbone, image_size), images)
+    assert relative_difference(features, extract(backbone, images, image_size)) < 1e-5
+
+
+def test_epsilon_counts(shapes):
+    backbone = make_backbone(shapes, SMALL)
+    other = backbone.replace(config=ResNetConfig(stage_sizes=(1, 2), width=8, bn_epsilon=1e-3))
+    images = shapes.images[:2]
+    assert relative_difference(features_of(prepare(other), images), extract(backbone, images)) > 1e-3
+
+
+def test_bfloat16_is_near(shapes):
+    backbone, images = make_backbone(shapes, SMALL), shapes.images[:4]
+    features = jax.jit(features_of)(prepare(backbone, precision="bfloat16"), images)
+    assert features.dtype == np.float32
+    assert 1e-5 < relative_difference(features, extract(backbone, images)) < 0.05
+
+
+def test_what_overflows_when_folded_is_noticed(shapes):
+    backbone = make_backbone(shapes, SMALL)
+    huge = jax.tree.map(np.array, backbone.variables)
+    huge["params"]["stage2_block1"]["bn3"]["scale"][:] = 3e38
+    huge["batch_stats"]["stage2_block1"]["bn3"]["var"][:] = 1e-5
+    with pytest.raises(RunError, match="overflows in stage2_block1/conv3/kernel"):
+        prepare(backbone.replace(variables=huge))
+
+
+@pytest.mark.parametrize(("platform", "lowered_for"), [("cpu", "cpu"), ("gpu", "cuda"), ("tpu", "tpu")])
+def test_the_platform_is_that_of_the_argument(shapes, platform, lowered_for):
+    prepared = prepare(make_backbone(shapes, SMALL), platform=platform)
+    program = jax.export.export(jax.jit(features_of), platforms=[lowered_for])(prepared, shapes.images[:2])
+    assert ("reduce_window" in program.mlir_module()) == (platform != "cpu")
