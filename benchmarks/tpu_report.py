@@ -7,10 +7,10 @@ and a call, and the images a second are the bound that a v5e's peak rates put on
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import os
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,16 @@ import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.hlo import collectives
 from cifar_jax.config import TrainConfig
 from cifar_jax.environment import package_versions
-from cifar_jax.features import extract
 from cifar_jax.files import write_json
 from cifar_jax.finetune import init_finetune, make_finetune_loss, make_finetune_step, make_network
 from cifar_jax.head import init_head
-from cifar_jax.parallel import AXIS, rows_sharding
+from cifar_jax.inference import features_of, prepare
+from cifar_jax.parallel import mesh_of, rows_sharding
 from cifar_jax.preprocess import CAFFE
 from cifar_jax.pretrained import Backbone
 from cifar_jax.pretrained.merge import variable_shapes
@@ -53,35 +53,41 @@ TX = optax.sgd(0.01, momentum=0.9)
 RESULTS = Path(__file__).parent / "results" / "tpu.json"
 
 
-def shapes_on(mesh: Mesh, make: Any, rows: bool = False) -> Any:
-    """What `make` makes, as shapes that lie on the mesh, whole on each chip or with their rows divided."""
+def shapes_on(mesh: Mesh, tree: Any, rows: bool = False) -> Any:
+    """Arrays or shapes as shapes that lie on the mesh, whole on each chip or with their rows divided."""
     sharding = rows_sharding(mesh) if rows else NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), jax.eval_shape(make))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def backbone() -> Backbone:
     """A ResNet50 of Keras's kind, its values of no account."""
-    shapes = variable_shapes(NETWORK)
-    return Backbone(NETWORK, CAFFE, IMAGE_SIZE, unflatten_dict({path: jnp.zeros(s) for path, s in shapes.items()}))
+    shapes = variable_shapes(NETWORK).items()
+    variables = unflatten_dict({path: np.zeros(shape, np.float32) for path, shape in shapes})
+    return Backbone(NETWORK, CAFFE, IMAGE_SIZE, variables)
 
 
 def batch(size: int) -> Batch:
     """Images as they come from the data set."""
-    return Batch(jnp.zeros((size, 32, 32, 3), jnp.uint8), jnp.zeros(size, jnp.int32), jnp.zeros(size))
+    return jax.eval_shape(
+        lambda: Batch(jnp.zeros((size, 32, 32, 3), jnp.uint8), jnp.zeros(size, jnp.int32), jnp.zeros(size))
+    )
 
 
 def extraction(mesh: Mesh, per_chip: int) -> Any:
-    """Features of images."""
-    images = shapes_on(mesh, lambda: batch(per_chip * mesh.size).inputs, rows=True)
-    run = jax.jit(partial(extract, image_size=IMAGE_SIZE, precision=PRECISION))
-    return run.lower(shapes_on(mesh, backbone), images)
+    """Features of images, as `make_extractor` has them compiled."""
+    images = shapes_on(mesh, batch(per_chip * mesh.size).inputs, rows=True)
+    return jax.jit(features_of).lower(shapes_on(mesh, prepare(backbone(), None, PRECISION, "tpu")), images)
 
 
 def live_step(mesh: Mesh, per_chip: int) -> Any:
     """A step of the head through the frozen backbone."""
-    carry = shapes_on(mesh, lambda: (init_state(init_head(jax.random.key(0), NETWORK.features), TX), jnp.array(True)))
-    examples, key = shapes_on(mesh, lambda: batch(per_chip * mesh.size), rows=True), jax.random.key(0)
-    return make_live_step(TX, IMAGE_SIZE, PRECISION).lower(carry, shapes_on(mesh, backbone), examples, key)
+
+    def carry() -> Any:
+        return init_state(init_head(jax.random.key(0), NETWORK.features), TX), jnp.array(True)
+
+    step, examples = make_live_step(TX, IMAGE_SIZE, PRECISION), shapes_on(mesh, batch(per_chip * mesh.size), rows=True)
+    now = shapes_on(mesh, jax.eval_shape(carry))
+    return step.lower(now, shapes_on(mesh, backbone()), examples, jax.random.key(0))
 
 
 def finetune_step(mesh: Mesh, per_chip: int) -> Any:
@@ -93,8 +99,8 @@ def finetune_step(mesh: Mesh, per_chip: int) -> Any:
         head = init_head(jax.random.key(0), NETWORK.features)
         return init_finetune(backbone().variables, head, TX), jnp.array(True)
 
-    examples, key = shapes_on(mesh, lambda: batch(per_chip * mesh.size), rows=True), jax.random.key(0)
-    return step.lower(shapes_on(mesh, carry), examples, key)
+    examples = shapes_on(mesh, batch(per_chip * mesh.size), rows=True)
+    return step.lower(shapes_on(mesh, jax.eval_shape(carry)), examples, jax.random.key(0))
 
 
 # Images a chip and call: as many as the extractor takes by default, and in training of all layers what memory holds.
@@ -104,7 +110,7 @@ PROGRAMS = {"extraction": (extraction, 256), "live step": (live_step, 256), "fin
 def report(topology: str, program: str) -> dict[str, Any]:
     """Compiles a program for a topology. Returns its row of the table."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+    mesh = mesh_of(devices)
     lower, per_chip = PROGRAMS[program]
     start = time.perf_counter()
     compiled = lower(mesh, per_chip).compile()
@@ -162,11 +168,6 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    rows = []
-    for topology in options.topologies:
-        for program in options.programs:
-            rows.append(report(topology, program))
-            print(f"{program} for {topology}: compiled in {rows[-1]['compile_seconds']:.0f} s", flush=True)
     about = {
         "what": "the TPU compiler's estimate for a chip and a call, and the bound of its peak rates; not a measurement",
         "network": f"ResNet50 at {IMAGE_SIZE}x{IMAGE_SIZE}, {PRECISION}",
@@ -175,7 +176,12 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.out, about | {"rows": rows})
+    rows: list[dict[str, Any]] = []
+    for topology, program in itertools.product(options.topologies, options.programs):
+        rows.append(report(topology, program))
+        # Minutes each: what is done is kept, should the rest not come to be.
+        write_json(options.out, about | {"rows": rows})
+        print(f"{program} for {topology}: compiled in {rows[-1]['compile_seconds']:.0f} s", flush=True)
     print(f"\n{about['network']}: {about['what']}.\n\n{table(rows)}")
 
 

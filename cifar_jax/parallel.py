@@ -54,10 +54,10 @@ def shard(mesh: Mesh, tree: PyTree, axis: int = 0) -> PyTree:
 
 
 def _place(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    if jax.process_count() == 1:
+    if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
-    # Every process has the whole array, of which it places what its devices need; device_put would compare them all.
+    # Every process has the whole array, and places what its devices need of it; device_put would compare them all.
     def place(leaf: Any) -> jax.Array:
         if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
             return leaf
