@@ -106,7 +106,7 @@ def written_below(directory):
 @pytest.mark.parametrize(
     ("typed", "parts"),
     [
-        (["trian"], ["There is no command 'trian'", "train, evaluate, predict, info"]),
+        (["trian"], ["There is no command 'trian'", "train, evaluate, predict, features, info"]),
         (["--epochs", "3"], ["There is no command '--epochs'"]),
         ([""], ["There is no command ''"]),
         (["evaluate"], ["Missing", "the run directory"]),
