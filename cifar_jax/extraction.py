@@ -1,7 +1,9 @@
 """Features of the data sets of a configuration: from the cache, or computed and kept there, with a bar."""
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,11 @@ from jaxtyping import Float32, UInt8
 from cifar_jax.cache_contents import FEATURES, limit_features
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
-from cifar_jax.feature_cache import Share, cached_features, features_key
+from cifar_jax.feature_cache import cached_features, features_key
 from cifar_jax.features import make_extractor
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained import Backbone
 from cifar_jax.pretrained.registry import Progress, no_progress
-
-ALONE = Share()
 
 
 def dataset_features(
@@ -28,7 +28,6 @@ def dataset_features(
     say: Callable[[str], None] = lambda _: None,
     progress: Progress = no_progress,
     timed: Callable[[int], AbstractContextManager[Any]] = nullcontext,
-    share: Share = ALONE,
 ) -> dict[str, Float32[np.ndarray, "n features"]]:
     """Features of data sets by name; afterwards the cache is brought down to `--cache-limit`.
 
@@ -40,12 +39,12 @@ def dataset_features(
       say: is called with each sentence that the user should see.
       progress: makes the bar that shows how far a data set is.
       timed: a context for each piece of work, given the number of its images.
-      share: what this process computes, where there are several.
 
     Raises:
       RunError: when the backbone or its features have values that cannot be.
     """
-    extractor = make_extractor(backbone, image_size, config.precision, config.extract_batch_size)
+    # Made when the first image needs it: where all features are kept, the network is not even put on the devices.
+    make = functools.cache(partial(make_extractor, backbone, image_size, config.precision, config.extract_batch_size))
     root, features, used = cache_root(config.cache_dir), {}, []
     about = {"backbone": backbone.source, "image_size": image_size, "precision": config.precision}
 
@@ -53,7 +52,7 @@ def dataset_features(
         images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] = lambda _: None
     ) -> Float32[np.ndarray, "n features"]:
         with timed(len(images_u8)):
-            return extractor(images_u8, on_images)
+            return make()(images_u8, on_images)
 
     for name, dataset in datasets.items():
         key = features_key(backbone, image_size, config.precision, dataset.images, config.feature_dtype)
@@ -66,7 +65,6 @@ def dataset_features(
                 backbone.config.features,
                 dtype=config.feature_dtype,
                 about={"data": f"{config.dataset} {name}", **about},
-                share=share,
                 say=say,
                 on_images=bar,
             )

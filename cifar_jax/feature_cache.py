@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from cifar_jax.errors import RunError
-from cifar_jax.feature_store import CHUNK_ROWS, chunks_of, num_rows, open_entry
+from cifar_jax.feature_store import chunks_of, num_rows, open_entry
 from cifar_jax.features import Extractor
 from cifar_jax.files import sha256_of_arrays, sha256_of_file
 from cifar_jax.pretrained.backbone import Backbone
@@ -28,18 +28,6 @@ _ALIGNMENT = 64  # bytes
 _CODE = ("features.py", "inference.py", "preprocess.py", "resnet.py")
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one of several processes computes of the features: of each `count` chunks the one at `index`.
-
-    `barrier` returns when all of them have called it; from then on each reads what the others computed.
-    """
-
-    index: int = 0
-    count: int = 1
-    barrier: Callable[[], None] = lambda: None
 
 
 def features_key(
@@ -79,7 +67,6 @@ def cached_features(
     *,
     dtype: str = "float32",
     about: Mapping[str, Any] | None = None,
-    share: Share = Share(),
     say: Say = lambda _: None,
     on_images: Callable[[int], None] = lambda _: None,
 ) -> Float32[np.ndarray, "n features"]:
@@ -97,7 +84,6 @@ def cached_features(
       num_features: how many features an image has.
       dtype: what they are kept in: `float32`, `float16` or `bfloat16`. They come rounded to it, also the first time.
       about: JSON values kept beside them for whoever looks at the cache.
-      share: what this process computes, where there are several.
       say: is called with each sentence that the user should see.
       on_images: is called with the number of images that are done.
 
@@ -109,26 +95,17 @@ def cached_features(
     """
     features = _empty(len(images_u8), num_features)
     chunks = chunks_of(len(features))
-    with open_entry(directory / key[:32], features.shape, dtype, about or {}, share.count > 1, say) as entry:
+    with open_entry(directory / key[:32], features.shape, dtype, about or {}, say) as entry:
         missing = entry.read(features, chunks)
         done = len(features) - num_rows(missing)
         if done:
             say(_what_is_reused(entry.path, len(features), done, missing))
 
-        def compute(chunks: Sequence[slice], done: int) -> None:
-            for rows in chunks:
-                values = extractor(images_u8[rows], _counted_from(done, on_images))
-                features[rows] = stored = _rounded(values, dtype)
-                entry.write(rows, stored)
-                done += len(stored)
-
-        mine = [rows for rows in missing if rows.start // CHUNK_ROWS % share.count == share.index]
-        compute(mine, done)
-        if share.count > 1:
-            entry.flush()
-            share.barrier()
-            theirs = entry.read(features, [rows for rows in missing if rows not in mine])
-            compute(theirs, len(features) - num_rows(theirs))
+        for rows in missing:
+            values = extractor(images_u8[rows], _counted_from(done, on_images))
+            features[rows] = stored = _rounded(values, dtype)
+            entry.write(rows, stored)
+            done += len(stored)
     features.flags.writeable = False
     return features
 

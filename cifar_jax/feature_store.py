@@ -31,9 +31,7 @@ def num_rows(chunks: Sequence[slice]) -> int:
 
 
 @contextlib.contextmanager
-def open_entry(
-    path: Path, shape: tuple[int, int], dtype: str, about: Mapping[str, Any], shared: bool, say: Say
-) -> Iterator["Entry"]:
+def open_entry(path: Path, shape: tuple[int, int], dtype: str, about: Mapping[str, Any], say: Say) -> Iterator["Entry"]:
     """The chunks in a directory, locked until the block ends; where they cannot be kept that is said.
 
     Args:
@@ -41,13 +39,12 @@ def open_entry(
       shape: images and features of an image.
       dtype: what they are kept in.
       about: JSON values kept beside them for people.
-      shared: whether several processes divide the chunks up among themselves.
       say: is called with each sentence that the user should see.
     """
     with contextlib.ExitStack() as stack:
         array = None
         try:
-            stack.enter_context(locked(path, shared, wait=say))
+            stack.enter_context(locked(path, say))
             array = _open_array(path, shape, dtype, say)
             _describe(path, {"images": shape[0], "features": shape[1], "dtype": dtype, **about})
         except (OSError, ValueError) as error:
@@ -60,14 +57,11 @@ def open_entry(
 
 
 @contextlib.contextmanager
-def locked(path: Path, shared: bool = False, wait: Say | None = None) -> Iterator[None]:
+def locked(path: Path, wait: Say | None = None) -> Iterator[None]:
     """Holds the lock of an entry, whose directory is made if need be. The kernel frees it when a process ends.
-
-    Processes that divide the chunks up among themselves hold it together.
 
     Args:
       path: of the entry.
-      shared: with others that share.
       wait: is told when the lock is another's and waited for; without it, that raises BlockingIOError.
     """
 
@@ -79,7 +73,7 @@ def locked(path: Path, shared: bool = False, wait: Say | None = None) -> Iterato
     while True:
         path.mkdir(parents=True, exist_ok=True)
         with open(path / LOCK, "ab") as file:
-            lock(file, on_waiting, shared)
+            lock(file, on_waiting)
             try:
                 if not os.path.samestat(os.fstat(file.fileno()), os.stat(path / LOCK)):
                     continue

@@ -60,24 +60,22 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def lock(file: IO[bytes], on_waiting: Callable[[], None], shared: bool = False) -> None:
+def lock(file: IO[bytes], on_waiting: Callable[[], None]) -> None:
     """Locks a file until it is closed, as the end of the process does too; where there are no locks, does nothing.
 
     Args:
       file: that is open.
       on_waiting: is called when another process holds the lock, before it is waited for; what it raises ends that.
-      shared: with others who say the same.
     """
     if sys.platform == "win32":
         return
     import fcntl
 
-    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         on_waiting()
-        fcntl.flock(file, how)
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         pass  # a file system without them
 

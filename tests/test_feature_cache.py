@@ -19,7 +19,7 @@ from helpers import NARROW, files_below, full_disk
 import cifar_jax
 from cifar_jax import feature_cache
 from cifar_jax.errors import RunError
-from cifar_jax.feature_cache import Share, cached_features, features_key
+from cifar_jax.feature_cache import cached_features, features_key
 from cifar_jax.feature_store import CHUNK_ROWS
 from cifar_jax.pretrained import random_backbone
 
@@ -288,32 +288,6 @@ def test_a_second_process_waits_and_computes_nothing_again(tmp_path):
         np.testing.assert_array_equal(features, first.result())
     assert said[0] == f"Another process is computing the features in {entry(tmp_path)}; waiting for it."
     assert "come from the cache" in said[1]
-
-
-def test_processes_share_the_chunks(tmp_path):
-    barrier = threading.Barrier(2)
-
-    def one_of_two(index):
-        return get(tmp_path, share=Share(index, 2, barrier.wait))
-
-    with ThreadPoolExecutor(2) as pool:
-        (features, starts), (others, other_starts) = pool.map(one_of_two, (0, 1))
-    np.testing.assert_array_equal(features, FEATURES)
-    np.testing.assert_array_equal(others, FEATURES)
-    assert starts == [0, 2 * CHUNK_ROWS] and other_starts == [CHUNK_ROWS]
-
-
-def test_processes_that_share_no_disk_compute_all(tmp_path):
-    barrier = threading.Barrier(2)
-
-    def one_of_two(index):
-        return get(tmp_path / str(index), share=Share(index, 2, barrier.wait))
-
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(one_of_two, (0, 1)))
-    for features, starts in results:
-        np.testing.assert_array_equal(features, FEATURES)
-        assert sorted(starts) == STARTS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
