@@ -14,6 +14,7 @@ from cifar_jax import load_backbone
 from cifar_jax.data import Splits
 from cifar_jax.preprocess import TORCH
 from cifar_jax.pretrained.convert import convert
+from cifar_jax.verify import verify
 from parity.compare import assert_alive, differences, differing, our_outputs
 from parity.torch_networks import TorchCase, TorchReference, TorchWritten, make_reference, statistics
 
@@ -78,3 +79,22 @@ def test_what_convert_writes_goes_home(
         model.load_state_dict({name: torch_libs.torch.tensor(value) for name, value in tensors.items()}, strict=True)
     for a, b in zip(TorchReference(torch_libs, model, case)(images), wanted, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("case", "library"),
+    [
+        (TorchCase("torchvision", "pth", 13, 64), "torchvision"),
+        (TorchCase("timm", "hub", 14, 64, usual=False), "timm"),
+        (TorchCase("transformers", "hub", 15, 64, in_1x1=True), "transformers"),
+    ],
+    ids=str,
+)
+def test_verify_weights_asks_the_library_itself(
+    case: TorchCase, library: str, torch_written: TorchWritten, record_property: Record
+) -> None:
+    with torch_written(case) as (_, path):
+        found = verify(path, against=library)
+    for name, value in found.differences.items():
+        record_property(name, value)
+    assert found.problems == [] and list(found.differences) == [*(f"stage{n}" for n in range(1, 5)), "pooled", "logits"]
