@@ -23,18 +23,18 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::Deprecatio
 NUM_IMAGES = 256
 CASES = [
     TorchCase("torchvision", "legacy-pth", 1, 96),
-    TorchCase("timm", "hub", 4, 96, usual=False),
     TorchCase("timm", "hub-bin", 5, 64),
-    TorchCase("timm", "pth", 6, 96),
-    TorchCase("transformers", "hub", 7, 96),
     TorchCase("transformers", "hub-bin", 8, 64, usual=False),
-    TorchCase("transformers", "hub", 9, 96, in_1x1=True),
     TorchCase("transformers", "legacy-pth", 10, 64),
 ]
 SLOW = [
     TorchCase("torchvision", "pth", 0, 224),
     TorchCase("torchvision", "pth", 2, 64, depth=101),
     TorchCase("torchvision", "pth", 3, 64, depth=152),
+    TorchCase("timm", "hub", 4, 96, usual=False),
+    TorchCase("timm", "pth", 6, 96),
+    TorchCase("transformers", "hub", 7, 96),
+    TorchCase("transformers", "hub", 9, 96, in_1x1=True),
 ]
 Record = Callable[[str, float], None]
 
