@@ -168,7 +168,7 @@ def _conv(x: Activation, layer: Layer, stride: int, platform: str = "") -> Float
 def _max_pool(x: Activation, pad: int, platform: str) -> Activation:
     """Of 3x3 with stride 2. Behind a relu nothing is below zero, so zeros may stand around it."""
     if platform != "cpu":
-        # A literal of x's own type would not be known as that of a maximum.
+        # An array for -inf would hide from JAX that this is a maximum.
         padding = ((0, 0), (pad, pad), (pad, pad), (0, 0))
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
