@@ -1,6 +1,5 @@
 """This project's side: features, an epoch of the head, and what is measured of the products that it is made of."""
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,14 +22,14 @@ def make_ours(
 ) -> Callable[[np.ndarray, int | None], np.ndarray]:
     """Pixels to features by `make_extractor`, which chooses how many images go at a time.
 
-    The CPU is divided as the commands divide it, which must be done before JAX begins.
+    The CPU and its memory are used as the commands use them, which must be said before JAX begins.
     """
     from cifar_jax import load_backbone, make_extractor
 
-    with contextlib.suppress(ImportError):
-        from cifar_jax.devices import use_all_cores
+    from cifar_jax.devices import keep_freed_memory, use_all_cores
 
-        use_all_cores()
+    use_all_cores()
+    keep_freed_memory()
 
     extractor = make_extractor(load_backbone(weights), image_size, precision)
 

@@ -10,7 +10,7 @@ import jax
 
 from cifar_jax import commands
 from cifar_jax.commands import INTERRUPTED
-from cifar_jax.devices import use_all_cores
+from cifar_jax.devices import keep_freed_memory, use_all_cores
 from cifar_jax.errors import RunError, UserError
 
 USAGE = """usage: python -m cifar_jax COMMAND [options]
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and ends the process with its exit code."""
     use_all_cores()
+    keep_freed_memory()
     code = main(argv)
     if code == INTERRUPTED:
         # XLA may be in the midst of a computation, on which a regular exit crashes now and then.
