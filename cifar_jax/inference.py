@@ -117,19 +117,36 @@ def features_of(prepared: Prepared, images_u8: UInt8[Array, "batch h w 3"]) -> F
     x = preprocess(images_u8, prepared.preprocessing, prepared.image_size).astype(dtype)
     x = _relu(_conv(x, layers["stem"], 2), dtype)
     x = _max_pool(x, config.pool_padding, prepared.platform)
-    for stage, num_blocks in enumerate(config.stage_sizes):
-        for block in range(num_blocks):
-            stride = 2 if stage > 0 and block == 0 else 1
-            x = _block(x, layers[block_name(stage, block)], stride, config.stride_in_1x1, prepared.platform)
+    for (stage, block), stride in _strides(config).items():
+        x = _block(x, layers[block_name(stage, block)], stride, prepared.platform)
     return jax.lax.stop_gradient(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
 
 
-def _block(x: Activation, layers: Mapping[str, Layer], stride: int, stride_in_1x1: bool, platform: str) -> Activation:
-    first, second = (stride, 1) if stride_in_1x1 else (1, stride)
-    y = _relu(_dot(subsample(x, first), layers["conv1"]), x.dtype)
-    y = _relu(_conv(y, layers["conv2"], second, platform), x.dtype)
-    shortcut = _dot(subsample(x, stride), layers["conv_proj"]) if "conv_proj" in layers else x.astype(jnp.float32)
-    return _relu(_dot(y, layers["conv3"]) + shortcut, x.dtype)
+def _strides(config: ResNetConfig) -> dict[tuple[int, int], int]:
+    """The stride of each block's 3x3 and shortcut, by stage and block, in order.
+
+    Where a stage begins with a 1x1 of stride 2, as in Keras's networks, it and the shortcut beside it look at a quarter
+    of the places that the block before has made. That block makes no others here: it takes over the stride, from its
+    3x3 on. A tenth of all products are saved, and no result changes.
+    """
+    strides = {}
+    for stage, num_blocks in enumerate(config.stage_sizes):
+        for block in range(num_blocks):
+            narrows = stage > 0 and block == 0
+            if config.stride_in_1x1:
+                narrows = block == num_blocks - 1 and stage < len(config.stage_sizes) - 1
+            strides[stage, block] = 2 if narrows else 1
+    return strides
+
+
+def _block(x: Activation, layers: Mapping[str, Layer], stride: int, platform: str) -> Activation:
+    y = _relu(_dot(x, layers["conv1"]), x.dtype)
+    y = _relu(_conv(y, layers["conv2"], stride, platform), x.dtype)
+    shortcut = subsample(x, stride)
+    if "conv_proj" in layers:
+        # Rounded as an activation is: it is as large as the block's result, and in bfloat16 half as much to move.
+        shortcut = _dot(shortcut, layers["conv_proj"]).astype(x.dtype)
+    return _relu(_dot(y, layers["conv3"]) + shortcut.astype(jnp.float32), x.dtype)
 
 
 def _relu(x: Float[Array, "batch h w c"], dtype: Any) -> Activation:
