@@ -25,7 +25,6 @@ def make_ours(
     The CPU and its memory are used as the commands use them, which must be said before JAX begins.
     """
     from cifar_jax import load_backbone, make_extractor
-
     from cifar_jax.devices import keep_freed_memory, use_all_cores
 
     use_all_cores()
@@ -45,7 +44,7 @@ def make_epoch(num_examples: int, in_features: int) -> Callable[[], None]:
     import optax
 
     from cifar_jax import init_head, init_state
-    from cifar_jax.fit import EpochOrder, cached_runner
+    from cifar_jax.runners import EpochOrder, cached_runner
 
     features, labels = drawn_features(num_examples, in_features)
     tx, (order, step, init) = optax.sgd(0.01), jax.random.split(jax.random.key(0), 3)
@@ -100,7 +99,7 @@ def make_heads(num_heads: int, num_examples: int, in_features: int, in_one_call:
     import optax
 
     from cifar_jax import init_head, init_state
-    from cifar_jax.fit import EpochOrder, cached_runner
+    from cifar_jax.runners import EpochOrder, cached_runner
     from cifar_jax.sweep import train_heads
 
     features, labels = jax.device_put(drawn_features(num_examples, in_features))

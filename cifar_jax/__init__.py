@@ -18,13 +18,13 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.evaluation import eval_step, evaluate
 from cifar_jax.features import extract, make_extractor
-from cifar_jax.fit import EpochOrder
 from cifar_jax.head import head_logits, init_head
 from cifar_jax.predict import predict_probs
 from cifar_jax.preprocess import Preprocessing, preprocess
 from cifar_jax.pretrained import Backbone, load_backbone, random_backbone, save_backbone
 from cifar_jax.resnet import ResNet, ResNetConfig
-from cifar_jax.run_dir import Run, load_run
+from cifar_jax.runners import EpochOrder
+from cifar_jax.saved_run import Run, load_run
 from cifar_jax.sweep import train_heads
 from cifar_jax.training import Batch, TrainState, head_loss, init_state, make_train_step
 from cifar_jax.version import __version__

@@ -9,9 +9,9 @@ from typing import NoReturn
 import jax
 
 from cifar_jax import commands
-from cifar_jax.commands import INTERRUPTED
-from cifar_jax.devices import keep_freed_memory, use_all_cores
+from cifar_jax.devices import is_gone, is_out_of_memory, keep_freed_memory, use_all_cores
 from cifar_jax.errors import RunError, UserError
+from cifar_jax.interruption import listening
 
 USAGE = """usage: python -m cifar_jax COMMAND [options]
 
@@ -35,13 +35,16 @@ COMMANDS = {
     "verify-weights": commands.verify_weights,
 }
 OUT_OF_MEMORY = "The memory is full: a smaller --image-size, --extract-batch-size, --batch-size or --hidden needs less"
+DEVICE_FAILED = "A device failed or is gone; once it is back, `train` with --resume and --out goes on"
+# What shells give to a command that Ctrl-C or SIGTERM ended.
+INTERRUPTED = (130, 143)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-      The exit code: 0, 1 for a failed run, 2 for the user's mistake, 130 after Ctrl-C.
+      The exit code: 0, 1 for a failed run, 2 for the user's mistake, 130 after Ctrl-C and 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
@@ -50,6 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    with listening() as signals:
+        try:
+            return _command(arguments)
+        except KeyboardInterrupt:
+            if "--debug" in arguments:
+                raise
+            print("Interrupted; nothing was written.", file=sys.stderr)
+            return signals.exit_code
+
+
+def _command(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         if arguments[0] not in COMMANDS:
@@ -61,14 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _say_error(str(error), 2 if isinstance(error, UserError) else 1)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if debug or not (isinstance(error, MemoryError) or "out of memory" in str(error).lower()):
+        if debug or not (is_out_of_memory(error) or is_gone(error)):
             raise
-        return _say_error(f"{OUT_OF_MEMORY} ({str(error).partition(chr(10))[0] or 'no more to be had'}).", 1)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("Interrupted; nothing was written.", file=sys.stderr)
-        return INTERRUPTED
+        reason = str(error).partition("\n")[0] or "no more to be had"
+        return _say_error(f"{OUT_OF_MEMORY if is_out_of_memory(error) else DEVICE_FAILED} ({reason}).", 1)
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
@@ -76,7 +86,7 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     use_all_cores()
     keep_freed_memory()
     code = main(argv)
-    if code == INTERRUPTED:
+    if code in INTERRUPTED:
         # XLA may be in the midst of a computation, on which a regular exit crashes now and then.
         sys.stdout.flush()
         sys.stderr.flush()

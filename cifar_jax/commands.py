@@ -20,18 +20,19 @@ from cifar_jax.options import (
     parse_train,
 )
 
-INTERRUPTED = 130  # the exit code that shells give to a command that Ctrl-C ended
-
 
 def train(arguments: list[str]) -> int:
-    """Trains; 0, or 130 after Ctrl-C."""
+    """Trains; 0, or after Ctrl-C or SIGTERM what shells give then."""
     from cifar_jax import job
+    from cifar_jax.devices import use_deterministic_algorithms
     from cifar_jax.environment import unused_accelerator
     from cifar_jax.processes import is_first, join
     from cifar_jax.reporter import Silent
     from cifar_jax.run_dir import SUMMARY, read_json
 
     config = parse_train(arguments)
+    if config.deterministic:
+        use_deterministic_algorithms()
     join()
     reporter = ConsoleReporter(config.progress) if is_first() else Silent()
     use_compile_cache(config.cache_dir, reporter.say)
@@ -40,9 +41,11 @@ def train(arguments: list[str]) -> int:
     try:
         out = job.train(config, reporter)
     except job.Interrupted as stop:
-        done = f"{stop.epochs_done} of {config.epochs} epochs were done"
-        reporter.say(f"Interrupted: {done}; what there is lies in {stop.path}.")
-        return INTERRUPTED
+        reporter.say(
+            f"Interrupted: {stop.epochs_done} of {config.epochs} epochs are done and kept; the same command with "
+            f"--resume --out {stop.path} goes on."
+        )
+        return stop.exit_code
     if isinstance(reporter, ConsoleReporter):
         reporter.closing(out, read_json(out / SUMMARY))
     return 0
@@ -67,7 +70,7 @@ def evaluate(arguments: list[str]) -> int:
 def predict(arguments: list[str]) -> int:
     """Says what is in image files."""
     from cifar_jax.predict import predict_files
-    from cifar_jax.run_dir import load_run
+    from cifar_jax.saved_run import load_run
 
     options = parse(PredictOptions, arguments, "predict")
     if not options.images:

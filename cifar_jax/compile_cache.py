@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from cifar_jax.cache_contents import XLA
-from cifar_jax.files import cache_root, replacing
+from cifar_jax.files import cache_root, locked_directory, remove_leftovers, replacing
 
 MAX_BYTES = 2**30
 _SUFFIX = ".xla"
@@ -98,10 +98,13 @@ class CheckedCache:
         if len(content) > self._max_bytes:
             return
         try:
-            if self._size + len(content) > self._max_bytes:
-                self._size = self._make_room(len(content))
-            with replacing(self._path / (key + _SUFFIX)) as temporary:
-                temporary.write_bytes(content)
+            with locked_directory(self._path) as alone:
+                if alone:
+                    remove_leftovers(self._path, f".*{_SUFFIX}")
+                if self._size + len(content) > self._max_bytes:
+                    self._size = self._make_room(len(content))
+                with replacing(self._path / (key + _SUFFIX)) as temporary:
+                    temporary.write_bytes(content)
             self._size += len(content)
         except OSError as error:
             self._max_bytes = 0

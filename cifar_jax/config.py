@@ -98,14 +98,23 @@ class TrainConfig:
     """gigabytes of features that are kept; beyond it those used least recently are removed, never the run's own"""
     out: str | None = None
     """the run directory; else runs/TIME-PRESET"""
+    config: str | None = None
+    """a run's config.json, from which the other options get their defaults: the same run again, in a directory of its
+    own; --preset does the same with a name"""
     resume: bool = False
     """go on with the unfinished run in --out after its newest checkpoint, to the same bits; starts it if need be"""
+    checkpoint_every: int | None = None
+    """steps after which a checkpoint is made within an epoch; else only at its end, and when Ctrl-C or SIGTERM comes"""
+    keep_checkpoints: int = 2
+    """how many of the newest checkpoints are kept, beside the best where --val-fraction holds images out"""
     overwrite: bool = False
     """replace the run that is already in the run directory"""
     profile: str | None = None
     """write a trace of the run to that directory, for XProf or Perfetto; best of a short run"""
     progress: bool = True
     """progress bars (only ever on a terminal)"""
+    deterministic: bool = False
+    """on a GPU take only algorithms that give the same bits every time, which is slower; a CPU and a TPU always do"""
     debug: bool = False
     """show tracebacks, and stop at the first NaN that any compiled function makes (slow)"""
 
@@ -122,6 +131,8 @@ class TrainConfig:
             "extract_batch_size",
             "micro_batch",
             "devices",
+            "checkpoint_every",
+            "keep_checkpoints",
         )
         for name in counts:
             _require(self, name, lambda v: v is None or v >= 1, "at least 1")

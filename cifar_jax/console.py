@@ -1,6 +1,7 @@
 """What the commands show: on a terminal bars and tables, elsewhere plain lines that a program can read."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,13 @@ class ConsoleReporter:
     def warn(self, text: str) -> None:
         """A sentence the user should not miss."""
         self.err.print(f"Warning: {text}", style="bold yellow", markup=False)
+
+    def confirm(self, question: str) -> bool:
+        """Asks for a yes; False where nobody sits at a terminal."""
+        if not (sys.stdin.isatty() and self.err.is_terminal):
+            return False
+        self.err.print(f"{question} [y/N] ", end="", markup=False)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     @contextlib.contextmanager
     def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -4,7 +4,9 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -25,6 +27,26 @@ def device_description(used: int | None = None) -> str:
     kind = f"{_processor()}, {os.cpu_count()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
     some = f", {used} of" if used else ","
     return f"{devices[0].platform} ({kind})" + (f"{some} {len(devices)} devices" if len(devices) > 1 else "")
+
+
+def settings() -> dict[str, Any]:
+    """What else decides the last bits: variables of the environment that JAX reads, and the commit of this checkout."""
+    names = ("XLA_", "JAX_", "LIBTPU_", "NVIDIA_TF32")
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(names)}
+    return {"variables": variables, "commit": _commit(Path(__file__).parents[1])}
+
+
+def _commit(checkout: Path) -> str | None:
+    """The commit that a checkout is at, with `-dirty` where files differ from it; None where it is none."""
+    git = shutil.which("git")
+    if git is None or not (checkout / ".git").exists():
+        return None
+    command = [git, "-C", str(checkout), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
 
 
 def unused_accelerator() -> str | None:

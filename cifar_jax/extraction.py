@@ -12,6 +12,7 @@ from jaxtyping import Float32, UInt8
 from cifar_jax.cache_contents import FEATURES, limit_features
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
+from cifar_jax.errors import RunError
 from cifar_jax.feature_cache import cached_features, features_key
 from cifar_jax.features import make_extractor
 from cifar_jax.files import cache_root
@@ -41,10 +42,12 @@ def dataset_features(
       timed: a context for each piece of work, given the number of its images.
 
     Raises:
-      RunError: when the backbone or its features have values that cannot be.
+      RunError: when the backbone or its features have values that cannot be, or all features are the same.
     """
     # Made when the first image needs it: where all features are kept, the network is not even put on the devices.
-    make = functools.cache(partial(make_extractor, backbone, image_size, config.precision, config.extract_batch_size))
+    make = functools.cache(
+        partial(make_extractor, backbone, image_size, config.precision, config.extract_batch_size, say=say)
+    )
     root, features, used = cache_root(config.cache_dir), {}, []
     about = {"backbone": backbone.source, "image_size": image_size, "precision": config.precision}
 
@@ -69,5 +72,18 @@ def dataset_features(
                 on_images=bar,
             )
         used.append(key[:32])
+        _require_different(features[name], dataset.images, f"{backbone.source} gives the same features for all {name}")
     limit_features(root, config.cache_limit * 1e9, used, say)
     return features
+
+
+def _require_different(
+    features: Float32[np.ndarray, "n features"], images_u8: UInt8[np.ndarray, "n h w 3"], what: str
+) -> None:
+    # Row by row, as the second one already differs where all is well.
+    if not _differ(features) and _differ(images_u8):
+        raise RunError(f"{what}: it is dead, or its preprocessing does not fit; nothing was trained.")
+
+
+def _differ(rows: np.ndarray) -> bool:
+    return not all(np.array_equal(row, rows[0]) for row in rows)

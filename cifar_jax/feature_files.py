@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cifar_jax.clock import Clock
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.extraction import dataset_features
@@ -20,7 +21,6 @@ from cifar_jax.job import load_problem_and_backbone, network_image_size
 from cifar_jax.predict import TRAINED_SIDE
 from cifar_jax.pretrained import UNTRAINED, Backbone, load_backbone
 from cifar_jax.reporter import Reporter, Silent
-from cifar_jax.run_writer import Clock
 
 AT_ONCE = 1024  # image files that are in memory together
 

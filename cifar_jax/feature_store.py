@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
-from cifar_jax.files import lock, write_json
+from cifar_jax.files import lock, remove_leftovers, write_json
 
 # 8 MB of 2048 features in float32, 1 MB of 256. A multiple of the usual numbers of images at a time.
 CHUNK_ROWS = 1024
@@ -44,7 +44,9 @@ def open_entry(path: Path, shape: tuple[int, int], dtype: str, about: Mapping[st
     with contextlib.ExitStack() as stack:
         array = None
         try:
-            stack.enter_context(locked(path, say))
+            if stack.enter_context(locked(path, say)):
+                remove_leftovers(path, f".{ABOUT}.*")
+                remove_leftovers(path, "**/*.__lock")
             array = _open_array(path, shape, dtype, say)
             _describe(path, {"images": shape[0], "features": shape[1], "dtype": dtype, **about})
         except (OSError, ValueError) as error:
@@ -57,8 +59,10 @@ def open_entry(path: Path, shape: tuple[int, int], dtype: str, about: Mapping[st
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: Say | None = None) -> Iterator[None]:
+def locked(path: Path, wait: Say | None = None) -> Iterator[bool]:
     """Holds the lock of an entry, whose directory is made if need be. The kernel frees it when a process ends.
+
+    Its value is whether it holds, as some file systems have no locks.
 
     Args:
       path: of the entry.
@@ -73,13 +77,13 @@ def locked(path: Path, wait: Say | None = None) -> Iterator[None]:
     while True:
         path.mkdir(parents=True, exist_ok=True)
         with open(path / LOCK, "ab") as file:
-            lock(file, on_waiting)
+            held = lock(file, on_waiting)
             try:
                 if not os.path.samestat(os.fstat(file.fileno()), os.stat(path / LOCK)):
                     continue
             except FileNotFoundError:
                 continue  # whoever had it has removed the entry
-            yield
+            yield held
             return
 
 

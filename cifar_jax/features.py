@@ -7,8 +7,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, UInt8
 
+from cifar_jax.devices import is_out_of_memory
 from cifar_jax.errors import RunError
 from cifar_jax.inference import features_of, prepare
 from cifar_jax.parallel import mesh_of, replicate, round_up, shard
@@ -55,6 +57,8 @@ def make_extractor(
     precision: str = "float32",
     batch_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
+    *,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Extractor:
     """Prepares `extract` for many images: folded, compiled once, fed batch by batch, any number of images.
 
@@ -64,6 +68,7 @@ def make_extractor(
       precision: `float32` or `bfloat16`.
       batch_size: images a compiled call, divided between the devices; chosen by platform and image size if None.
       devices: of one platform; all of this process if None.
+      say: is told when the devices' memory is too small for that many images; half of them are tried then.
 
     Raises:
       RunError: when the backbone has a value that is not finite, folded or not; the extractor, when features are not.
@@ -83,16 +88,22 @@ def make_extractor(
     def extractor(
         images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] = lambda _: None
     ) -> Float32[np.ndarray, "n features"]:
-        features = np.empty((len(images_u8), backbone.config.features), np.float32)
-        waiting: tuple[slice, Array] | None = None
-        for rows, batch in _batches(images_u8, round_up(mesh, min(at_once, len(images_u8)))):
-            # One batch ahead: the devices work on this one while the last one's features are copied out.
-            running = run(on_devices, shard(mesh, batch))
-            if waiting:
-                _copy_out(features, *waiting, on_images)
-            waiting = rows, running
-        if waiting:
-            _copy_out(features, *waiting, on_images)
+        nonlocal at_once
+        features, done = np.empty((len(images_u8), backbone.config.features), np.float32), 0
+        while done < len(images_u8):
+            size = round_up(mesh, min(at_once, len(images_u8)))
+            try:
+                for rows, batch in _one_behind(run, on_devices, mesh, images_u8, done, size):
+                    _copy_out(features, rows, batch, on_images)
+                    done = rows.stop
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error) or size == mesh.size:
+                    raise
+                at_once = round_up(mesh, size // 2)
+                say(
+                    f"The memory is too small for {size} images at a time: it goes on with {at_once}, which may change "
+                    f"the last bits of features; --extract-batch-size {at_once} begins so."
+                )
         return features
 
     return extractor
@@ -125,13 +136,32 @@ def _power_of_two(most: float) -> int:
     return 2 ** max(0, min(10, int(math.log2(most))))
 
 
+def _one_behind(
+    run: Callable[..., Array],
+    on_devices: Any,
+    mesh: Mesh,
+    images: UInt8[np.ndarray, "n h w 3"],
+    start: int,
+    batch_size: int,
+) -> Iterator[tuple[slice, Array]]:
+    """Features of batches and the rows that they are of; the devices work on the next batch while one is copied out."""
+    waiting: tuple[slice, Array] | None = None
+    for rows, batch in _batches(images, start, batch_size):
+        running = run(on_devices, shard(mesh, batch))
+        if waiting:
+            yield waiting
+        waiting = rows, running
+    if waiting:
+        yield waiting
+
+
 def _batches(
-    images: UInt8[np.ndarray, "n h w 3"], batch_size: int
+    images: UInt8[np.ndarray, "n h w 3"], start: int, batch_size: int
 ) -> Iterator[tuple[slice, UInt8[np.ndarray, "batch h w 3"]]]:
     """Batches of one shape, the last one filled up with black images, and the rows that are real."""
-    for start in range(0, len(images), batch_size or 1):
-        batch = images[start : start + batch_size]
-        rows = slice(start, start + len(batch))
+    for first in range(start, len(images), batch_size):
+        batch = images[first : first + batch_size]
+        rows = slice(first, first + len(batch))
         missing = batch_size - len(batch)
         if missing:
             batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))

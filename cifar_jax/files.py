@@ -1,22 +1,22 @@
 """Files that appear whole or not at all, and arrays kept on disk with a digest."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-_INDEX = "index.json"
+MAX_JSON_BYTES = 2**26
+_INDEX, _SEAL = "index.json", "own_sha256"
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -25,22 +25,6 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         cache_dir = os.environ.get("CIFAR_JAX_CACHE") or os.path.join(base, "cifar_jax")
     return Path(os.path.expanduser(cache_dir))
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Holds Ctrl-C back until the block ends, so that files that belong together are all written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[Any] = []
-    usual = signal.signal(signal.SIGINT, lambda *about: came.append(about))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-        if came and callable(usual):
-            usual(*came[0])
 
 
 @contextlib.contextmanager
@@ -60,15 +44,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def lock(file: IO[bytes], on_waiting: Callable[[], None]) -> None:
-    """Locks a file until it is closed, as the end of the process does too; where there are no locks, does nothing.
+def lock(file: IO[bytes] | int, on_waiting: Callable[[], None]) -> bool:
+    """Locks a file until it is closed, as the end of the process does too.
 
     Args:
-      file: that is open.
+      file: that is open, or its descriptor.
       on_waiting: is called when another process holds the lock, before it is waited for; what it raises ends that.
+
+    Returns:
+      Whether it is locked: some file systems have no locks, and some systems none of this kind.
     """
     if sys.platform == "win32":
-        return
+        return False
     import fcntl
 
     try:
@@ -77,7 +64,30 @@ def lock(file: IO[bytes], on_waiting: Callable[[], None]) -> None:
         on_waiting()
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
-        pass  # a file system without them
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked_directory(path: Path, on_waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Locks a directory itself, so that no file for it is left behind, until the block ends; see `lock`."""
+    if sys.platform == "win32":
+        yield False
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield lock(descriptor, on_waiting)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(directory: Path, pattern: str) -> None:
+    """Removes what killed processes left of files they were writing; to be called by who alone writes there."""
+    for path in directory.glob(pattern):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,6 +99,38 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON that a person can read, whole or not at all. NaN has no place in JSON and raises ValueError."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json_value(path: Path) -> Any:
+    """Reads a JSON file that the project wrote, or may have; one of more than 64 MB it did not.
+
+    Raises:
+      OSError: when it cannot be read.
+      ValueError: when it is no JSON, or too large.
+    """
+    with open(path, "rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {MAX_JSON_BYTES // 2**20} MB")
+    return json.loads(content.decode("utf-8"))
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON with a digest of its own, for `read_sealed`. Numbers that are not finite are kept as they are."""
+    write_text(path, json.dumps({**value, _SEAL: _sha256_of_json(value)}, indent=1) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Reads what `write_sealed` wrote.
+
+    Raises:
+      OSError: when it cannot be read.
+      ValueError: when it is damaged.
+    """
+    value = read_json_value(path)
+    if not isinstance(value, dict) or value.pop(_SEAL, None) != _sha256_of_json(value):
+        raise ValueError(f"{path.name} does not have the digest it should have")
+    return value
 
 
 def without_nan(value: Any) -> Any:
@@ -126,12 +168,19 @@ def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray], about: Mappin
       about: JSON values kept beside them, for the reader of the directory and for `load_arrays`.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
+    with locked_directory(directory.parent) as alone:
+        if alone:
+            remove_leftovers(directory.parent, f".{glob.escape(directory.name)}.????????")  # as mkdtemp names them
+        _save_arrays(directory, arrays, about)
+
+
+def _save_arrays(directory: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array)
-        index = {"about": dict(about), "sha256": {name: sha256_of_arrays(a) for name, a in arrays.items()}}
-        write_json(temporary / _INDEX, index | {"own_sha256": _sha256_of_json(index)})
+        digests = {name: sha256_of_arrays(array) for name, array in arrays.items()}
+        write_sealed(temporary / _INDEX, {"about": dict(about), "sha256": digests})
         temporary.chmod(0o777 & ~_umask())
         # Another process may have made the same directory meanwhile; its content is the same, so the first one stays.
         try:
@@ -154,9 +203,7 @@ def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
       ValueError: when anything in it is missing or damaged.
     """
     try:
-        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
-        if index.pop("own_sha256") != _sha256_of_json(index):
-            raise ValueError(f"{_INDEX} does not have the digest it should have")
+        index = read_sealed(directory / _INDEX)
         arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in index["sha256"]}
         about = index["about"]
     except (FileNotFoundError, NotADirectoryError):

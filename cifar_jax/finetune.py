@@ -19,15 +19,25 @@ from cifar_jax.augment import Augmentation
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
 from cifar_jax.evaluation import EvalResult, EvalSums, logits_sums
+from cifar_jax.faults import make_fault_finder
 from cifar_jax.features import extract
-from cifar_jax.fit import EpochOrder, image_evaluator, step_runner
 from cifar_jax.head import HeadParams, head_logits
 from cifar_jax.optimizer import param_labels
 from cifar_jax.parallel import make_mesh, rows_sharding
 from cifar_jax.preprocess import Preprocessing, preprocess
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.resnet import ResNet, ResNetConfig, Variables
-from cifar_jax.training import Batch, LossFn, StepMetrics, TrainState, batch_loss, halting, init_state, make_train_step
+from cifar_jax.runners import EpochOrder, Runner, image_evaluator, step_runner
+from cifar_jax.training import (
+    Batch,
+    LossFn,
+    StepMetrics,
+    TrainState,
+    batch_loss,
+    halting,
+    init_state,
+    make_train_step,
+)
 
 Params = dict[str, Any]  # {"backbone": ..., "head": ...}
 
@@ -155,7 +165,7 @@ def finetune_runner(
     image_size: int,
     augmentation: Augmentation | None = None,
     mesh: Mesh | None = None,
-) -> Callable[..., tuple[TrainState, StepMetrics]]:
+) -> Runner:
     """Epochs in which all layers train; see `step_runner`.
 
     The last batch of an epoch is run as short as it is, which compiles the step a second time, so that a piece of it
@@ -174,7 +184,8 @@ def finetune_runner(
         has_fillers=any(count % mesh.size for count in counts),
     )
     step = make_finetune_step(loss_fn, tx, config.micro_batch, augmentation)
-    return step_runner(step, dataset, order, mesh, fill_up=False)
+    find_fault = make_fault_finder(loss_fn, tx, config.micro_batch, augmentation)
+    return step_runner(step, find_fault, dataset, order, mesh, fill_up=False)
 
 
 def finetune_evaluator(

@@ -31,7 +31,8 @@ def read_image(path: str | Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own warning about large images comes before our limit
-            with Image.open(path, formats=FORMATS) as image:
+            # Opened here, as Pillow leaves a file open whose first bytes cannot be read.
+            with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(
                         f"{path} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS // 10**6} million "

@@ -10,34 +10,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cifar_jax.checkpoint import Position
+from cifar_jax.clock import Clock
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Problem, load_problem
 from cifar_jax.data.dataset import IMAGE_SHAPE
+from cifar_jax.data.problem import images_in_both
 from cifar_jax.environment import device_description
 from cifar_jax.errors import RunError, UserError
-from cifar_jax.files import undisturbed
 from cifar_jax.fit import Diverged, EpochRow, fit
+from cifar_jax.interruption import Signals, listening
 from cifar_jax.keys import stream_key
 from cifar_jax.optimizer import make_schedule
 from cifar_jax.parallel import make_mesh
 from cifar_jax.pretrained import UNTRAINED, Backbone, load_backbone, random_backbone
 from cifar_jax.pretrained.untrained import calibration_images
-from cifar_jax.processes import arrays_from_first, from_first, is_first, require_same
+from cifar_jax.processes import agreed, arrays_from_first, from_first, is_first, require_same
 from cifar_jax.profiling import profiled
 from cifar_jax.reporter import Reporter, Silent
-from cifar_jax.resume import epochs_done, is_finished, load_state, read_rows
+from cifar_jax.resume import (
+    NO_PROGRESS,
+    Progress,
+    differing,
+    find_progress,
+    is_finished,
+    load_state,
+    require_same_inputs,
+    status,
+)
 from cifar_jax.routes import Job, Route, check_divisible, make_route
-from cifar_jax.run_dir import CHECKPOINTS, check_run_dir, default_run_dir
-from cifar_jax.run_writer import Clock, NoWriter, RunWriter
+from cifar_jax.run_dir import CHECKPOINTS, check_run_dir, claimed, default_run_dir, is_run
+from cifar_jax.run_writer import NoWriter, RunWriter
 from cifar_jax.training import TrainState
 
 
 class Interrupted(Exception):
-    """Ctrl-C came; what was done until then is in the run directory."""
+    """Ctrl-C or SIGTERM came; what was done until then is in the run directory."""
 
-    def __init__(self, path: Path, epochs_done: int):
-        """Takes the run directory and how many epochs are in it."""
-        self.path, self.epochs_done = path, epochs_done
+    def __init__(self, path: Path, epochs_done: int, exit_code: int):
+        """Takes the run directory, how many epochs are in it, and what the process should end with."""
+        self.path, self.epochs_done, self.exit_code = path, epochs_done, exit_code
         super().__init__(f"{epochs_done} epochs are in {path}")
 
 
@@ -97,45 +109,60 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
       Interrupted: when Ctrl-C came.
     """
     reporter = reporter if reporter and is_first() else Silent()
-    with profiled(config.profile, reporter.say):
-        return _train(config, reporter)
+    with profiled(config.profile, reporter.say), listening(alone=jax.process_count() == 1) as signals:
+        return _train(config, reporter, signals)
 
 
-def _train(config: TrainConfig, reporter: Reporter) -> Path:
+def _train(config: TrainConfig, reporter: Reporter, signals: Signals) -> Path:
     mesh = make_mesh(config.devices)
     check_divisible(config, mesh)
-    found = from_first(lambda: _find_run(config))
-    out, done = Path(found["out"]), found["done"]
+    found = from_first(lambda: _find_run(config, reporter))
+    out, progress = Path(found["out"]), found["progress"] and Progress.from_json(found["progress"])
     if found["finished"]:
         reporter.say(f"The run in {out} is finished; there is nothing to resume.")
         return out
     clock = Clock()
     problem, backbone = load_problem_and_backbone(config, reporter, clock)
     _require_same(config, problem, backbone)
+    if shared := images_in_both(problem.train, problem.val):
+        of = f"{shared:,} of {len(problem.val.labels):,} {problem.val_name} images"
+        reporter.warn(f"{of} are training images too, bit by bit: the accuracy on them says little.")
     image_size = network_image_size(config, backbone)
     reporter.header(_header(config, problem, backbone, image_size, out, mesh.size))
-    if done:
-        reporter.say(f"The run in {out} goes on after epoch {done}.")
-    history = [EpochRow(**row) for row in found["rows"]]
-    writer = (RunWriter if is_first() else NoWriter)(out, config, problem, backbone, image_size, clock, history)
+    progress = progress or NO_PROGRESS
+    if progress.position > (0, 0):
+        steps = f" and {progress.position.step} steps" if progress.position.step else ""
+        reporter.say(f"The run in {out} goes on after {progress.position.epoch} epochs{steps}.")
+    writer_class = RunWriter if is_first() else NoWriter
+    writer = writer_class(out, config, problem, backbone, image_size, clock, progress)
+    require_same_inputs(out, progress, writer.inputs)
+    job = Job(config, problem, backbone, image_size, reporter, writer, mesh, agreed(lambda: bool(signals.requested)))
+    with claimed(out) if is_first() else contextlib.nullcontext():
+        return _run(job, progress, resumes=found["progress"] is not None, signals=signals)
+
+
+def _run(job: Job, progress: Progress, resumes: bool, signals: Signals) -> Path:
+    """All that is written, from the first file to the last."""
+    writer, clock = job.writer, job.writer.clock
     try:
-        with undisturbed():
-            writer.start(resumes=done is not None)
+        with signals.held():
+            writer.start(resumes)
         with clock("pictures"):
             writer.samples()
-        job = Job(config, problem, backbone, image_size, reporter, writer, mesh)
         route = make_route(job)
-        trained = _fit(job, route)
-        with clock("evaluation"):
-            val = route.evaluate_val(trained.params, trained.batch_stats)
-            test = route.evaluate_test(trained.params, trained.batch_stats) if problem.held_out else val
+        with signals.noted():
+            trained = _fit(job, route, progress)
+            with clock("evaluation"):
+                val = route.evaluate_val(trained.params, trained.batch_stats)
+                test = route.evaluate_test(trained.params, trained.batch_stats) if job.problem.held_out else val
         with clock("pictures"):
             writer.pictures(partial(route.val_probabilities, jax.device_get(trained)), val)
-        writer.finish("complete", val, test)
+        with signals.held():
+            writer.finish("complete", val, test)
     except KeyboardInterrupt:
-        with undisturbed():
+        with signals.noted():
             writer.finish("interrupted")
-        raise Interrupted(out, len(writer.history)) from None
+        raise Interrupted(writer.out, len(writer.history), signals.exit_code) from None
     except Diverged as error:
         writer.diverged(error.state)
         raise
@@ -143,22 +170,32 @@ def _train(config: TrainConfig, reporter: Reporter) -> Path:
         with contextlib.suppress(RunError):  # a full disk may keep this from being written too
             writer.finish("failed")
         raise
-    return out
+    return writer.out
 
 
-def _find_run(config: TrainConfig) -> dict[str, Any]:
-    """Where the run is, how many epochs of it are done (None where there is no run), and their figures; as JSON.
+def _find_run(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
+    """Where the run is, how far it has come (None where there is none to go on with), whether it is done; as JSON.
 
     Raises:
       UserError: when it can be neither begun nor gone on with.
     """
     out = Path(config.out) if config.out else default_run_dir(config)
-    done = epochs_done(out, config) if config.resume else None
-    finished = is_finished(out, config, done)
+    resume = config.resume or (not config.overwrite and _is_to_go_on(out, config, reporter))
+    progress = find_progress(out, config, reporter.say) if resume else None
+    finished = is_finished(out, config, progress)
     if not finished:
-        check_run_dir(out, config, resumes=done is not None)
-    rows = read_rows(out, done) if done and not finished else []
-    return {"out": str(out), "done": done, "finished": finished, "rows": [row._asdict() for row in rows]}
+        check_run_dir(out, config, resumes=progress is not None)
+    return {"out": str(out), "progress": progress and progress.to_json(), "finished": finished}
+
+
+def _is_to_go_on(out: Path, config: TrainConfig, reporter: Reporter) -> bool:
+    """Asks, where the same command finds its own unfinished run."""
+    try:
+        if not is_run(out) or differing(out, config) or status(out) in ("complete", "diverged"):
+            return False
+    except (UserError, OSError):
+        return False
+    return reporter.confirm(f"{out} holds this run, unfinished. Go on with it?")
 
 
 def _require_same(config: TrainConfig, problem: Problem, backbone: Backbone) -> None:
@@ -184,21 +221,22 @@ def network_image_size(config: TrainConfig, backbone: Backbone) -> int:
     return image_size
 
 
-def _fit(job: Job, route: Route) -> TrainState:
+def _fit(job: Job, route: Route, progress: Progress) -> TrainState:
     """Trains. Returns the last epoch's state, or where images were held out for it the best one's."""
     config, writer, checkpoints = job.config, job.writer, job.writer.out / CHECKPOINTS
-    state, done, best = route.state, len(writer.history), []
-    if done:
-        state, selected = (
-            arrays_from_first(load_state(checkpoints, state, epoch) if is_first() else state)
-            for epoch in (done, writer.selected_epoch)
-        )
-        best = [selected]
+    state, best = route.state, []
+
+    def restored(position: Position) -> TrainState:
+        return arrays_from_first(load_state(checkpoints, route.state, position) if is_first() else route.state)
+
+    if writer.selected_epoch:
+        best = [restored(Position(writer.selected_epoch))]
+    if progress.position > (0, 0):
+        state = restored(progress.position)
 
     def on_epoch(row: EpochRow, state: TrainState) -> None:
-        with undisturbed():
-            writer.epoch(row)
-            writer.checkpoint(state)
+        writer.epoch(row)
+        writer.checkpoint(state)
         if writer.selected_epoch == row.epoch:
             # A copy, as the next step is given the state's own memory.
             best[:] = [jax.tree.map(jnp.copy, state._replace(opt_state=()))]
@@ -206,7 +244,18 @@ def _fit(job: Job, route: Route) -> TrainState:
 
     try:
         with writer.clock("training"):
-            fit(state, route.run_epoch, route.evaluate_val, config.epochs, on_epoch, done)
+            fit(
+                state,
+                route.runner,
+                route.evaluate_val,
+                config.epochs,
+                on_epoch,
+                first_epoch=progress.position.epoch,
+                part=progress.part,
+                checkpoint_every=config.checkpoint_every,
+                on_part=lambda part, state: writer.checkpoint(state, part),
+                stopping=job.stopping,
+            )
     except Diverged as error:
         schedule = make_schedule(config, config.learning_rate, job.steps_per_epoch)
         raise error.at(float(schedule(error.state.step))) from None

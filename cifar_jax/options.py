@@ -3,13 +3,15 @@
 import contextlib
 import io
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from cifar_jax.config import PRESETS, TrainConfig, preset
 from cifar_jax.errors import UserError
+from cifar_jax.files import read_json_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,16 +128,6 @@ class ConvertOptions(Common):
     """where downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
 
 
-def _preset_name(arguments: list[str]) -> str:
-    """The preset must be known before the rest can be parsed, as it sets their defaults."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument == "--preset" and following:
-            return following
-        if argument.startswith("--preset="):
-            return argument.removeprefix("--preset=")
-    return next(iter(PRESETS))
-
-
 @dataclass(frozen=True)
 class VerifyOptions(Common):
     """Say what a weights file is, how it is run and why, what becomes of each tensor, and all that is wrong with it."""
@@ -150,9 +142,50 @@ class VerifyOptions(Common):
     """where downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
 
 
+# What a run's config.json says of the command that made it, and not of the run.
+_OF_THE_COMMAND = ("config", "out", "resume", "overwrite", "progress", "debug", "profile")
+
+
 def parse_train(arguments: list[str]) -> TrainConfig:
-    """What `train` is told."""
-    return parse(TrainConfig, arguments, "train", default=preset(_preset_name(arguments)))
+    """What `train` is told: by options, whose defaults are those of a preset or of an earlier run's config.json.
+
+    Raises:
+      UserError: when it cannot be.
+    """
+    # They set the defaults of the rest, so they must be known before that can be parsed.
+    name, file = _value_of("--preset", arguments), _value_of("--config", arguments)
+    if file is None:
+        return parse(TrainConfig, arguments, "train", default=preset(name or next(iter(PRESETS))))
+    if name is not None:
+        raise UserError(f"--config {file} says the preset as well; leave out --preset {name}.")
+    return replace(parse(TrainConfig, arguments, "train", default=_config_in(Path(file))), config=None)
+
+
+def _config_in(path: Path) -> TrainConfig:
+    try:
+        found = read_json_value(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path} cannot be read ({_reason(error)}); name a run's config.json.") from error
+    usual = {field.name: field.default for field in fields(TrainConfig)}
+    if not isinstance(found, dict) or not {"preset", "dataset", "weights"} <= set(found):
+        raise UserError(f"--config {path} is not what `train` writes; name a run's config.json.")
+    try:
+        return TrainConfig.from_json(found | {name: usual[name] for name in _OF_THE_COMMAND})
+    except UserError as error:
+        raise UserError(f"--config {path} is not as `train` wrote it ({error}); name a run's config.json.") from error
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == option and following:
+            return following
+        if argument.startswith(f"{option}="):
+            return argument.removeprefix(f"{option}=")
+    return None
 
 
 def parse(options: Any, arguments: list[str], command: str, **how: Any) -> Any:
@@ -161,6 +194,10 @@ def parse(options: Any, arguments: list[str], command: str, **how: Any) -> Any:
     Raises:
       UserError: which is that sentence.
     """
+    for argument in arguments:
+        name, given, value = argument.removeprefix("--").removeprefix("no-").replace("-", "_").partition("=")
+        if given and any(field.name == name and field.type is bool for field in fields(options)):
+            raise UserError(f"{argument} cannot be: --{name.replace('_', '-')} takes no value; leave out ={value}.")
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
@@ -173,10 +210,11 @@ def parse(options: Any, arguments: list[str], command: str, **how: Any) -> Any:
 
 def _one_sentence(box: str, command: str) -> str:
     lines = [line.strip("│ \n") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
-    text = []
+    text: list[str] = []
     for line in lines:
-        if re.fullmatch(r"[─╰╯\s]*", line):
+        if text and re.fullmatch(r"[─╰╯\s-]*", line):
             break
-        text.append(line)
+        if re.search(r"\w", line):
+            text.append(line)
     sentence = " ".join(text).rstrip(".").removeprefix("Error parsing ")
     return f"{sentence}; `python -m cifar_jax {command} --help` lists the options."

@@ -13,12 +13,12 @@ from cifar_jax.data import load_problem
 from cifar_jax.errors import UserError
 from cifar_jax.evaluation import wilson_interval
 from cifar_jax.features import extract, make_extractor
-from cifar_jax.fit import cached_evaluator, probabilities
 from cifar_jax.head import HeadParams, head_logits
 from cifar_jax.images import read_image
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.reporter import Reporter, Silent
-from cifar_jax.run_dir import Run, load_run
+from cifar_jax.runners import cached_evaluator, probabilities
+from cifar_jax.saved_run import Run, load_run
 
 TRAINED_SIDE = 32  # pixels: what the training images had
 

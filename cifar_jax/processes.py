@@ -5,6 +5,7 @@ features of their share of the images, and take their part of every training ste
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -89,6 +90,25 @@ def require_same(about: Mapping[str, str]) -> None:
     if differing.any():
         names = ", ".join(name for name, differs in zip(about, differing, strict=True) if differs)
         raise UserError(f"The processes of this run differ in {names}; give all of them the same command and files.")
+
+
+def agreed(requested: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether to stop, the same in all processes, which must ask equally often; once it is True it stays so.
+
+    Args:
+      requested: whether this process is to, where it is alone. Where there are several, JAX listens for SIGTERM, which
+        may come to any of them.
+    """
+    if jax.process_count() == 1:
+        return requested
+    numbers, stopped = itertools.count(), False
+
+    def stopping() -> bool:
+        nonlocal stopped
+        stopped = stopped or multihost_utils.reached_preemption_sync_point(next(numbers))
+        return stopped
+
+    return stopping
 
 
 def own_rows(count: int) -> slice:

@@ -25,6 +25,9 @@ class Reporter(Protocol):
     def epoch(self, row: EpochRow, num_epochs: int) -> None:
         """An epoch has ended."""
 
+    def confirm(self, question: str) -> bool:
+        """Asks for a yes; False where nobody can be asked."""
+
 
 class Silent:
     """A reporter that tells nobody."""
@@ -44,3 +47,7 @@ class Silent:
 
     def epoch(self, row: EpochRow, num_epochs: int) -> None:
         """Nothing."""
+
+    def confirm(self, question: str) -> bool:
+        """No."""
+        return False

@@ -17,16 +17,6 @@ from cifar_jax.evaluation import EvalResult
 from cifar_jax.extraction import dataset_features
 from cifar_jax.features import make_extractor
 from cifar_jax.finetune import finetune_evaluator, finetune_probabilities, finetune_runner, init_finetune
-from cifar_jax.fit import (
-    EpochOrder,
-    Evaluate,
-    RunEpoch,
-    cached_evaluator,
-    cached_runner,
-    live_evaluator,
-    live_runner,
-    probabilities,
-)
 from cifar_jax.head import HeadParams, init_head
 from cifar_jax.keys import stream_key
 from cifar_jax.optimizer import make_optimizer
@@ -34,6 +24,16 @@ from cifar_jax.pretrained import Backbone
 from cifar_jax.processes import gather, own_rows
 from cifar_jax.reporter import Reporter
 from cifar_jax.run_writer import RunWriter
+from cifar_jax.runners import (
+    EpochOrder,
+    Evaluate,
+    Runner,
+    cached_evaluator,
+    cached_runner,
+    live_evaluator,
+    live_runner,
+    probabilities,
+)
 from cifar_jax.training import StepMetrics, TrainState, init_state
 
 
@@ -41,7 +41,7 @@ class Route(NamedTuple):
     """One of the ways, ready to go."""
 
     state: TrainState  # before the first step
-    run_epoch: RunEpoch
+    runner: Runner
     evaluate_val: Evaluate
     evaluate_test: Evaluate
     val_probabilities: Callable[[TrainState, Int32[np.ndarray, "m"]], Float32[np.ndarray, "m classes"]]
@@ -57,6 +57,7 @@ class Job(NamedTuple):
     reporter: Reporter
     writer: RunWriter
     mesh: Mesh
+    stopping: Callable[[], bool]  # whether Ctrl-C or SIGTERM came, asked equally often in all processes
 
     @property
     def steps_per_epoch(self) -> int:
@@ -84,7 +85,7 @@ def make_route(job: Job) -> Route:
 
 def _cached(job: Job) -> Route:
     """Every image passes the backbone once; the head trains on the features."""
-    config, problem, backbone, image_size, reporter, writer, mesh = job
+    config, problem, backbone, image_size, reporter, writer, mesh, _ = job
     datasets = {
         "training images": problem.train,
         f"{problem.val_name} images": problem.val,
@@ -105,7 +106,9 @@ def _cached(job: Job) -> Route:
     tx = make_optimizer(config, job.steps_per_epoch)
     return Route(
         init_state(_init_head(job), tx),
-        _shown_epoch(job, cached_runner(train, problem.train.labels, tx, _order(config), config.label_smoothing, mesh)),
+        _shown_runner(
+            job, cached_runner(train, problem.train.labels, tx, _order(config), config.label_smoothing, mesh)
+        ),
         cached_evaluator(val, problem.val.labels, mesh=mesh),
         cached_evaluator(test, problem.test.labels, mesh=mesh),
         lambda state, indices: probabilities(state.params, np.asarray(val[indices])),
@@ -120,9 +123,9 @@ def own_part(dataset: Dataset) -> Dataset:
 
 def _live(job: Job) -> Route:
     """Every step goes through the whole network, as in the notebook."""
-    config, problem, backbone, image_size, _, _, mesh = job
+    config, problem, backbone, image_size, _, _, mesh, _ = job
     tx = make_optimizer(config, job.steps_per_epoch)
-    run_epoch = live_runner(
+    runner = live_runner(
         backbone,
         problem.train,
         tx,
@@ -141,7 +144,7 @@ def _live(job: Job) -> Route:
 
     return Route(
         init_state(_init_head(job), tx),
-        _shown_epoch(job, run_epoch),
+        _shown_runner(job, runner),
         evaluator(problem.val, problem.val_name),
         evaluator(problem.test, "test"),
         lambda state, indices: probabilities(state.params, extractor(problem.val.images[indices])),
@@ -150,10 +153,10 @@ def _live(job: Job) -> Route:
 
 def _finetune(job: Job) -> Route:
     """Backbone and head train together."""
-    config, problem, backbone, image_size, _, _, mesh = job
+    config, problem, backbone, image_size, _, _, mesh, _ = job
     tx = make_optimizer(config, job.steps_per_epoch)
     order, augmentation = _order(config), _augmentation(config)
-    run_epoch = finetune_runner(config, backbone, problem.train, tx, order, image_size, augmentation, mesh)
+    runner = finetune_runner(config, backbone, problem.train, tx, order, image_size, augmentation, mesh)
 
     def evaluator(dataset: Dataset, name: str) -> Evaluate:
         on_images = finetune_evaluator(backbone, dataset, image_size, config.precision, config.extract_batch_size, mesh)
@@ -165,7 +168,7 @@ def _finetune(job: Job) -> Route:
 
     return Route(
         init_finetune(backbone.variables, _init_head(job), tx, config.zero_gamma),
-        _shown_epoch(job, run_epoch),
+        _shown_runner(job, runner),
         evaluator(problem.val, problem.val_name),
         evaluator(problem.test, "test"),
         val_probabilities,
@@ -199,21 +202,29 @@ def _bar(job: Job, description: str, total: int) -> Iterator[Callable[[int], Non
         yield shown
 
 
-def _shown_epoch(job: Job, run_epoch: Callable[..., tuple[TrainState, StepMetrics]]) -> RunEpoch:
-    """An epoch with a bar."""
+def _shown_runner(job: Job, runner: Runner) -> Runner:
+    """A runner with a bar."""
 
-    def shown(state: TrainState, epoch: int) -> tuple[TrainState, StepMetrics]:
+    def shown(
+        state: TrainState, epoch: int, steps: range, on_examples: Callable[[int], None], stopping: Callable[[], bool]
+    ) -> tuple[TrainState, StepMetrics]:
         with _bar(job, f"Epoch {epoch + 1}", len(job.problem.train.labels)) as bar:
-            return run_epoch(state, epoch, bar)
+            return runner(state, epoch, steps, bar, stopping)
 
-    return shown
+    return runner._replace(run=shown)
 
 
 def _shown_evaluation(job: Job, evaluate: Callable[..., EvalResult], dataset: Dataset, name: str) -> Evaluate:
-    """An evaluation with a bar."""
+    """An evaluation with a bar, which a signal ends."""
 
     def shown(params: Any, batch_stats: Any = ()) -> EvalResult:
         with _bar(job, f"Evaluating {name} images", len(dataset.labels)) as bar:
-            return evaluate(params, batch_stats, bar)
+
+            def on_examples(done: int) -> None:
+                bar(done)
+                if job.stopping():
+                    raise KeyboardInterrupt
+
+            return evaluate(params, batch_stats, on_examples)
 
     return shown

@@ -1,23 +1,24 @@
-"""The run directory: what a run leaves behind, and how it is found and read again."""
+"""The run directory: what a run leaves behind, and what may be written there."""
 
+import contextlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from cifar_jax.checkpoint import load_checkpoint
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import UserError
-from cifar_jax.files import sha256_of_file, without_nan, write_json, write_text
-from cifar_jax.head import HeadParams, init_head
-from cifar_jax.pretrained import Backbone, load_backbone, registry
-from cifar_jax.pretrained.canonical import is_ours
+from cifar_jax.files import (
+    locked_directory,
+    read_json_value,
+    remove_leftovers,
+    without_nan,
+    write_json,
+    write_text,
+)
 
 FORMAT_VERSION = 1
 CONFIG, METRICS, SUMMARY, CHECKPOINTS, BACKBONE = (
@@ -39,27 +40,6 @@ CONTENTS = (
     "predictions.png",
     "confusion.png",
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that was read back, ready to predict.
-
-    Attributes:
-      path: of its directory.
-      config: what it was told.
-      summary: what summary.json holds.
-      backbone: the network, found again by its hash, with the image size of the run.
-      head_params: the trained head.
-      class_names: by label.
-    """
-
-    path: Path
-    config: TrainConfig
-    summary: dict[str, Any]
-    backbone: Backbone
-    head_params: HeadParams
-    class_names: tuple[str, ...]
 
 
 def default_run_dir(config: TrainConfig) -> Path:
@@ -99,7 +79,7 @@ def _check_run_dir(path: Path, config: TrainConfig, resumes: bool) -> None:
         raise UserError(f"--out {path} cannot be made, as {existing} is a file; choose another directory.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--out {path} cannot be written, as {existing} is read-only; choose another directory.")
-    if path.is_dir() and (entries := sorted(entry.name for entry in path.iterdir())):
+    if path.is_dir() and (entries := sorted(entry.name for entry in path.iterdir() if not _is_leftover(entry.name))):
         if not is_run(path):
             raise UserError(f"--out {path} holds other files ({entries[0]}, ...); choose an empty or a new directory.")
         if resumes:
@@ -121,15 +101,46 @@ def is_run(path: Path) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Makes the directory if need be, and keeps other runs out of it until the block or the process ends.
+
+    Where the directory was made and holds nothing, it goes again.
+
+    Raises:
+      UserError: when it cannot be made, or another process has it.
+    """
+
+    def refuse() -> None:
+        raise BlockingIOError
+
+    with contextlib.ExitStack() as stack:
+        try:
+            made = not path.exists()
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked_directory(path, refuse))
+        except BlockingIOError:
+            raise UserError(
+                f"Another process is writing the run in {path}; wait for it, or choose another --out."
+            ) from None
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be written ({error.strerror}); choose another directory.") from error
+        try:
+            yield
+        finally:
+            if made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
 def start_run_dir(path: Path, config: TrainConfig) -> None:
-    """Makes the directory, without the run that may have been in it, and writes config.json.
+    """Empties the directory of the run that may have been in it, and writes config.json.
 
     Raises:
       UserError: when the directory cannot be written.
     """
-    made = not path.exists()
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(path)
         for name in CONTENTS:
             if (path / name).is_dir() and not (path / name).is_symlink():
                 shutil.rmtree(path / name)
@@ -137,9 +148,20 @@ def start_run_dir(path: Path, config: TrainConfig) -> None:
                 (path / name).unlink(missing_ok=True)
         write_json(path / CONFIG, config.to_json())
     except OSError as error:
-        if made:
-            shutil.rmtree(path, ignore_errors=True)
         raise UserError(f"--out {path} cannot be written ({error.strerror}); choose another directory.") from error
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether only a run that was killed while it wrote leaves a file of that name."""
+    return any(name.startswith(f".{content}.") for content in CONTENTS)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Removes what a killed run leaves: files that were being written, and the summary that no longer holds."""
+    (path / SUMMARY).unlink(missing_ok=True)
+    for name in CONTENTS:
+        remove_leftovers(path, f".{name}.*")
+    remove_leftovers(path / CHECKPOINTS, ".*")
 
 
 def write_config(path: Path, config: TrainConfig) -> None:
@@ -166,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: when it is missing or damaged.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_value(path)
     except FileNotFoundError:
         raise UserError(
             f"{path.parent} is not a run directory: it has no {path.name}; name a directory that `train` wrote."
@@ -176,71 +198,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold what `train` writes; name another run directory.")
     return value
-
-
-def load_run(path: str | os.PathLike[str], weights: str | None = None) -> Run:
-    """Reads a run back: its configuration, its head, and the backbone it needs, found by hash.
-
-    Args:
-      path: of the run directory.
-      weights: a file or name to take the backbone from, where it is not found by itself.
-
-    Raises:
-      UserError: when it is no run, is damaged, or its backbone is not on this machine.
-    """
-    path = Path(path)
-    fields, summary = read_json(path / CONFIG), read_json(path / SUMMARY)
-    if summary.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path} was written by another version of this program; train again.")
-    try:
-        config = TrainConfig.from_json(fields)
-    except UserError as error:
-        raise UserError(f"{path / CONFIG} is not as `train` wrote it ({error}); name another run directory.") from error
-    try:
-        class_names = tuple(map(str, summary["dataset"]["class_names"]))
-        about = {name: str(summary["backbone"][name]) for name in ("sha256", "source")}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path / SUMMARY} is not as `train` wrote it; name another run directory.") from error
-    backbone = _find_backbone(path, config, about, weights)
-    _check_run_as_before(path, backbone, summary["backbone"])
-    # What the head was trained on, which need not be the size of the backbone's own training.
-    backbone = backbone.replace(image_size=config.image_size or backbone.image_size)
-    selected = summary.get("selected_epoch")
-    like = {"head": jax.eval_shape(
-        lambda: init_head(jax.random.key(0), backbone.config.features, config.hidden, len(class_names))
-    )}  # fmt: skip
-    head_params = load_checkpoint(path / CHECKPOINTS, like, selected)["head"]
-    return Run(path, config, summary, backbone, head_params, class_names)
-
-
-def _check_run_as_before(path: Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
-    """The hash is that of the weights; how they are run may be told by a file beside them, which may have gone."""
-    for name, value in (("config", backbone.config), ("preprocessing", backbone.preprocessing)):
-        if name in about and json.loads(json.dumps(asdict(value))) != about[name]:
-            raise UserError(
-                f"{backbone.source} has the weights of the run {path} and would be run with another {name} than there; "
-                "put back the config.json that lay beside it."
-            )
-
-
-def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], weights: str | None) -> Backbone:
-    """Tries every place where the backbone may lie; only one with the same hash will do."""
-    if weights and weights not in registry.entries() and not os.path.isfile(os.path.expanduser(weights)):
-        raise UserError(f"--weights {weights} is neither a file nor a name that `info` lists; name the run's backbone.")
-    named = [os.path.expanduser(weights)] if weights else [str(path / BACKBONE), about["source"], config.weights]
-    # Of the known files only copies that are here: reading a run should not start a download.
-    copies = (registry.find_local(entry, config.cache_dir)[0] for entry in registry.entries().values())
-    other = ""
-    for candidate in (*map(Path, named), *filter(None, copies)):
-        if not os.path.isfile(candidate):
-            continue
-        digest = sha256_of_file(candidate)
-        if digest == about["sha256"]:
-            # A file of the project's own says itself how it is run, whatever the one it was made from was told.
-            return load_backbone(candidate, None if is_ours(candidate) else config.variant)
-        if str(candidate) in named:
-            other = other or f" ({candidate} is another file)"
-    raise UserError(
-        f"The run {path} needs the backbone it was trained on, {about['source']} with SHA-256 {about['sha256']}, which "
-        f"is not found{other}; name a copy of it with --weights."
-    )

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,25 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from cifar_jax.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from cifar_jax.checkpoint import Position, load_checkpoint, prune, save_checkpoint
+from cifar_jax.clock import Clock
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Problem
-from cifar_jax.environment import device_description, package_versions
+from cifar_jax.environment import device_description, package_versions, settings
 from cifar_jax.errors import RunError
 from cifar_jax.evaluation import EvalResult, wilson_interval
 from cifar_jax.files import without_nan, write_json
-from cifar_jax.fit import EpochRow
+from cifar_jax.fit import EpochPart, EpochRow
 from cifar_jax.keys import stream_key
 from cifar_jax.parallel import make_mesh
 from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
-from cifar_jax.resume import checkpoint_parts, clear_leftovers
+from cifar_jax.resume import NO_PROGRESS, Progress, checkpoint_parts
 from cifar_jax.run_dir import (
     BACKBONE,
     CHECKPOINTS,
     FORMAT_VERSION,
     SUMMARY,
+    clear_leftovers,
     start_run_dir,
     write_config,
     write_metrics,
@@ -35,35 +37,6 @@ from cifar_jax.run_dir import (
 from cifar_jax.training import TrainState
 
 PICTURED_PREDICTIONS = 32
-
-
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        """Starts the clock."""
-        self._start = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-        self.first_step: float | None = None
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Adds the time that the block takes to a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    def note_first_step(self) -> None:
-        """Something came through the network: the first time says how long compilation and all before it took."""
-        if self.first_step is None:
-            self.first_step = self.total
-
-    @property
-    def total(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._start
 
 
 class RunWriter:
@@ -77,12 +50,13 @@ class RunWriter:
         backbone: Backbone,
         image_size: int,
         clock: Clock,
-        history: Sequence[EpochRow] = (),
+        progress: Progress = NO_PROGRESS,
     ):
         """Takes what the run is about, and what of it is done already; nothing is written yet."""
         self.out, self.config, self.problem, self.backbone = out, config, problem, backbone
         self.image_size, self.clock = image_size, clock
-        self.history = list(history)
+        self.history, self._progress = list(progress.rows), progress
+        self.inputs = inputs_of(problem, backbone)
         self._images, self._seconds = 0, 0.0
 
     def start(self, resumes: bool) -> None:
@@ -92,7 +66,8 @@ class RunWriter:
         """
         if resumes:
             clear_leftovers(self.out)
-        if self.history:
+            position, last = self._progress.position, self.config.keep_checkpoints
+            prune(self.out / CHECKPOINTS, position, [Position(self.selected_epoch)], last)
             write_config(self.out, self.config)
             self._write_metrics()
         else:
@@ -126,27 +101,36 @@ class RunWriter:
         with _or_run_error(self.out):
             write_metrics(self.out, [row._asdict() for row in self.history])
 
-    def checkpoint(self, state: TrainState) -> None:
-        """Keeps the state of the last epoch, from which a run can go on, and that of the selected one."""
+    def checkpoint(self, state: TrainState, part: EpochPart | None = None) -> None:
+        """Keeps the state, from which the run can go on, the ones before, and that of the selected epoch.
+
+        Args:
+          state: after the last epoch.
+          part: of the next one, that it has behind it too.
+        """
+        position = Position(len(self.history), len(part.metrics.num) if part else 0)
+        progress = Progress(position, tuple(self.history), part, self.inputs)
         # On the host: what lies on the devices of several processes would be theirs to write together.
-        parts = jax.device_get(checkpoint_parts(state))
-        save_checkpoint(self.out / CHECKPOINTS, len(self.history), parts, keep=[self.selected_epoch])
+        parts, directory = jax.device_get(checkpoint_parts(state)), self.out / CHECKPOINTS
+        keep, last = [Position(self.selected_epoch)], self.config.keep_checkpoints
+        save_checkpoint(directory, position, parts, progress.to_json(), keep, last)
 
     def diverged(self, state: TrainState) -> None:
         """Keeps the state of the step before, from which no run can go on, unless held-out images chose another."""
         if not (self.problem.held_out and self.history):
             parts = jax.device_get(checkpoint_parts(state, resumable=False))
-            save_checkpoint(self.out / CHECKPOINTS, len(self.history), parts)
+            save_checkpoint(self.out / CHECKPOINTS, Position(len(self.history)), parts)
         self.finish("diverged")
 
     def _keep_trained_backbone(self) -> None:
         """In the mode finetune keeps the selected epoch's backbone as a file like any other, as that of the run."""
-        if self.config.mode != "finetune" or not list_checkpoints(self.out / CHECKPOINTS):
+        selected = Position(self.selected_epoch)
+        if self.config.mode != "finetune" or not (self.out / CHECKPOINTS / selected.name).exists():
             return
         like = {"backbone": jax.eval_shape(lambda: self.backbone.variables)}
         initial = f"{self.backbone.source} (SHA-256 {self.backbone.sha256[:16]})"
         self.backbone = self.backbone.replace(
-            variables=load_checkpoint(self.out / CHECKPOINTS, like, self.selected_epoch)["backbone"],
+            variables=load_checkpoint(self.out / CHECKPOINTS, like, selected)["backbone"],
             image_size=self.image_size,
             source=f"trained on {self.problem.splits.name} from {initial}",
             # How it is run has not changed, but it is no longer untrained.
@@ -241,14 +225,23 @@ class RunWriter:
                 "name": problem.splits.name,
                 "version": problem.splits.version,
                 "class_names": list(problem.splits.class_names),
-                "train_sha256": problem.train.fingerprint(),
-                "test_sha256": problem.test.fingerprint(),
+                "train_sha256": self.inputs["training images"],
+                "test_sha256": self.inputs["test images"],
             },
             "seed": self.config.seed,
             "precision": self.config.precision,
             "device": device_description(make_mesh(self.config.devices).size),
             "packages": package_versions(),
+            "environment": settings(),
         }
+
+
+def inputs_of(problem: Problem, backbone: Backbone) -> dict[str, str]:
+    """Digests of what a run is made of, by name."""
+    images = {"training images": problem.train, "test images": problem.test}
+    if problem.held_out:
+        images["validation images"] = problem.val
+    return {name: part.fingerprint() for name, part in images.items()} | {"weights": backbone.sha256}
 
 
 class NoWriter(RunWriter):
@@ -260,7 +253,7 @@ class NoWriter(RunWriter):
     def _write_metrics(self) -> None:
         """Nothing."""
 
-    def checkpoint(self, state: TrainState) -> None:
+    def checkpoint(self, state: TrainState, part: EpochPart | None = None) -> None:
         """Nothing."""
 
     def diverged(self, state: TrainState) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from cifar_jax.fit import EpochOrder
 from cifar_jax.head import HeadParams, init_head
+from cifar_jax.runners import EpochOrder
 from cifar_jax.training import StepMetrics, cached_epoch, init_state
 
 MakeOptimizer = Callable[[Float[Array, ""]], optax.GradientTransformation]

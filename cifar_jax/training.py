@@ -106,9 +106,7 @@ def make_train_step(
       >>> tx = optax.sgd(0.01)
       >>> train_step = jax.jit(make_train_step(head_loss, tx))
     """
-    grad_fn: GradFn = jax.value_and_grad(loss_fn, has_aux=True)
-    if micro_batch is not None:
-        grad_fn = in_pieces(grad_fn, micro_batch)
+    grad_fn = gradient_of(loss_fn, micro_batch)
 
     def train_step(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
         (loss, (metrics, batch_stats)), grads = grad_fn(state.params, state.batch_stats, batch, key)
@@ -123,6 +121,12 @@ def make_train_step(
         return _keep_if(finite, stepped, state), metrics._replace(finite=finite)
 
     return train_step
+
+
+def gradient_of(loss_fn: LossFn, micro_batch: int | None) -> GradFn:
+    """Loss and gradient, of the whole batch at once or in pieces."""
+    grad_fn: GradFn = jax.value_and_grad(loss_fn, has_aux=True)
+    return grad_fn if micro_batch is None else in_pieces(grad_fn, micro_batch)
 
 
 def in_pieces(grad_fn: GradFn, micro_batch: int) -> GradFn:
@@ -219,6 +223,18 @@ def cached_epoch(
     return epoch
 
 
+def live_loss(backbone: Backbone, image_size: int | None, precision: str, label_smoothing: float = 0.0) -> LossFn:
+    """Loss of the head on uint8 images, through the frozen backbone."""
+
+    def loss_fn(
+        params: HeadParams, batch_stats: PyTree, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[Float[Array, ""], tuple[StepMetrics, PyTree]]:
+        features = extract(backbone, batch.inputs, image_size, precision)
+        return head_loss(params, batch_stats, batch._replace(inputs=features), key, label_smoothing)
+
+    return loss_fn
+
+
 def make_live_step(
     tx: optax.GradientTransformation,
     image_size: int | None = None,
@@ -237,12 +253,7 @@ def make_live_step(
     def step(
         carry: tuple[TrainState, Bool[Array, ""]], backbone: Backbone, batch: Batch, key: PRNGKeyArray
     ) -> tuple[tuple[TrainState, Bool[Array, ""]], StepMetrics]:
-        def loss_fn(
-            params: HeadParams, batch_stats: PyTree, batch: Batch, key: PRNGKeyArray
-        ) -> tuple[Float[Array, ""], tuple[StepMetrics, PyTree]]:
-            features = extract(backbone, batch.inputs, image_size, precision)
-            return head_loss(params, batch_stats, batch._replace(inputs=features), key, label_smoothing)
-
+        loss_fn = live_loss(backbone, image_size, precision, label_smoothing)
         if augmentation:
             batch = batch._replace(inputs=augmentation(carry[0].step, batch.inputs))
         return halting(make_train_step(loss_fn, tx))(carry, batch, jax.random.fold_in(key, carry[0].step))

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 from helpers import narrow_networks
-from jax.experimental.compilation_cache import compilation_cache
+from jax._src import compilation_cache
 
+from cifar_jax import commands
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.shapes import draw_shapes
 from cifar_jax.data.tfds import find_prepared
@@ -55,13 +56,35 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, usual)
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where what tests compile is kept for other tests of the session: many compile the same narrow networks."""
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
 @pytest.fixture(autouse=True)
-def no_compile_cache() -> Iterator[None]:
-    """What a command told JAX to keep, and where, is forgotten after a test."""
+def compile_cache(request: pytest.FixtureRequest, compiled: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands in this process share one cache; those with a cache of their own are for `own_compile_cache`."""
+    own = "own_compile_cache" in request.fixturenames
+    if not own:
+        monkeypatch.setattr(commands, "use_compile_cache", lambda *_, **__: None)
+    usual = compilation_cache.get_file_cache
+    _keep_compiled_in(None if own else compiled)
     yield
-    if jax.config.jax_compilation_cache_dir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
+    compilation_cache.get_file_cache = usual
+    _keep_compiled_in(None)
+
+
+def _keep_compiled_in(directory: str | None) -> None:
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if directory else 1.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1 if directory else 0)
+
+
+@pytest.fixture
+def own_compile_cache() -> None:
+    """Commands keep what they compile where they are told to, and find there what they kept."""
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import optax
 import pytest
 from helpers import narrow_networks
 
-import cifar_jax.fit
+import cifar_jax.runners
 from benchmarks.hlo import collectives
 from cifar_jax.augment import AUGMENTATIONS, Augmentation
 from cifar_jax.config import TrainConfig
@@ -24,7 +24,7 @@ from cifar_jax.finetune import (
     make_finetune_step,
     make_network,
 )
-from cifar_jax.fit import EpochOrder, cached_evaluator, cached_runner, fit, live_evaluator, live_runner
+from cifar_jax.fit import fit
 from cifar_jax.head import init_head
 from cifar_jax.job import train
 from cifar_jax.optimizer import make_optimizer
@@ -32,6 +32,7 @@ from cifar_jax.parallel import make_mesh, replicate, shard
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.resnet import ResNetConfig
 from cifar_jax.run_writer import RunWriter
+from cifar_jax.runners import EpochOrder, cached_evaluator, cached_runner, live_evaluator, live_runner
 from cifar_jax.training import Batch, init_state, make_cached_epoch, make_live_step
 
 NETWORK = ResNetConfig(stage_sizes=(1,), width=4)
@@ -169,7 +170,7 @@ def test_finetune_exchanges_statistics_as_well(backbone, images, bn_statistics):
 
 def test_epoch_is_compiled_once(backbone, images, monkeypatch):
     compiled = make_cached_epoch(TX)
-    monkeypatch.setattr(cifar_jax.fit, "make_cached_epoch", lambda *_: compiled)
+    monkeypatch.setattr(cifar_jax.runners, "make_cached_epoch", lambda *_: compiled)
     features, state = make_extractor(backbone)(images.images), init_state(head(), TX)
     runner = cached_runner(features, images.labels, TX, order(20), mesh=EIGHT)
     for epoch in range(3):

@@ -1,12 +1,23 @@
-"""Checkpoints: the same bits back, only the newest kept, damage noticed."""
+"""Checkpoints: the same bits back, only the newest kept, damage noticed and the one before it used."""
 
 import jax
 import numpy as np
 import pytest
+from helpers import flip_bit, largest_file
 
-from cifar_jax.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from cifar_jax.errors import UserError
+from cifar_jax.checkpoint import (
+    Position,
+    list_checkpoints,
+    load_checkpoint,
+    newest_whole,
+    position_of,
+    prune,
+    save_checkpoint,
+)
+from cifar_jax.errors import RunError, UserError
 from cifar_jax.head import init_head
+
+ONE, TWO, THREE, TEN = Position(1), Position(2), Position(3), Position(10)
 
 
 @pytest.fixture
@@ -15,7 +26,7 @@ def head():
 
 
 def test_gives_the_same_bits_back(tmp_path, head):
-    save_checkpoint(tmp_path, 1, head)
+    save_checkpoint(tmp_path, ONE, head)
     like = jax.eval_shape(lambda: head)
     restored = load_checkpoint(tmp_path, like)
     assert jax.tree.structure(restored) == jax.tree.structure(head)
@@ -24,24 +35,53 @@ def test_gives_the_same_bits_back(tmp_path, head):
 
 
 def test_newest_replaces_the_older_and_itself(tmp_path, head):
-    for epoch in (1, 2, 2, 10):
-        save_checkpoint(tmp_path, epoch, head)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["0010"]
+    for position in (ONE, TWO, TWO, TEN):
+        save_checkpoint(tmp_path, position, head)
     assert [path.name for path in tmp_path.iterdir()] == ["0010"]
 
 
-def test_a_flipped_bit_in_the_arrays_is_noticed(tmp_path, head):
-    target = save_checkpoint(tmp_path, 1, head)
-    payload = max((path for path in target.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    content = bytearray(payload.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    payload.write_bytes(content)
+def test_the_last_few_and_those_asked_for_stay(tmp_path, head):
+    for position in (ONE, Position(1, 500), TWO, Position(2, 20), Position(2, 100)):
+        save_checkpoint(tmp_path, position, head, keep=[ONE], keep_last=2)
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == ["0001", "0002.000020", "0002.000100"]
+    assert [position_of(tmp_path / name) for name in names] == [ONE, Position(2, 20), Position(2, 100)]
+
+
+@pytest.mark.parametrize("where", [0, 0.5, -1])
+def test_a_flipped_bit_in_the_arrays_is_noticed(tmp_path, head, where):
+    target = save_checkpoint(tmp_path, ONE, head)
+    flip_bit(largest_file(target / "arrays"), where)
     with pytest.raises(UserError, match=r"damaged|cannot be read"):
         load_checkpoint(tmp_path, head)
 
 
+def test_a_damaged_one_is_said_and_the_one_before_it_used(tmp_path, head):
+    said = []
+    for position in (ONE, TWO, THREE):
+        save_checkpoint(tmp_path, position, head, {"at": position.epoch}, keep_last=3)
+    assert newest_whole(tmp_path, said.append) == (THREE, {"at": 3}) and said == []
+    (tmp_path / "0003" / "digests.json").write_text("{")
+    payload = largest_file(tmp_path / "0002" / "arrays")
+    payload.write_bytes(payload.read_bytes()[:-1])
+    assert newest_whole(tmp_path, said.append) == (ONE, {"at": 1})
+    assert len(said) == 2 and "0003 cannot be read" in said[0] and "0002 is damaged" in said[1]
+    flip_bit(largest_file(tmp_path / "0001" / "arrays"))
+    with pytest.raises(UserError, match="can be gone on from; start the run again with --overwrite"):
+        newest_whole(tmp_path, said.append)
+    assert newest_whole(tmp_path / "none", said.append) is None
+
+
+def test_what_lies_ahead_of_where_a_run_goes_on_from_is_removed(tmp_path, head):
+    for position in (ONE, TWO, THREE, Position(3, 20), TEN):
+        save_checkpoint(tmp_path, position, head, keep_last=9)
+    prune(tmp_path, Position(3), keep=[ONE], keep_last=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0001", "0003"]
+    prune(tmp_path / "none", Position(3), keep=[], keep_last=1)
+
+
 def test_a_network_of_another_shape_is_refused(tmp_path, head):
-    save_checkpoint(tmp_path, 1, head)
+    save_checkpoint(tmp_path, ONE, head)
     with pytest.raises(UserError, match="another network"):
         load_checkpoint(tmp_path, {"head": init_head(jax.random.key(0), 16, (9,), 4)})
 
@@ -51,15 +91,22 @@ def test_no_checkpoint_is_said(tmp_path):
         load_checkpoint(tmp_path, {})
 
 
-def test_other_epochs_stay_where_they_are_asked_for_and_parts_are_read_alone(tmp_path, head):
-    for epoch in (1, 2, 3):
-        save_checkpoint(tmp_path, epoch, head | {"more": {"epoch": np.int32(epoch) * np.ones(2, np.int32)}}, keep=[1])
+def test_the_directory_of_a_run_that_was_removed_is_not_made_again(tmp_path, head):
+    with pytest.raises(RunError, match="could not be written"):
+        save_checkpoint(tmp_path / "removed" / "checkpoints", ONE, head)
+    assert not (tmp_path / "removed").exists()
+
+
+def test_each_is_found_by_its_position_and_parts_are_read_alone(tmp_path, head):
+    for position in (ONE, TWO, THREE):
+        more = {"more": {"epoch": np.int32(position.epoch) * np.ones(2, np.int32)}}
+        save_checkpoint(tmp_path, position, head | more, keep=[ONE])
     assert [path.name for path in list_checkpoints(tmp_path)] == ["0001", "0003"]
     like = jax.eval_shape(lambda: {"more": {"epoch": np.ones(2, np.int32)}})
     assert load_checkpoint(tmp_path, like)["more"]["epoch"][0] == 3
-    assert load_checkpoint(tmp_path, like, epoch=1)["more"]["epoch"][0] == 1
+    assert load_checkpoint(tmp_path, like, ONE)["more"]["epoch"][0] == 1
     assert set(load_checkpoint(tmp_path, head)) == {"head"}
     with pytest.raises(UserError, match="no checkpoint"):
-        load_checkpoint(tmp_path, like, epoch=2)
+        load_checkpoint(tmp_path, like, TWO)
     with pytest.raises(UserError, match="holds no other"):
         load_checkpoint(tmp_path, {"other": head["head"]})

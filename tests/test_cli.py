@@ -75,7 +75,7 @@ def picture(tmp_path):
         ("--image-size -32", ["--image-size -32 cannot be"]),
         ("--image-size 1024000000", ["--image-size 1024000000 cannot be", "at most 4096"]),
         ("--hidden 99999999", ["--hidden 99999999 cannot be"]),
-        ("--train-examples 1000001", ["1000001 images are more than the 1000000 that can be drawn"]),
+        ("--train-examples 1000001", ["--train-examples 1000001 is more than the 1000000 images that are drawn"]),
         ("--train-examples 0", ["--train-examples 0 cannot be"]),
         ("--test-examples -1", ["--test-examples -1 cannot be"]),
         ("--extract-batch-size 0", ["--extract-batch-size 0 cannot be"]),
@@ -292,7 +292,7 @@ def test_ctrl_c_ends_a_live_run_cleanly(tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     epochs = len((out / "metrics.jsonl").read_text().splitlines())
     assert summary["status"] == "interrupted" and summary["epochs"] == epochs >= 1
-    assert f"{epochs} of 1000 epochs were done; what there is lies in {out}." in err
+    assert f"{epochs} of 1000 epochs are done and kept; the same command with --resume --out {out} goes on." in err
     like = {"head": jax.eval_shape(lambda: init_head(jax.random.key(0), NARROW.features, (8,), 10))}
     assert np.isfinite(load_checkpoint(out / "checkpoints", like)["head"][0]["kernel"]).all()
     assert not [path for path in files_below(out) if Path(path).name.startswith(".")]

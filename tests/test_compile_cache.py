@@ -17,6 +17,8 @@ from cifar_jax.compile_cache import CheckedCache, use_compile_cache
 
 ROOT = Path(cifar_jax.__file__).parent.parent
 
+pytestmark = pytest.mark.usefixtures("own_compile_cache")
+
 
 @pytest.fixture
 def events():

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -13,7 +15,7 @@ import pytest
 from helpers import command, is_one_error, narrow_networks
 from two_processes import JOB
 
-from cifar_jax import job
+from cifar_jax import job, load_run
 from cifar_jax.checkpoint import list_checkpoints
 from cifar_jax.cli import main
 from cifar_jax.run_dir import CHECKPOINTS, CONTENTS
@@ -28,18 +30,16 @@ def free_port():
         return listening.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """The directory that two processes have worked in, and what each wrote to its terminal."""
-    directory = tmp_path_factory.mktemp("together")
+def start_two(*arguments):
+    """Two processes that are told of each other."""
     address = f"localhost:{free_port()}"
     usual = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, HERE / "two_processes.py", directory],
+            [sys.executable, *map(str, arguments)],
             cwd=HERE.parent,
             env=usual
-            | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu"}
+            | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
             | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(own)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -47,6 +47,13 @@ def together(tmp_path_factory):
         )
         for own in (0, 1)
     ]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """The directory that two processes have worked in, and what each wrote to its terminal."""
+    directory = tmp_path_factory.mktemp("together")
+    processes = start_two(HERE / "two_processes.py", directory)
     written = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], written
     return directory, written
@@ -94,7 +101,7 @@ def test_both_have_the_parameters_that_one_process_has(together, alone):
 def test_the_run_is_written_once(together):
     directory, written = together
     assert {path.name for path in (directory / "run").iterdir()} == set(CONTENTS) - {"samples.png"}
-    assert [path.name for path in list_checkpoints(directory / "run" / CHECKPOINTS)] == ["0002"]
+    assert [path.name for path in list_checkpoints(directory / "run" / CHECKPOINTS)] == ["0001", "0002"]
     summary = json.loads((directory / "run" / "summary.json").read_text())
     assert summary["status"] == "complete" and summary["num_train"] == 127
     assert summary["device"].endswith("2 of 2 devices")
@@ -102,6 +109,32 @@ def test_the_run_is_written_once(together):
     assert "epoch 2/2" in out and "epoch" not in other_out
     lines = [line for line in other_err.splitlines() if "Gloo" not in line]
     assert len(lines) == 1 and "already holds a run" in lines[0], other_err
+
+
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, [143, 143]), (signal.SIGINT, [143, 130])])
+def test_what_one_process_is_told_ends_both_and_they_go_on_to_the_same_bits(tmp_path, number, codes):
+    """The signal goes to the one that writes nothing."""
+    train = [HERE / "narrow_train.py", *JOB, tmp_path / "cache", "--mode", "live", "--epochs", "20"]
+    for process in start_two(*train, "--out", tmp_path / "undisturbed"):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    run = tmp_path / "run"
+    processes = start_two(*train, "--out", run)
+    while not (run / "metrics.jsonl").exists():
+        assert [process.poll() for process in processes] == [None, None], [p.communicate() for p in processes]
+        time.sleep(0.01)
+    processes[1].send_signal(number)
+    written = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == codes, written
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and 1 <= summary["epochs"] < 20
+    for process in start_two(*train, "--out", run, "--resume"):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert rows_of(run) == rows_of(tmp_path / "undisturbed")
+    kept = [load_run(path).head_params for path in (run, tmp_path / "undisturbed")]
+    for ours, expected in zip(*map(jax.tree.leaves, kept), strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.parametrize(

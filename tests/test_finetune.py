@@ -17,12 +17,13 @@ from cifar_jax.finetune import (
     make_finetune_loss,
     make_network,
 )
-from cifar_jax.fit import Diverged, EpochOrder, fit
+from cifar_jax.fit import Diverged, fit
 from cifar_jax.head import head_logits, init_head
 from cifar_jax.optimizer import make_optimizer, param_labels
 from cifar_jax.preprocess import preprocess
 from cifar_jax.pretrained import WeightsError, load_backbone, random_backbone, save_backbone
 from cifar_jax.resnet import ResNet
+from cifar_jax.runners import EpochOrder
 from cifar_jax.training import Batch, in_pieces, make_train_step
 
 KEY = jax.random.key(7)
@@ -201,7 +202,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(backbone, shapes):
 
 
 def test_divergence_names_the_step_and_keeps_what_was_good(backbone, shapes):
-    with pytest.raises(Diverged, match=r"epoch 1, step \d;") as raised:
+    with pytest.raises(Diverged, match=r"epoch 1, step \d \(first the [a-z ]+.*\);") as raised:
         train(backbone, config(learning_rate=1e30), shapes)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(raised.value.state.params))
     assert "the learning rate was 0.25, and" in str(raised.value.at(0.25))

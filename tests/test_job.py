@@ -1,6 +1,9 @@
 """The whole job, tiny: what it leaves behind, both modes, held-out images, reproducibility, real images."""
 
 import json
+import logging
+import re
+from collections import Counter
 
 import jax
 import numpy as np
@@ -9,10 +12,10 @@ from PIL import Image
 
 from cifar_jax import load_run, make_extractor, predict_probs
 from cifar_jax.config import TrainConfig, preset
-from cifar_jax.fit import probabilities
 from cifar_jax.job import train
 from cifar_jax.predict import evaluate_run, predict_files
 from cifar_jax.run_dir import CONTENTS
+from cifar_jax.runners import probabilities
 
 TINY = {
     "dataset": "shapes",
@@ -25,6 +28,10 @@ TINY = {
     "batch_size": 32,
     "learning_rate": 0.1,
 }
+
+
+# What this project compiles in a run, as XLA names it.
+OURS = {"features_of", "epoch", "eval_step", "step", "finetune_step", "_logits"}
 
 
 def rows_of(run):
@@ -48,6 +55,19 @@ def test_leaves_what_it_says_it_leaves(run):
     assert 0 < summary["seconds_to_first_step"] < summary["seconds"]["total"]
     assert summary["val_accuracy"] == rows_of(run)[-1]["val_accuracy"] == np.trace(summary["confusion"]) / 50
     assert TrainConfig.from_json(json.loads((run / "config.json").read_text())).train_examples == 160
+
+
+@pytest.mark.parametrize(("mode", "functions"), [("cached", 3), ("live", 2), ("finetune", 2)])
+def test_a_whole_run_compiles_each_function_once_for_a_shape(tmp_path, narrow, caplog, mode, functions):
+    """Epochs, short last batches and evaluations included; JAX's own small operations are no concern of a run."""
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        options = TINY | {"epochs": 3, "train_examples": 170, "mode": mode, "val_fraction": 0.2}
+        train(TrainConfig(**options, out=str(tmp_path / "run")))
+    pattern = r"Compiling jit\((\w+)\) with global shapes and types (.*?)\. Argument mapping"
+    compiled = Counter(re.findall(pattern, caplog.text, re.DOTALL))
+    ours = Counter({key: count for key, count in compiled.items() if key[0] in OURS})
+    assert len(ours) >= functions and set(ours.values()) == {1}, ours
 
 
 def test_run_reads_back_and_scores_the_same(run):

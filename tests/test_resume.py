@@ -1,20 +1,22 @@
 """Runs that were stopped: the same bits as undisturbed ones, and one sentence where there is nothing to go on with."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from helpers import flip_bit, largest_file
 
 from cifar_jax import load_run
-from cifar_jax.checkpoint import list_checkpoints
+from cifar_jax.checkpoint import Position, list_checkpoints, position_of
 from cifar_jax.config import TrainConfig
+from cifar_jax.data import shapes
 from cifar_jax.errors import UserError
 from cifar_jax.files import write_json
 from cifar_jax.job import train
 from cifar_jax.predict import evaluate_run
+from cifar_jax.reporter import Silent
 from cifar_jax.run_dir import CHECKPOINTS, SUMMARY
 from cifar_jax.run_writer import RunWriter
 
@@ -33,7 +35,25 @@ FULL = {
     "freeze_stages": 1,
     "zero_gamma": True,
 }
-WAYS = {"finetune": FULL, "cached": {"momentum": 0.9, "val_fraction": 0.25}}
+WAYS = {
+    "finetune": FULL,
+    "cached": {"momentum": 0.9, "val_fraction": 0.25},
+    "live": {"mode": "live", "augment": ("flip", "crop"), "momentum": 0.9},
+}
+
+
+class Heard(Silent):
+    """A reporter that keeps what it is told, and gives one answer to all questions."""
+
+    def __init__(self, answer=False):
+        self.sentences, self.questions, self.answer = [], [], answer
+
+    def say(self, text):
+        self.sentences.append(text)
+
+    def confirm(self, question):
+        self.questions.append(question)
+        return self.answer
 
 
 class Killed(BaseException):
@@ -68,25 +88,48 @@ def rows_of(run):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def kill_after(monkeypatch, epoch, before_checkpoint=False):
-    """The run dies once that epoch's checkpoint is there, or just before it would be."""
+def same_bits(a, b):
+    assert rows_of(a) == rows_of(b)
+    runs = load_run(a), load_run(b)
+    assert runs[0].summary["selected_epoch"] == runs[1].summary["selected_epoch"]
+    for x, y in zip(*(jax.tree.leaves((run.backbone.variables, run.head_params)) for run in runs), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def hidden_files(run):
+    return [path for path in run.rglob(".*") if path.name.startswith(".")]
+
+
+def kill_at(monkeypatch, position, before_checkpoint=False):
+    """The run dies once the checkpoint of that position is there, or just before it would be."""
     usual = RunWriter.checkpoint
 
-    def checkpoint(self, state):
-        if not (before_checkpoint and len(self.history) == epoch):
-            usual(self, state)
-        if len(self.history) == epoch:
+    def checkpoint(self, state, part=None):
+        here = (len(self.history), len(part.metrics.num) if part else 0) == position
+        if not (before_checkpoint and here):
+            usual(self, state, part)
+        if here:
             raise Killed
 
     monkeypatch.setattr(RunWriter, "checkpoint", checkpoint)
     return lambda: monkeypatch.setattr(RunWriter, "checkpoint", usual)
 
 
-@pytest.mark.parametrize(("way", "before_checkpoint"), [("finetune", False), ("cached", False), ("cached", True)])
-def test_goes_on_to_the_same_bits(tmp_path, monkeypatch, way, before_checkpoint):
-    undisturbed = train(config(tmp_path, way, "undisturbed"))
-    revive = kill_after(monkeypatch, 2, before_checkpoint)
-    stopped = config(tmp_path, way, "stopped", resume=True)
+@pytest.mark.parametrize(
+    ("way", "position", "before_checkpoint"),
+    [
+        ("finetune", (1, 2), False),
+        ("cached", (2, 0), False),
+        ("cached", (1, 1), False),
+        ("cached", (2, 0), True),
+        ("live", (1, 1), False),
+    ],
+)
+def test_goes_on_to_the_same_bits(tmp_path, monkeypatch, way, position, before_checkpoint):
+    every = {"checkpoint_every": 1} if position[1] else {}
+    undisturbed = train(config(tmp_path, way, "undisturbed", **every))
+    revive = kill_at(monkeypatch, position, before_checkpoint)
+    stopped = config(tmp_path, way, "stopped", resume=True, **every)
     with pytest.raises(Killed):
         train(stopped)
     revive()
@@ -94,14 +137,79 @@ def test_goes_on_to_the_same_bits(tmp_path, monkeypatch, way, before_checkpoint)
     (tmp_path / "stopped" / CHECKPOINTS / ".0003.half").mkdir()
     (tmp_path / "stopped" / ".metrics.jsonl.half.jsonl").touch()
     resumed = train(stopped)
-    assert rows_of(resumed) == rows_of(undisturbed)
-    a, b = load_run(undisturbed), load_run(resumed)
-    assert a.summary["selected_epoch"] == b.summary["selected_epoch"]
-    for x, y in zip(*(jax.tree.leaves((run.backbone.variables, run.head_params)) for run in (a, b)), strict=True):
-        np.testing.assert_array_equal(x, y)
-    assert [path for path in resumed.rglob(".*") if path.name.startswith(".")] == []
-    last = list_checkpoints(resumed / CHECKPOINTS)
-    assert {int(path.name) for path in last} == {3, b.summary["selected_epoch"]}
+    same_bits(resumed, undisturbed)
+    assert hidden_files(resumed) == []
+    newest = [position_of(path) for path in list_checkpoints(resumed / CHECKPOINTS)]
+    steps = 1 if way == "cached" else 2  # of the last epoch, before its last one
+    before = Position(2, steps if every else 0)
+    selected = Position(load_run(resumed).summary["selected_epoch"])
+    assert newest == sorted({before, Position(3), selected})
+
+
+@pytest.mark.parametrize("way", ["live", "finetune"])
+def test_where_checkpoints_are_made_changes_no_bit_of_steps(tmp_path, way):
+    same_bits(train(config(tmp_path, way, "often", checkpoint_every=2)), train(config(tmp_path, way, "seldom")))
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, monkeypatch):
+    undisturbed = train(config(tmp_path, "cached", "undisturbed"))
+    revive = kill_at(monkeypatch, (2, 0))
+    stopped = config(tmp_path, "cached", "stopped", resume=True)
+    with pytest.raises(Killed):
+        train(stopped)
+    revive()
+    flip_bit(largest_file(tmp_path / "stopped" / CHECKPOINTS / "0002" / "arrays"))
+    said = Heard()
+    same_bits(train(stopped, said), undisturbed)
+    assert any("0002 is damaged" in text and "the one before it is used" in text for text in said.sentences)
+    assert any("goes on after 1 epochs" in text for text in said.sentences)
+
+
+@pytest.mark.parametrize("content", ["", "{}\n", "not JSON\n", None])
+def test_damaged_metrics_are_written_again_from_the_checkpoint(tmp_path, monkeypatch, content):
+    revive = kill_at(monkeypatch, (2, 0))
+    stopped = config(tmp_path, "cached", "stopped", resume=True)
+    with pytest.raises(Killed):
+        train(stopped)
+    revive()
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole.replace("0", "1", 3) if content is None else content)
+    said = Heard()
+    assert train(stopped, said)
+    assert metrics.read_text().startswith(whole)
+    assert any("metrics.jsonl is missing or damaged" in text for text in said.sentences)
+
+
+def test_what_it_was_trained_on_may_not_change_under_the_same_name(tmp_path, monkeypatch):
+    revive = kill_at(monkeypatch, (1, 0))
+    stopped = config(tmp_path, "cached", "stopped", resume=True)
+    with pytest.raises(Killed):
+        train(stopped)
+    revive()
+    drawn = shapes.draw_shapes
+    monkeypatch.setattr(shapes, "draw_shapes", lambda *a, **k: (255 - drawn(*a, **k)[0], drawn(*a, **k)[1]))
+    other = replace(stopped, cache_dir=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="its training images and test images and validation images and weights have"):
+        train(other)
+    assert list_checkpoints(tmp_path / "stopped" / CHECKPOINTS)
+
+
+def test_an_unfinished_run_is_gone_on_with_when_asked(tmp_path, monkeypatch):
+    revive = kill_at(monkeypatch, (1, 0))
+    plain = config(tmp_path, "cached", "run")
+    with pytest.raises(Killed):
+        train(plain)
+    revive()
+    asked = Heard(answer=False)
+    with pytest.raises(UserError, match="already holds a run; choose another directory or --overwrite it, or --resume"):
+        train(plain, asked)
+    assert asked.questions == [f"{tmp_path / 'run'} holds this run, unfinished. Go on with it?"]
+    with pytest.raises(UserError, match="already holds a run"):
+        train(replace(plain, seed=1), Heard(answer=True))  # another run: it is not even asked
+    agreed = Heard(answer=True)
+    same_bits(train(plain, agreed), train(config(tmp_path, "cached", "undisturbed")))
+    assert any("goes on after 1 epochs" in text for text in agreed.sentences)
 
 
 def test_a_finetuned_run_reads_back_with_its_own_backbone(tmp_path):
@@ -125,8 +233,15 @@ def test_a_finished_run_is_left_alone_and_more_epochs_go_on(tmp_path):
     assert json.loads((longer / "config.json").read_text())["epochs"] == 3
 
 
+def test_a_run_that_was_killed_before_its_first_file_was_whole_starts(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.abcdefgh.json").write_text("{")
+    run = train(config(tmp_path, "cached", "run", epochs=1))
+    assert hidden_files(run) == []
+
+
 def test_a_run_without_a_checkpoint_starts_again(tmp_path, monkeypatch):
-    revive = kill_after(monkeypatch, 1, before_checkpoint=True)
+    revive = kill_at(monkeypatch, (1, 0), before_checkpoint=True)
     stopped = config(tmp_path, "cached", "run", resume=True)
     with pytest.raises(Killed):
         train(stopped)
@@ -135,7 +250,7 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path, monkeypatch):
 
 
 def test_another_run_is_not_gone_on_with(tmp_path):
-    run = train(config(tmp_path, "finetune", "run", epochs=2))
+    train(config(tmp_path, "finetune", "run", epochs=2))
     with pytest.raises(UserError, match=r"differs in --seed \(0 there, 1 here\), --momentum|--momentum .*--seed"):
         train(config(tmp_path, "finetune", "run", epochs=2, seed=1, momentum=0.5, resume=True))
     with pytest.raises(UserError, match=r"differs in --epochs \(2 there, 3 here\)"):
@@ -144,11 +259,6 @@ def test_another_run_is_not_gone_on_with(tmp_path):
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(UserError, match="holds other files"):
         train(config(tmp_path, "finetune", "other", resume=True))
-    damaged = shutil.copytree(run, tmp_path / "damaged")
-    (damaged / "metrics.jsonl").write_text("{}\n")
-    (damaged / SUMMARY).unlink()
-    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
-        train(config(tmp_path, "finetune", "damaged", epochs=2, resume=True))
 
 
 def test_a_run_that_diverged_is_not_gone_on_with(tmp_path):

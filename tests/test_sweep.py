@@ -8,8 +8,9 @@ import pytest
 from conftest import relative_difference
 
 from cifar_jax import EpochOrder, eval_step, evaluate, train_heads
-from cifar_jax.fit import cached_evaluator, cached_runner, fit
+from cifar_jax.fit import fit
 from cifar_jax.head import init_head
+from cifar_jax.runners import cached_evaluator, cached_runner
 from cifar_jax.sweep import _train, unstacked
 from cifar_jax.training import Batch, init_state
 

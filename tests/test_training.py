@@ -8,18 +8,11 @@ import pytest
 from conftest import relative_difference
 
 from cifar_jax.features import make_extractor
-from cifar_jax.fit import (
-    Diverged,
-    EpochOrder,
-    cached_evaluator,
-    cached_runner,
-    fit,
-    live_evaluator,
-    live_runner,
-)
+from cifar_jax.fit import Diverged, fit
 from cifar_jax.head import head_logits, init_head
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.resnet import ResNetConfig
+from cifar_jax.runners import EpochOrder, cached_evaluator, cached_runner, live_evaluator, live_runner
 from cifar_jax.training import (
     Batch,
     batch_loss,
@@ -125,7 +118,7 @@ def test_epoch_stops_at_the_first_bad_step_and_keeps_the_state_before_it():
         np.testing.assert_array_equal(x, y)
 
     run = cached_runner(broken, labels, TX, order)
-    with pytest.raises(Diverged, match=r"epoch 1, step 3") as raised:
+    with pytest.raises(Diverged, match=r"epoch 1, step 3 \(first the inputs\)") as raised:
         fit(init_state(params, TX), run, cached_evaluator(features, labels), 2)
     assert int(raised.value.state.step) == 2
 
@@ -217,7 +210,7 @@ def test_live_stops_at_the_first_bad_step(small_backbone, shapes):
     params = init_head(jax.random.key(3), small_backbone.config.features, (16,), 10)
     run = live_runner(small_backbone, shapes, optax.sgd(1e30), ORDER, 32, "float32")
     done = []
-    state, metrics = run(init_state(params, optax.sgd(1e30)), 0, done.append)
+    state, metrics = run(init_state(params, optax.sgd(1e30)), 0, on_examples=done.append)
     assert not metrics.finite.all() and len(metrics.finite) < 13
     assert int(state.step) == int(np.argmin(metrics.finite)) == metrics.finite.sum()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))

@@ -63,7 +63,10 @@ def _subset(dataset: Dataset, num_examples: int | None, key: PRNGKeyArray, split
 
 def _draw_splits(num_train: int, num_test: int, seed: int) -> Splits:
     if max(num_train, num_test) > MOST_SHAPES:
-        raise UserError(f"{max(num_train, num_test)} images are more than the {MOST_SHAPES} that can be drawn.")
+        option = "--train-examples" if num_train > MOST_SHAPES else "--test-examples"
+        raise UserError(
+            f"{option} {max(num_train, num_test)} is more than the {MOST_SHAPES} images that are drawn; choose fewer."
+        )
     # Even seeds for training, odd ones for test: no image is in both splits, whatever their sizes.
     train = Dataset(*shapes.draw_shapes(num_train, seed=2 * seed))
     test = Dataset(*shapes.draw_shapes(num_test, seed=2 * seed + 1))

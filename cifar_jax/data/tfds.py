@@ -146,7 +146,7 @@ def _read_split(tfds: Any, builder: Any, split: str) -> Dataset:
 
 def _download(name: str, root: Path, say: Say) -> Path:
     say(f"{name} is not prepared in {root}: tensorflow-datasets downloads and prepares it there.")
-    with _tensorflow(root) as tfds, _few_retries(), contextlib.redirect_stdout(sys.stderr):
+    with _tensorflow(root) as tfds, _few_retries(), _no_trace(root, name), contextlib.redirect_stdout(sys.stderr):
         try:
             builder = tfds.builder(name, data_dir=root)
             builder.download_and_prepare()
@@ -191,6 +191,21 @@ def _tensorflow(place: Path) -> Iterator[Any]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _no_trace(root: Path, name: str) -> Iterator[None]:
+    """Where the block fails, empty directories that it made go again."""
+    own = (root / "downloads", root / name, root, *root.parents)
+    made = [path for path in own if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for top in made:
+            for directory in (*sorted(top.rglob("*"), reverse=True), top):
+                with contextlib.suppress(OSError):  # a file, or it holds one
+                    directory.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ def _checked_target(path: Path, to: str | None, overwrite: bool) -> str:
         raise UserError(f"{path} does not end in {TARGETS[to].suffixes[0]}, as files of the form {to} do; name it so.")
     if os.path.isdir(path) or not os.path.isdir(path.parent):
         raise UserError(f"{path} cannot be a file: it is a directory, or its own directory is not there; name another.")
-    if os.path.exists(path) and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path} is there already; give --overwrite to replace it.")
     return to
 

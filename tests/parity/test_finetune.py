@@ -24,8 +24,8 @@ from cifar_jax import Backbone, init_head, load_backbone
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.finetune import finetune_runner, init_finetune
-from cifar_jax.fit import EpochOrder
 from cifar_jax.pretrained import keras_names
+from cifar_jax.runners import EpochOrder
 from cifar_jax.training import StepMetrics, TrainState
 from parity.networks import WRITERS, Case, Reference, Written, batch_norms, calibrate
 

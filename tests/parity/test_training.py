@@ -20,8 +20,9 @@ import pytest
 from cifar_jax import Backbone, init_head, init_state, load_backbone, make_extractor
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.dataset import balanced_subset
-from cifar_jax.fit import EpochOrder, EpochRow, cached_evaluator, cached_runner, fit, live_evaluator, live_runner
+from cifar_jax.fit import EpochRow, fit
 from cifar_jax.head import HeadParams
+from cifar_jax.runners import EpochOrder, cached_evaluator, cached_runner, live_evaluator, live_runner
 from parity.networks import WRITERS, Case, Reference, Written, teach
 
 pytestmark = [

@@ -183,8 +183,11 @@ def test_what_may_change_is_tried_a_few_times(target, monkeypatch, cause):
     with serving(FAILURES[cause]) as server:
         outcome = bring(target, server.url())
         assert outcome.cause == cause.strip()
-        assert outcome.slept == list(WAITS) and len(server.asked) == len(WAITS) + 1
-        assert outcome.said[1:] == [f"Trying again in {wait:.0f} s: {cause.strip()}" for wait in WAITS]
+        last = slice(-len(WAITS), None)
+        assert outcome.slept[last] == list(WAITS) and len(server.asked) == len(outcome.slept) + 1
+        assert outcome.said[last] == [f"Trying again in {wait:.0f} s: {cause.strip()}" for wait in WAITS]
+        # A reset may cost what has come and was not yet read, so that a later try brings more, and a few more follow.
+        assert len(outcome.slept) == len(WAITS) or cause == "the connection broke off  "
 
 
 @pytest.mark.parametrize("cause", FAILURES)

@@ -1,0 +1,119 @@
+"""A run that is read back: its configuration, its head, and the backbone it needs, wherever that lies now."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cifar_jax.checkpoint import Position, load_checkpoint
+from cifar_jax.config import TrainConfig
+from cifar_jax.errors import UserError
+from cifar_jax.files import sha256_of_file
+from cifar_jax.head import HeadParams, init_head
+from cifar_jax.pretrained import Backbone, load_backbone, registry
+from cifar_jax.pretrained.canonical import is_ours
+from cifar_jax.run_dir import BACKBONE, CHECKPOINTS, CONFIG, FORMAT_VERSION, SUMMARY, read_json
+
+MOST_WEIGHTS_BYTES = 2**32  # a ResNet152 in float64 has 0.5 GB: what is larger is no backbone, and is not hashed
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was read back, ready to predict.
+
+    Attributes:
+      path: of its directory.
+      config: what it was told.
+      summary: what summary.json holds.
+      backbone: the network, found again by its hash, with the image size of the run.
+      head_params: the trained head.
+      class_names: by label.
+    """
+
+    path: Path
+    config: TrainConfig
+    summary: dict[str, Any]
+    backbone: Backbone
+    head_params: HeadParams
+    class_names: tuple[str, ...]
+
+
+def load_run(path: str | os.PathLike[str], weights: str | None = None) -> Run:
+    """Reads a run back: its configuration, its head, and the backbone it needs, found by hash.
+
+    Args:
+      path: of the run directory.
+      weights: a file or name to take the backbone from, where it is not found by itself.
+
+    Raises:
+      UserError: when it is no run, is damaged, or its backbone is not on this machine.
+    """
+    path = Path(path)
+    fields, summary = read_json(path / CONFIG), read_json(path / SUMMARY)
+    if summary.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path} was written by another version of this program; train again.")
+    try:
+        config = TrainConfig.from_json(fields)
+    except UserError as error:
+        raise UserError(f"{path / CONFIG} is not as `train` wrote it ({error}); name another run directory.") from error
+    try:
+        class_names = tuple(map(str, summary["dataset"]["class_names"]))
+        about = {name: str(summary["backbone"][name]) for name in ("sha256", "source")}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / SUMMARY} is not as `train` wrote it; name another run directory.") from error
+    backbone = _find_backbone(path, config, about, weights)
+    _check_run_as_before(path, backbone, summary["backbone"])
+    # What the head was trained on, which need not be the size of the backbone's own training.
+    backbone = backbone.replace(image_size=config.image_size or backbone.image_size)
+    selected = Position(int(summary.get("selected_epoch") or 0))
+    like = {"head": jax.eval_shape(
+        lambda: init_head(jax.random.key(0), backbone.config.features, config.hidden, len(class_names))
+    )}  # fmt: skip
+    head_params = load_checkpoint(path / CHECKPOINTS, like, selected)["head"]
+    return Run(path, config, summary, backbone, head_params, class_names)
+
+
+def _check_run_as_before(path: Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
+    """The hash is that of the weights; how they are run may be told by a file beside them, which may have gone."""
+    for name, value in (("config", backbone.config), ("preprocessing", backbone.preprocessing)):
+        if name in about and json.loads(json.dumps(asdict(value))) != about[name]:
+            raise UserError(
+                f"{backbone.source} has the weights of the run {path} and would be run with another {name} than there; "
+                "put back the config.json that lay beside it."
+            )
+
+
+def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], weights: str | None) -> Backbone:
+    """Tries every place where the backbone may lie; only one with the same hash will do."""
+    if weights is not None and weights not in registry.entries() and not os.path.isfile(os.path.expanduser(weights)):
+        raise UserError(f"--weights {weights} is neither a file nor a name that `info` lists; name the run's backbone.")
+    named = [os.path.expanduser(weights)] if weights else [str(path / BACKBONE), about["source"], config.weights]
+    # Of the known files only copies that are here: reading a run should not start a download.
+    copies = (registry.find_local(entry, config.cache_dir)[0] for entry in registry.entries().values())
+    other = ""
+    for candidate in (*map(Path, named), *filter(None, copies)):
+        if not os.path.isfile(candidate):
+            continue
+        if (reason := _why_not(candidate, about["sha256"])) is None:
+            # A file of the project's own says itself how it is run, whatever the one it was made from was told.
+            return load_backbone(candidate, None if is_ours(candidate) else config.variant)
+        if str(candidate) in named:
+            other = other or f" ({candidate} {reason})"
+    raise UserError(
+        f"The run {path} needs the backbone it was trained on, {about['source']} with SHA-256 {about['sha256']}, which "
+        f"is not found{other}; name a copy of it with --weights."
+    )
+
+
+def _why_not(candidate: Path, sha256: str) -> str | None:
+    """Why a file is not the one with that hash; None where it is."""
+    try:
+        if os.path.getsize(candidate) > MOST_WEIGHTS_BYTES:
+            return "is larger than weights are"
+        return None if sha256_of_file(candidate) == sha256 else "is another file"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"

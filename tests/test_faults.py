@@ -1,0 +1,330 @@
+"""What goes wrong while a run goes on, provoked for real where that can be: directories, disks, clocks, devices."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import TINY, command, files_below, flip_bit, full_disk, is_one_error
+
+from cifar_jax import extraction, features, job
+from cifar_jax.config import TrainConfig
+from cifar_jax.data import Dataset
+from cifar_jax.errors import RunError
+from cifar_jax.features import make_extractor
+from cifar_jax.job import train
+from cifar_jax.pretrained import random_backbone
+from cifar_jax.reporter import Silent
+from cifar_jax.resnet import ResNetConfig
+from cifar_jax.run_dir import CHECKPOINTS, METRICS, SUMMARY, claimed
+from cifar_jax.run_writer import RunWriter
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.usefixtures("narrow")
+
+
+class Heard(Silent):
+    """A reporter that keeps what it is told."""
+
+    def __init__(self):
+        self.sentences = []
+
+    def say(self, text):
+        self.sentences.append(text)
+
+    def warn(self, text):
+        self.sentences.append(text)
+
+
+def config(tmp_path, **more):
+    usual = {
+        "dataset": "shapes",
+        "weights": "random-w16",
+        "image_size": 32,
+        "train_examples": 72,
+        "test_examples": 20,
+        "epochs": 3,
+        "hidden": (8,),
+        "cache_dir": str(tmp_path / "cache"),
+        "out": str(tmp_path / "run"),
+    }
+    return TrainConfig(**usual | more)
+
+
+def after_epoch(monkeypatch, number, happens):
+    """Something happens once that epoch's checkpoint is there."""
+    usual = RunWriter.checkpoint
+
+    def checkpoint(self, state, part=None):
+        usual(self, state, part)
+        if len(self.history) == number:
+            happens()
+
+    monkeypatch.setattr(RunWriter, "checkpoint", checkpoint)
+
+
+def rows_of(run):
+    return [json.loads(line) | {"seconds": 0} for line in (run / METRICS).read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Directories and disks
+
+
+def test_a_second_run_in_the_same_directory_is_refused_while_the_first_one_writes(tmp_path, capsys):
+    out, ready = tmp_path / "run", tmp_path / "ready"
+    code = f"""
+import sys, time, pathlib
+from cifar_jax.run_dir import claimed
+with claimed(pathlib.Path({str(out)!r})):
+    pathlib.Path({str(ready)!r}).touch()
+    sys.stdin.read()
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=HERE.parent, stdin=subprocess.PIPE)
+    try:
+        while not ready.exists():
+            assert other.poll() is None
+            time.sleep(0.01)
+        result = command(capsys, "train", *TINY, "--epochs", 1, "--out", out)
+        is_one_error(result, 2, f"Another process is writing the run in {out}", "wait for it, or choose another --out")
+        assert files_below(out) == []
+    finally:
+        other.kill()  # as kill -9 does, which leaves no lock behind
+        other.communicate()
+    assert command(capsys, "train", *TINY, "--epochs", 1, "--out", out).code == 0
+
+
+def test_a_directory_that_is_removed_during_the_run_fails_it_and_is_not_made_again(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    after_epoch(monkeypatch, 1, lambda: shutil.rmtree(out))
+    result = command(capsys, "train", *TINY, "--epochs", 3, "--out", out)
+    is_one_error(result, 1, str(out), "No such file or directory", "choose another --out")
+    assert not out.exists()
+
+
+def test_a_read_only_directory_is_refused_to_whom_it_is_read_only(tmp_path):
+    """Nothing is read-only to root, so the command runs as nobody where the tests run as root."""
+    (tmp_path / "closed").mkdir()
+    tmp_path.chmod(0o755)
+    (tmp_path / "closed").chmod(0o555)
+    out = tmp_path / "closed" / "run"
+    code = f"""
+import os, sys
+sys.path[:0] = [{str(HERE.parent)!r}]
+from cifar_jax.cli import main
+import orbax.checkpoint, cifar_jax.job, tyro  # before the rights to read them go
+if os.geteuid() == 0:
+    os.setuid(65534)
+sys.exit(main(["train", "--preset", "demo", "--out", {str(out)!r}]))
+"""
+    for parent in tmp_path.parents:
+        if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o111)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 2 and "read-only; choose another directory" in found.stderr, found
+    assert "Traceback" not in found.stderr and files_below(tmp_path / "closed") == []
+
+
+def test_a_disk_that_fills_up_in_the_midst_of_a_run_fails_it_and_more_room_goes_on(tmp_path, monkeypatch):
+    plain = config(tmp_path, resume=True)
+    undisturbed = rows_of(train(replace(plain, out=str(tmp_path / "undisturbed"))))
+    usual = RunWriter.checkpoint
+
+    def checkpoint(self, state, part=None):
+        with full_disk(at=200 if len(self.history) == 2 else 2**30):
+            usual(self, state, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunWriter, "checkpoint", checkpoint)
+        with pytest.raises(RunError, match=r"0002 could not be written .*make room"):
+            train(plain)
+    run = tmp_path / "run"
+    assert json.loads((run / SUMMARY).read_text())["status"] == "failed"
+    assert [path.name for path in (run / CHECKPOINTS).iterdir()] == ["0001"]
+    assert rows_of(train(plain)) == undisturbed
+
+
+def test_a_clock_that_jumps_back_changes_nothing(tmp_path, monkeypatch):
+    """Seconds are counted by a clock that cannot; the times of files in the cache may lie ahead of it."""
+    plain = config(tmp_path)
+    first = rows_of(train(plain))
+    ahead = time.time() + 10 * 365 * 86400
+    for path in (tmp_path / "cache").rglob("*"):
+        os.utime(path, (ahead, ahead))
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    run = train(replace(plain, out=str(tmp_path / "again"), cache_limit=0.0))
+    assert rows_of(run) == first
+    assert all(row["seconds"] >= 0 for row in map(json.loads, (run / METRICS).read_text().splitlines()))
+    assert all(seconds >= 0 for seconds in json.loads((run / SUMMARY).read_text())["seconds"].values())
+
+
+def test_a_flipped_bit_in_a_chunk_of_features_is_said_and_changes_nothing(tmp_path):
+    plain = config(tmp_path)
+    first = rows_of(train(plain))
+    chunks = [path for path in (tmp_path / "cache" / "features").glob("*/c/*/*") if path.is_file()]
+    flip_bit(chunks[0])
+    heard = Heard()
+    assert rows_of(train(replace(plain, out=str(tmp_path / "again")), heard)) == first
+    assert sum("The cache is damaged" in text for text in heard.sentences) == 1
+
+
+def test_the_lock_goes_with_the_block_and_so_does_a_directory_that_holds_nothing(tmp_path):
+    with claimed(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()
+    with claimed(tmp_path / "run"):
+        (tmp_path / "run" / "file").touch()
+    with claimed(tmp_path / "run"):
+        pass
+    assert files_below(tmp_path) == ["run", "run/file"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices: by injection, as a CPU neither runs out of device memory nor goes away
+
+
+def failing(monkeypatch, happens):
+    """Has the compiled extraction do what `happens(images)` does before it runs."""
+    usual = features.features_of
+
+    def jitted(function, *args, **more):
+        compiled = jax.jit(function, *args, **more)
+        if function is not usual:
+            return compiled
+
+        def run(prepared, images):
+            happens(images)
+            return compiled(prepared, images)
+
+        return run
+
+    class Jax:
+        jit = staticmethod(jitted)
+
+        def __getattr__(self, name):
+            return getattr(jax, name)
+
+    monkeypatch.setattr(features, "jax", Jax())
+
+
+@pytest.fixture(scope="module")
+def backbone(shapes):
+    return random_backbone(jax.random.key(0), shapes.images[:64], ResNetConfig(stage_sizes=(1, 1), width=4), 32)
+
+
+def test_extraction_goes_on_with_half_as_many_images_where_the_memory_is_too_small(monkeypatch, backbone, shapes):
+    expected, sizes, said = make_extractor(backbone)(shapes.images), [], []
+
+    def too_small(images):
+        sizes.append(len(images))
+        if len(images) > 20:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
+
+    failing(monkeypatch, too_small)
+    extractor, done = make_extractor(backbone, batch_size=64, say=said.append), []
+    np.testing.assert_allclose(extractor(shapes.images, done.append), expected, rtol=1e-5, atol=1e-6)
+    assert sizes[:3] == [64, 32, 16] and set(sizes[2:]) == {16} and done[-1] == len(shapes.images)
+    assert said[0] == (
+        "The memory is too small for 64 images at a time: it goes on with 32, which may change the last bits of "
+        "features; --extract-batch-size 32 begins so."
+    )
+    assert len(said) == 2
+    extractor(shapes.images[:30])
+    assert len(said) == 2 and sizes[-1] == 16  # it is remembered
+
+
+def test_features_that_were_made_before_the_memory_was_full_are_kept(monkeypatch, backbone, shapes):
+    calls, said, done = [], [], []
+
+    def later(images):
+        calls.append(len(images))
+        if len(calls) == 4:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    failing(monkeypatch, later)
+    extractor = make_extractor(backbone, batch_size=16, say=said.append)
+    monkeypatch.undo()
+    np.testing.assert_allclose(
+        extractor(shapes.images, done.append), make_extractor(backbone)(shapes.images), rtol=1e-5
+    )
+    assert len(said) == 1 and calls[:5] == [16, 16, 16, 16, 8] and done[:3] == [16, 32, 40]
+
+
+@pytest.mark.parametrize(
+    ("message", "part"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.", "The memory is full: a smaller --image-size"),
+        ("INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE: the device is lost", "A device failed or is gone; once it is back"),
+        ("UNAVAILABLE: The TPU worker was preempted", "`train` with --resume and --out goes on"),
+    ],
+)
+def test_a_device_that_fails_ends_the_run_in_one_sentence(tmp_path, capsys, monkeypatch, message, part):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(job, "fit", fail)
+    out = tmp_path / "run"
+    is_one_error(command(capsys, "train", *TINY, "--epochs", 1, "--out", out), 1, part, message)
+    assert json.loads((out / SUMMARY).read_text())["status"] == "failed"
+
+
+def test_a_device_that_is_lost_during_extraction_is_not_taken_for_a_full_one(monkeypatch, backbone, shapes):
+    def lost(images):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: device is gone")
+
+    failing(monkeypatch, lost)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="device is gone"):
+        make_extractor(backbone)(shapes.images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def test_a_backbone_that_is_dead_is_noticed(tmp_path, capsys, monkeypatch):
+    def dead(*_, **__):
+        return lambda images, on_images=None: np.ones((len(images), 32), np.float32)
+
+    monkeypatch.setattr(extraction, "make_extractor", dead)
+    result = command(capsys, "train", *TINY, "--out", tmp_path / "run")
+    is_one_error(result, 1, "random-w16", "gives the same features for all training images: it is dead", "trained.")
+
+
+def test_images_that_are_all_the_same_have_the_same_features(tmp_path, backbone):
+    same = Dataset(np.full((5, 32, 32, 3), 7, np.uint8), np.zeros(5, np.int32))
+    found = extraction.dataset_features(config(tmp_path), backbone, 32, {"some images": same})
+    assert found["some images"].shape == (5, backbone.config.features)
+
+
+def test_validation_images_that_are_training_images_are_warned_of(tmp_path, monkeypatch):
+    usual = job.load_problem
+
+    def overlapping(*args):
+        problem = usual(*args)
+        images = problem.val.images.copy()
+        images[:7] = problem.train.images[:7]
+        val = Dataset(images, problem.val.labels)
+        return problem._replace(val=val, test=val)
+
+    monkeypatch.setattr(job, "load_problem", overlapping)
+    heard = Heard()
+    train(config(tmp_path, epochs=1), heard)
+    warned = [text for text in heard.sentences if "bit by bit" in text]
+    assert warned == ["7 of 20 test images are training images too, bit by bit: the accuracy on them says little."]
+
+
+def test_debug_stops_at_the_first_nan(tmp_path, capsys):
+    arguments = ["train", *TINY, "--mode", "live", "--learning-rate", "1e30", "--out", str(tmp_path / "run")]
+    try:
+        with pytest.raises((FloatingPointError, RunError)):
+            command(capsys, *arguments, "--debug")
+    finally:
+        jax.config.update("jax_debug_nans", False)

@@ -1,0 +1,305 @@
+"""Every option with values that cannot be, every file argument with what is not such a file: one sentence, no trace."""
+
+import itertools
+import json
+import shutil
+import signal
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from helpers import TINY, command, files_below, is_one_error, narrow_networks, tiny_run
+from PIL import Image
+
+from cifar_jax.config import TrainConfig
+from cifar_jax.options import (
+    ConvertOptions,
+    EvaluateOptions,
+    FeaturesOptions,
+    InfoOptions,
+    PredictOptions,
+    VerifyOptions,
+)
+
+SECONDS = 60  # nothing that is refused may take as long
+HUGE = 2**40  # bytes, none of which is on the disk
+
+NO_COUNT = ["0", "-1", "1.5", "four", "", "nan"]
+NO_POSITIVE_NUMBER = ["0", "-0.1", "nan", "inf", "x", ""]
+NO_SHARE = ["-0.1", "1", "nan", "inf", "x", ""]
+NO_FLAG = ["maybe", "1"]
+NOT_CACHED = "in --mode cached"
+
+# What each option of `train` may not be; with what it is typed, where it is not alone.
+TRAIN = {
+    "preset": ["imagenet", ""],
+    "dataset": ["", " "],
+    "data_dir": [],  # a path: see below
+    "weights": ["", " ", "no-such-network"],
+    "variant": ["v3", ""],
+    "image_size": [*NO_COUNT, "-32", "100", "4128", "1e9"],
+    "mode": ["eager", "", "CACHED"],
+    "epochs": NO_COUNT,
+    "batch_size": NO_COUNT,
+    "learning_rate": NO_POSITIVE_NUMBER,
+    "momentum": NO_SHARE,
+    "nesterov": NO_FLAG,
+    "weight_decay": ["-1", "nan", "inf", "x"],
+    "schedule": ["linear", ""],
+    "warmup_epochs": ["-1", "4", "1000", "nan", "x"],
+    "label_smoothing": NO_SHARE,
+    "clip_norm": NO_POSITIVE_NUMBER,
+    "augment": ["rotate", "flip"],
+    "freeze_stages": ["-1", "5", "x", "1"],
+    "backbone_learning_rate": [*NO_POSITIVE_NUMBER, "0.1"],
+    "bn_statistics": ["none", "frozen"],
+    "bn_momentum": [*NO_SHARE, "0.5"],
+    "zero_gamma": [*NO_FLAG, None],
+    "micro_batch": [*NO_COUNT, "65", "8"],
+    "remat": [*NO_FLAG, None],
+    "hidden": ["0", "-8", "x", "1.5", "99999999"],
+    "seed": ["-1", "x", "1.5", "2147483648"],
+    "train_examples": [*NO_COUNT, "999999999"],
+    "test_examples": [*NO_COUNT, "999999999"],
+    "val_fraction": [*NO_SHARE, "0.000001", "0.999999"],
+    "shuffle": NO_FLAG,
+    "precision": ["float64", ""],
+    "extract_batch_size": NO_COUNT,
+    "feature_dtype": ["int8", ""],
+    "devices": [*NO_COUNT, "99"],
+    "cache_dir": [],
+    "cache_limit": ["-1", "nan", "inf", "x"],
+    "out": [],
+    "config": [],
+    "resume": NO_FLAG,
+    "checkpoint_every": NO_COUNT,
+    "keep_checkpoints": NO_COUNT,
+    "overwrite": NO_FLAG,
+    "profile": [],
+    "progress": NO_FLAG,
+    "deterministic": NO_FLAG,
+    "debug": NO_FLAG,
+}
+OTHERS = {
+    "evaluate": (EvaluateOptions, ["RUN"], {"json": NO_FLAG, "debug": NO_FLAG, "weights": ["", "no-such-network"]}),
+    "predict": (
+        PredictOptions,
+        ["RUN", "IMAGE"],
+        {"json": NO_FLAG, "debug": NO_FLAG, "direct": NO_FLAG, "weights": ["", "no-such-network"]},
+    ),
+    "info": (InfoOptions, [], {"json": NO_FLAG, "debug": NO_FLAG, "clear": [*NO_FLAG, None]}),
+    "convert": (
+        ConvertOptions,
+        ["WEIGHTS", "NEW.h5"],
+        {"json": NO_FLAG, "debug": NO_FLAG, "overwrite": NO_FLAG, "to": ["onnx", ""], "variant": ["v3", ""]},
+    ),
+    "verify-weights": (
+        VerifyOptions,
+        ["WEIGHTS"],
+        {"json": NO_FLAG, "debug": NO_FLAG, "against": ["jax", ""], "variant": ["v3", ""]},
+    ),
+    "features": (
+        FeaturesOptions,
+        ["shapes", "--weights", "random-w16", "--train-examples", "20", "--test-examples", "20", "--out", "NEW.npz"],
+        {
+            "json": NO_FLAG,
+            "debug": NO_FLAG,
+            "weights": ["", "no-such-network"],
+            "variant": ["v3", "", "keras"],
+            "image_size": TRAIN["image_size"],
+            "precision": TRAIN["precision"],
+            "direct": [*NO_FLAG, None],
+            "train_examples": TRAIN["train_examples"],
+            "test_examples": TRAIN["test_examples"],
+            "seed": TRAIN["seed"],
+            "extract_batch_size": NO_COUNT,
+            "overwrite": NO_FLAG,
+        },
+    ),
+}
+# Options that name files or directories, which the second half of this file tries.
+PATHS = {"data_dir", "cache_dir", "out", "config", "profile", "run", "images", "src", "dst", "file"}
+
+
+@pytest.fixture(autouse=True)
+def soon():
+    """Ends a command that does not notice what it was given."""
+
+    def late(*_):
+        raise TimeoutError(f"It went on for {SECONDS} seconds.")
+
+    usual = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, usual)
+
+
+@pytest.fixture(autouse=True)
+def networks(monkeypatch):
+    narrow_networks(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return tiny_run(tmp_path_factory).path
+
+
+def typed(name, value):
+    option = f"--{name.replace('_', '-')}"
+    return [option] if value is None else [f"{option}={value}"]
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in TRAIN.items() for value in values])
+def test_options_of_train(tmp_path, capsys, name, value):
+    preset = [] if name == "preset" else ["--preset", "demo"]
+    result = command(capsys, "train", *preset, "--out", tmp_path / "out", *typed(name, value))
+    is_one_error(result, 2)
+    assert name.replace("_", "-") in result.err.replace("_", "-") or "flip" in str(value), result.err
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "value"),
+    [
+        (verb, name, value)
+        for verb, (_, _, table) in OTHERS.items()
+        for name, values in table.items()
+        for value in values
+    ],
+)
+def test_options_of_other_commands(tmp_path, capsys, finished, verb, name, value):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "picture.png")
+    places = {
+        "RUN": finished,
+        "IMAGE": tmp_path / "picture.png",
+        "WEIGHTS": finished / "backbone.safetensors",
+        "NEW.h5": tmp_path / "new.h5",
+        "NEW.npz": tmp_path / "new.npz",
+    }
+    _, arguments, _ = OTHERS[verb]
+    before = files_below(tmp_path)
+    result = command(capsys, verb, *(places.get(argument, argument) for argument in arguments), *typed(name, value))
+    is_one_error(result, 2)
+    assert name.replace("_", "-") in result.err or str(value) in result.err, result.err
+    assert files_below(tmp_path) == before
+
+
+def test_no_option_is_left_out():
+    assert set(TRAIN) == {field.name for field in fields(TrainConfig)}
+    for options, _, table in OTHERS.values():
+        names = {field.name for field in fields(options)}
+        assert names - set(table) <= PATHS | {"topic"}, names - set(table)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# File arguments
+
+
+def missing(path):
+    return path
+
+
+def a_directory(path):
+    path.mkdir()
+    return path
+
+
+def an_empty_file(path):
+    path.touch()
+    return path
+
+
+def an_unreadable_file(path):
+    """Root may read anything, but this is a file that nobody can: reading its first byte is an I/O error."""
+    path.symlink_to("/proc/self/mem")
+    return path
+
+
+def a_text(path):
+    path.write_text("Dear diary,\n" * 100)
+    return path
+
+
+def noise(path):
+    path.write_bytes(np.random.default_rng(0).bytes(5000))
+    return path
+
+
+def a_huge_file(path):
+    with open(path, "wb") as file:
+        file.truncate(HUGE)
+    return path
+
+
+def a_link_to_itself(path):
+    path.symlink_to(path)
+    return path
+
+
+KINDS = (missing, a_directory, an_empty_file, an_unreadable_file, a_text, noise, a_huge_file, a_link_to_itself)
+# Where FILE stands for what is no such file, and RUN, IMAGE and WEIGHTS for what is all right; and what it is called.
+INPUTS = {
+    "weights.h5": ["train", *TINY, "--weights", "FILE", "--out", "NEW"],
+    "weights.safetensors": ["train", *TINY, "--weights", "FILE", "--out", "NEW"],
+    "config.json": ["train", "--config", "FILE", "--out", "NEW"],
+    "run": ["evaluate", "FILE"],
+    "scored.safetensors": ["evaluate", "RUN", "--weights", "FILE"],
+    "run ": ["predict", "FILE", "IMAGE"],
+    "picture.png": ["predict", "RUN", "FILE"],
+    "used.h5": ["predict", "RUN", "IMAGE", "--weights", "FILE"],
+    "picture.jpg": ["features", "FILE", "--weights", "WEIGHTS", "--image-size", "32", "--out", "NEW.npz"],
+    "extracted.pth": ["features", "IMAGE", "--weights", "FILE", "--out", "NEW.npz"],
+    "source.pt": ["convert", "FILE", "NEW.safetensors"],
+    "source.keras": ["convert", "FILE", "NEW.safetensors"],
+    "source.bin": ["convert", "FILE", "NEW.safetensors"],
+    "doubtful.weights.h5": ["verify-weights", "FILE"],
+    "doubtful.pth": ["verify-weights", "FILE"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", INPUTS)
+def test_files_that_are_read(tmp_path, capsys, finished, name, kind):
+    file = kind(tmp_path / name.strip())
+    picture = tmp_path.with_name(f"{tmp_path.name}.png")
+    Image.new("RGB", (8, 8), "red").save(picture)
+    places = {"FILE": file, "RUN": finished, "IMAGE": picture, "WEIGHTS": finished / "backbone.safetensors"}
+    new = {f"NEW{suffix}": tmp_path / f"new{suffix}" for suffix in ("", ".npz", ".safetensors")}
+    before = files_below(tmp_path)
+    result = command(capsys, *((places | new).get(argument, argument) for argument in INPUTS[name]))
+    is_one_error(result, 2, str(file))
+    assert ";" in result.err or ":" in result.err.removeprefix("Error: ")  # what to do next, or what is wrong
+    assert files_below(tmp_path) == before
+
+
+# Where the option names a place that is written to or looked into, and what stands there.
+PLACES = {
+    "data": ["train", "--weights", "WEIGHTS", "--data-dir", "FILE", "--out", "NEW"],
+    "scored": ["evaluate", "RUN OF CIFAR", "--data-dir", "FILE"],
+    "out": ["train", *TINY, "--out", "FILE"],
+    "trace": ["train", *TINY, "--profile", "FILE", "--out", "NEW"],
+    "features.npz": ["features", "IMAGE", "--weights", "WEIGHTS", "--image-size", "32", "--out", "FILE"],
+    "converted.safetensors": ["convert", "WEIGHTS", "FILE"],
+}
+
+
+# A place that is not there is made, or where nothing can be made it lies below something that is not there either.
+FINE = {("out", missing), ("out", a_directory), ("trace", missing), ("trace", a_directory)}
+
+
+@pytest.mark.parametrize(("name", "kind"), [case for case in itertools.product(PLACES, KINDS) if case not in FINE])
+def test_places(tmp_path, capsys, finished, name, kind):
+    below = tmp_path / "no" / "such" / "directory" if kind is missing else tmp_path
+    file = kind(below / name)
+    picture = tmp_path.with_name(f"{tmp_path.name}.png")
+    Image.new("RGB", (8, 8), "red").save(picture)
+    of_cifar = shutil.copytree(finished, tmp_path.with_name(f"{tmp_path.name}.run"))
+    config = json.loads((of_cifar / "config.json").read_text()) | {"preset": "cifar10", "dataset": "cifar10"}
+    (of_cifar / "config.json").write_text(json.dumps(config))
+    places = {"FILE": file, "RUN OF CIFAR": of_cifar, "IMAGE": picture, "NEW": tmp_path / "new"}
+    places["WEIGHTS"] = finished / "backbone.safetensors"
+    before = files_below(tmp_path)
+    result = command(capsys, *(places.get(argument, argument) for argument in PLACES[name]))
+    is_one_error(result, 2, str(file))
+    assert files_below(tmp_path) == before

@@ -1,0 +1,145 @@
+"""Ctrl-C and SIGTERM: held back while files are written, saved and said, the same bits later; the second one ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import TINY
+
+from cifar_jax import load_run
+from cifar_jax.interruption import Terminated, listening
+from cifar_jax.run_dir import SUMMARY
+
+HERE = Path(__file__).parent
+# Steps that take long enough to be interrupted, and few enough of them to be soon done.
+LIVE = (
+    *TINY,
+    "--mode",
+    "live",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "16",
+    "--train-examples",
+    "400",
+    "--schedule",
+    "constant",
+)
+
+
+def test_what_comes_while_files_are_written_waits_for_them():
+    done = []
+    with listening() as signals:
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the interrupt comes in the midst of the block)
+            with signals.held():
+                signal.raise_signal(signal.SIGINT)
+                done.append("the rest of the block")
+            done.append("never")
+        assert signals.requested == signal.SIGINT and signals.exit_code == 130
+    assert done == ["the rest of the block"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_only_noted_raises_nothing_and_what_is_not_held_raises_at_once():
+    with listening() as signals:
+        with signals.noted():
+            signal.raise_signal(signal.SIGTERM)
+            with signals.held():
+                pass
+        assert signals.requested == signal.SIGTERM and signals.exit_code == 143
+    with listening(), pytest.raises(Terminated):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_the_process_was_told_to_ignore_stays_ignored():
+    usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with listening() as signals:
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.requested is None
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
+def start(out, cache, *more):
+    """A run in a process of its own, narrow as those of other tests are."""
+    command = [sys.executable, HERE / "narrow_train.py", *LIVE, "--cache-dir", cache, "--out", out, *more]
+    usual = os.environ | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.Popen(
+        list(map(str, command)), cwd=HERE.parent, env=usual, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(happened, process, seconds=120):
+    """Until something has happened that the process does."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+
+
+def rows_of(run):
+    rows = [json.loads(line) | {"seconds": 0} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return rows, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(load_run(run).head_params)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = start(out, cache)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return rows_of(out)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_end_saves_and_goes_on_to_the_same_bits(tmp_path, cache, undisturbed, number, code):
+    out = tmp_path / "run"
+    process = start(out, cache)
+    wait_for((out / "metrics.jsonl").exists, process)  # the first of three epochs is done
+    process.send_signal(number)
+    said, errors = process.communicate()
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors and f"--resume --out {out} goes on." in said + errors
+    summary = json.loads((out / SUMMARY).read_text())
+    assert summary["status"] == "interrupted" and 1 <= summary["epochs"] < 3
+    assert not [path for path in out.rglob(".*") if path.name.startswith(".")]
+    again = start(out, cache, "--resume")
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert rows_of(out) == undisturbed
+
+
+def test_the_second_one_ends_the_process_at_once_and_the_run_goes_on_nevertheless(tmp_path, cache, undisturbed):
+    out = tmp_path / "run"
+    process = start(out, cache)
+    wait_for((out / "metrics.jsonl").exists, process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode in (143, 130)  # 130 where the run was done with saving before the second one came
+    again = start(out, cache, "--resume")
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert rows_of(out) == undisturbed
+
+
+def test_ctrl_c_before_anything_is_written_leaves_nothing(tmp_path, cache):
+    process = start(tmp_path / "run", cache)
+    time.sleep(1.0)  # while it imports or loads
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode in (143, -signal.SIGTERM)
+    assert not (tmp_path / "run").exists() or json.loads((tmp_path / "run" / SUMMARY).read_text())

@@ -1,0 +1,158 @@
+"""What holds for any data: metrics and their definition, cache keys, positions, what a checkpoint keeps of progress."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import NARROW
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from cifar_jax.checkpoint import Position, position_of
+from cifar_jax.evaluation import eval_step, evaluate
+from cifar_jax.feature_cache import features_key
+from cifar_jax.files import read_sealed, write_sealed
+from cifar_jax.fit import EpochPart, EpochRow, fit
+from cifar_jax.head import init_head
+from cifar_jax.pretrained import random_backbone
+from cifar_jax.resume import Progress
+from cifar_jax.runners import EpochOrder, cached_evaluator, cached_runner
+from cifar_jax.training import StepMetrics, init_state
+
+FAST = settings(max_examples=40, deadline=None)
+IDENTITY = ({"kernel": jnp.eye(4), "bias": jnp.zeros(4)},)  # of one layer, whose logits are its features
+
+# Of few sizes, as JAX compiles a step anew for each.
+logits = st.sampled_from([1, 5, 17]).flatmap(
+    lambda num: arrays.arrays(np.float32, (num, 4), elements=st.floats(-50, 50, width=32))
+)
+
+
+@FAST
+@given(logits, st.data(), st.sampled_from([1, 4, 64]))
+def test_metrics_are_what_they_are_defined_as(values, data, batch_size):
+    labels = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(values), max_size=len(values))), np.int32)
+    result = evaluate(eval_step, IDENTITY, values, labels, batch_size)
+    wide = values.astype(np.float64)
+    shifted = wide - wide.max(1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    predicted = values.argmax(1)
+    assert result.num == len(labels) == result.confusion.sum()
+    assert result.accuracy == (predicted == labels).mean() == np.trace(result.confusion) / len(labels)
+    assert result.loss == pytest.approx(-log_probs[np.arange(len(labels)), labels].mean(), rel=1e-4, abs=1e-5)
+    for label in range(4):
+        of_class = predicted[labels == label]
+        assert (result.confusion[label] == np.bincount(of_class, minlength=4)).all()
+        assert result.class_accuracy[label] == pytest.approx((of_class == label).mean()) if len(of_class) else True
+
+
+@pytest.fixture(scope="module")
+def backbone(shapes):
+    return random_backbone(jax.random.key(0), shapes.images[:64], NARROW, 32)
+
+
+@FAST
+@given(
+    st.integers(0, 3 * 32 * 32 * 3 - 1),
+    st.integers(0, 7),
+    st.sampled_from([32, 64]),
+    st.sampled_from(["float16", "float32"]),
+)
+def test_a_key_is_another_where_one_bit_of_the_images_is(backbone, shapes, position, bit, image_size, dtype):
+    images = shapes.images[:3].copy()
+    key = features_key(backbone, image_size, "float32", images, dtype)
+    assert key == features_key(backbone, image_size, "float32", np.asfortranarray(images), dtype)
+    images.reshape(-1)[position] ^= 1 << bit
+    changed = features_key(backbone, image_size, "float32", images, dtype)
+    assert changed != key
+    images.reshape(-1)[position] ^= 1 << bit
+    assert features_key(backbone, image_size, "float32", images, dtype) == key
+
+
+@FAST
+@given(st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 999_999)), min_size=1))
+def test_names_of_positions_sort_as_they_do(pairs):
+    positions = [Position(*pair) for pair in pairs]
+    assert [position_of(Path("checkpoints") / position.name) for position in positions] == positions
+    by_name = sorted(positions, key=lambda position: position.name)
+    assert by_name == sorted(positions)
+
+
+numbers = st.floats(width=32)
+rows = st.builds(EpochRow, st.integers(1, 99), numbers, numbers, numbers, numbers, st.floats(0, 1e6))
+parts = st.integers(1, 5).flatmap(
+    lambda steps: st.builds(
+        EpochPart,
+        st.builds(
+            StepMetrics,
+            arrays.arrays(np.float32, steps, elements=numbers),
+            arrays.arrays(np.int32, steps),
+            arrays.arrays(np.int32, steps),
+            arrays.arrays(np.bool_, steps),
+        ),
+        st.floats(0, 1e6),
+    )
+)
+progresses = st.builds(
+    Progress,
+    st.builds(Position, st.integers(0, 99), st.integers(0, 999)),
+    st.lists(rows, max_size=3).map(tuple),
+    st.none() | parts,
+    st.none() | st.dictionaries(st.text(), st.text()),
+)
+
+
+@FAST
+@given(progresses)
+def test_what_a_checkpoint_keeps_of_progress_comes_back_to_the_bit(tmp_path_factory, progress):
+    path = tmp_path_factory.mktemp("progress") / "progress.json"
+    write_sealed(path, progress.to_json())
+    found = Progress.from_json(read_sealed(path))
+    assert (found.position, found.inputs) == (progress.position, progress.inputs)
+    assert json.dumps([row._asdict() for row in found.rows]) == json.dumps([row._asdict() for row in progress.rows])
+    assert (found.part is None) == (progress.part is None)
+    if found.part and progress.part:
+        assert found.part.seconds == progress.part.seconds
+        for ours, theirs in zip(found.part.metrics, progress.part.metrics, strict=True):
+            np.testing.assert_array_equal(ours, theirs, strict=True)
+
+
+def test_wherever_an_epoch_is_stopped_the_rest_of_it_gives_the_same_bits():
+    """In pieces of three steps of an epoch of seven; stopped after each piece, and gone on with."""
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(50, 6)).astype(np.float32), rng.integers(0, 4, 50).astype(np.int32)
+    order, tx = EpochOrder(jax.random.key(1), jax.random.key(2), batch_size=8), optax.sgd(0.1, momentum=0.9)
+    runner, evaluate_params = cached_runner(features, labels, tx, order), cached_evaluator(features, labels)
+
+    def start():
+        return init_state(init_head(jax.random.key(0), 6, (5,), 4), tx)
+
+    whole, expected = fit(start(), runner, evaluate_params, 2, checkpoint_every=3)
+    for stops_after in (1, 2, 3):
+        kept, asked = [], [0]
+
+        def stopping(asked=asked, stops_after=stops_after):
+            asked[0] += 1
+            return asked[0] >= stops_after
+
+        with pytest.raises(KeyboardInterrupt):
+            fit(
+                start(),
+                runner,
+                evaluate_params,
+                2,
+                checkpoint_every=3,
+                on_part=lambda part, state, kept=kept: kept.append((part, jax.device_get(state))),
+                stopping=stopping,
+            )
+        part, state = kept[-1]
+        assert len(part.metrics.num) == min(7, 3 * stops_after)
+        state, history = fit(state, runner, evaluate_params, 2, checkpoint_every=3, part=part)
+        assert [row._replace(seconds=0) for row in history] == [row._replace(seconds=0) for row in expected]
+        for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_array_equal(ours, theirs)

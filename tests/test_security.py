@@ -1,0 +1,101 @@
+"""What the library must never do, and what it must not follow."""
+
+import ast
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+
+import pytest
+from helpers import TINY, command, files_below
+
+from cifar_jax.run_dir import CHECKPOINTS
+from cifar_jax.run_writer import RunWriter
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [*sorted((ROOT / "cifar_jax").rglob("*.py")), ROOT / "train.py"]
+
+# What would run the content of a file, or a shell.
+FORBIDDEN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "np.fromfile"}
+
+
+def calls_in(path):
+    """Every call in a source file: the dotted name of what is called, and the call."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_nothing_is_unpickled_evaluated_or_given_to_a_shell():
+    seen = set()
+    for path in SOURCES:
+        for name, call in calls_in(path):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            where = f"{path.relative_to(ROOT)}:{call.lineno}"
+            assert name not in FORBIDDEN, where
+            assert not re.match(r"(pickle|dill|joblib|marshal|shelve)\.|torch\.load", name), where
+            assert keywords.get("allow_pickle", "False") == "False", where
+            assert keywords.get("shell", "False") == "False", where
+            seen.add(name)
+    assert {"np.load", "subprocess.run", "json.loads"} <= seen  # so that names are found at all
+
+
+def test_pickles_are_read_by_an_interpreter_that_knows_no_function_to_call():
+    source = (ROOT / "cifar_jax" / "pretrained" / "torch_pickle.py").read_text()
+    imported = {node.names[0].name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import)}
+    assert "pickle" not in imported and "importlib" not in imported
+    assert not {"getattr", "globals"} & {name for name, _ in calls_in(ROOT / "cifar_jax/pretrained/torch_pickle.py")}
+
+
+@pytest.mark.parametrize("name", [CHECKPOINTS, "curves.png", "config.json", "metrics.jsonl"])
+def test_what_a_run_replaces_is_the_link_and_not_what_it_points_to(tmp_path, capsys, narrow, name):
+    out, outside = tmp_path / "run", tmp_path / "outside"
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps({"preset": "demo", "dataset": "shapes", "weights": "demo"}))
+    if name == CHECKPOINTS:
+        (outside / "0001").mkdir(parents=True)
+        (outside / "0001" / "digests.json").write_text("{}")
+    else:
+        outside.write_text((out / "config.json").read_text())
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(outside)
+    before = files_below(outside) if outside.is_dir() else outside.read_bytes()
+    assert command(capsys, "train", *TINY, "--epochs", 1, "--out", out, "--overwrite").code == 0
+    assert (files_below(outside) if outside.is_dir() else outside.read_bytes()) == before
+    assert not (out / name).is_symlink()
+
+
+def test_leftovers_that_are_links_go_and_what_they_point_to_stays(tmp_path, capsys, narrow, monkeypatch):
+    out, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("mine")
+    usual = RunWriter.checkpoint
+
+    def killed(self, state, part=None):
+        usual(self, state, part)
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunWriter, "checkpoint", killed)
+        with pytest.raises(SystemExit):
+            command(capsys, "train", *TINY, "--epochs", 2, "--out", out)
+    (out / CHECKPOINTS / ".0002.abc").symlink_to(outside)
+    (out / ".metrics.jsonl.abc").symlink_to(outside / "precious")
+    assert command(capsys, "train", *TINY, "--epochs", 2, "--out", out, "--resume").code == 0
+    assert (outside / "precious").read_text() == "mine"
+    assert not [path for path in out.rglob(".*") if path.is_symlink()]
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_requirements_are_bounded_and_what_is_installed_is_within_them(name):
+    packaging = pytest.importorskip("packaging.requirements")
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    requirements = [packaging.Requirement(line) for line in lines if line and not line.startswith("-")]
+    assert requirements
+    for requirement in requirements:
+        operators = {one.operator for one in requirement.specifier}
+        assert ">=" in operators, f"{requirement} names no release to begin with"
+        if requirement.name not in ("importlib_resources",):
+            assert "<" in operators, f"{requirement} takes any release to come"
+        if requirement.marker is None or requirement.marker.evaluate():
+            assert importlib.metadata.version(requirement.name) in requirement.specifier
