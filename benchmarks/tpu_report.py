@@ -24,12 +24,11 @@ os.environ |= {
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from flax.traverse_util import unflatten_dict
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.blank import blank_backbone
 from benchmarks.hlo import collectives
 from cifar_jax.config import TrainConfig
 from cifar_jax.environment import package_versions
@@ -39,8 +38,6 @@ from cifar_jax.head import init_head
 from cifar_jax.inference import features_of, prepare
 from cifar_jax.parallel import mesh_of, rows_sharding
 from cifar_jax.preprocess import CAFFE
-from cifar_jax.pretrained import Backbone
-from cifar_jax.pretrained.merge import variable_shapes
 from cifar_jax.resnet import ResNetConfig
 from cifar_jax.training import Batch, init_state, make_live_step
 
@@ -59,13 +56,6 @@ def shapes_on(mesh: Mesh, tree: Any, rows: bool = False) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def backbone() -> Backbone:
-    """A ResNet50 of Keras's kind, its values of no account."""
-    shapes = variable_shapes(NETWORK).items()
-    variables = unflatten_dict({path: np.zeros(shape, np.float32) for path, shape in shapes})
-    return Backbone(NETWORK, CAFFE, IMAGE_SIZE, variables)
-
-
 def batch(size: int) -> Batch:
     """Images as they come from the data set."""
     return jax.eval_shape(
@@ -76,7 +66,9 @@ def batch(size: int) -> Batch:
 def extraction(mesh: Mesh, per_chip: int) -> Any:
     """Features of images, as `make_extractor` has them compiled."""
     images = shapes_on(mesh, batch(per_chip * mesh.size).inputs, rows=True)
-    return jax.jit(features_of).lower(shapes_on(mesh, prepare(backbone(), None, PRECISION, "tpu")), images)
+    return jax.jit(features_of).lower(
+        shapes_on(mesh, prepare(blank_backbone(NETWORK, IMAGE_SIZE), None, PRECISION, "tpu")), images
+    )
 
 
 def live_step(mesh: Mesh, per_chip: int) -> Any:
@@ -87,7 +79,7 @@ def live_step(mesh: Mesh, per_chip: int) -> Any:
 
     step, examples = make_live_step(TX, IMAGE_SIZE, PRECISION), shapes_on(mesh, batch(per_chip * mesh.size), rows=True)
     now = shapes_on(mesh, jax.eval_shape(carry))
-    return step.lower(now, shapes_on(mesh, backbone()), examples, jax.random.key(0))
+    return step.lower(now, shapes_on(mesh, blank_backbone(NETWORK, IMAGE_SIZE)), examples, jax.random.key(0))
 
 
 def finetune_step(mesh: Mesh, per_chip: int) -> Any:
@@ -97,7 +89,7 @@ def finetune_step(mesh: Mesh, per_chip: int) -> Any:
 
     def carry() -> Any:
         head = init_head(jax.random.key(0), NETWORK.features)
-        return init_finetune(backbone().variables, head, TX), jnp.array(True)
+        return init_finetune(blank_backbone(NETWORK, IMAGE_SIZE).variables, head, TX), jnp.array(True)
 
     examples = shapes_on(mesh, batch(per_chip * mesh.size), rows=True)
     return step.lower(shapes_on(mesh, jax.eval_shape(carry)), examples, jax.random.key(0))

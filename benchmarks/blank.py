@@ -1,0 +1,16 @@
+"""A network whose values are of no account, as what is compiled, counted or timed does not depend on them."""
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from cifar_jax.preprocess import CAFFE
+from cifar_jax.pretrained import Backbone
+from cifar_jax.pretrained.merge import variable_shapes
+from cifar_jax.resnet import ResNetConfig
+
+
+def blank_backbone(config: ResNetConfig, image_size: int) -> Backbone:
+    """A backbone of zeros."""
+    shapes = variable_shapes(config).items()
+    variables = unflatten_dict({path: np.zeros(shape, np.float32) for path, shape in shapes})
+    return Backbone(config, CAFFE, image_size, variables)
