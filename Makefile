@@ -1,6 +1,8 @@
 # make demo          the main job on drawn images, in about half a minute and without a download
 # make test          the tests
 # make lint          ruff and mypy
+# make coverage      the tests again, and which lines of the library they run
+# make torture       kills runs a hundred times and goes on with them, in a quarter of an hour
 # make parity        against Keras, torchvision, timm and transformers themselves, in minutes
 # make parity-all    the same with ResNet101, ResNet152 and more at 224 pixels, in minutes more
 # make mutations     thousands of damaged weights files, in minutes
@@ -12,23 +14,31 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Two tests at a time: most of one is spent in Python and in compiling, on one core.
+TOGETHER = -n 2 --dist worksteal
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint parity parity-all mutations bench tpu-report installed demo-weights clean
+.PHONY: demo test lint coverage torture parity parity-all mutations bench tpu-report installed demo-weights clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python train.py --preset demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not parity"
+	$(BIN)/python -m pytest -m "not parity" $(TOGETHER)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+coverage: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not parity" $(TOGETHER) --cov=cifar_jax --cov-report=term-missing:skip-covered
+
+torture: $(VENV)/.dev
+	$(BIN)/python -m tests.torture --kills 100
+
 parity: $(VENV)/.parity
-	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m "parity and not slow" tests/parity
+	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m "parity and not slow" $(TOGETHER) tests/parity
 
 parity-all: $(VENV)/.parity
 	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity tests/parity

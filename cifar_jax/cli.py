@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -11,7 +12,7 @@ import jax
 from cifar_jax import commands
 from cifar_jax.devices import is_gone, is_out_of_memory, keep_freed_memory, use_all_cores
 from cifar_jax.errors import RunError, UserError
-from cifar_jax.interruption import listening
+from cifar_jax.interruption import Terminated, listening
 
 USAGE = """usage: python -m cifar_jax COMMAND [options]
 
@@ -53,14 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
-    with listening() as signals:
+    with listening():
         try:
             return _command(arguments)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if "--debug" in arguments:
                 raise
             print("Interrupted; nothing was written.", file=sys.stderr)
-            return signals.exit_code
+            return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 def _command(arguments: list[str]) -> int:

@@ -137,8 +137,11 @@ def _train(config: TrainConfig, reporter: Reporter, signals: Signals) -> Path:
     writer = writer_class(out, config, problem, backbone, image_size, clock, progress)
     require_same_inputs(out, progress, writer.inputs)
     job = Job(config, problem, backbone, image_size, reporter, writer, mesh, agreed(lambda: bool(signals.requested)))
+    resumes = found["progress"] is not None
     with claimed(out) if is_first() else contextlib.nullcontext():
-        return _run(job, progress, resumes=found["progress"] is not None, signals=signals)
+        if is_first():
+            check_run_dir(out, config, resumes)  # another run may have come and gone while this one loaded
+        return _run(job, progress, resumes, signals)
 
 
 def _run(job: Job, progress: Progress, resumes: bool, signals: Signals) -> Path:
@@ -200,7 +203,10 @@ def _is_to_go_on(out: Path, config: TrainConfig, reporter: Reporter) -> bool:
 
 def _require_same(config: TrainConfig, problem: Problem, backbone: Backbone) -> None:
     """Sees to it that processes which train together do the same; where files lie may differ."""
-    if jax.process_count() > 1:
+    if (processes := jax.process_count()) > 1:
+        fewest = min(len(part.labels) for part in (problem.train, problem.val, problem.test))
+        if fewest < processes:
+            raise UserError(f"{fewest} images cannot be divided between {processes} processes; use more images.")
         options = {k: v for k, v in config.to_json().items() if k not in ("weights", "data_dir", "cache_dir", "out")}
         data = [part.fingerprint() for part in (problem.train, problem.val, problem.test)]
         require_same({"options": json.dumps(options), "data": json.dumps(data), "weights": backbone.sha256})

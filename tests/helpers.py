@@ -20,6 +20,7 @@ from cifar_jax.pretrained import UNTRAINED, keras_names, layouts, variants
 from cifar_jax.pretrained.from_torch import NAMES
 from cifar_jax.pretrained.keras3 import snake_case
 from cifar_jax.pretrained.merge import variable_shapes
+from cifar_jax.reporter import Silent
 from cifar_jax.resnet import ResNetConfig
 
 NARROW = ResNetConfig(stage_sizes=(1, 1), width=4)
@@ -29,6 +30,25 @@ TINY = (
     *("--preset", "demo", "--weights", "random-w16", "--image-size", "32", "--hidden", "8"),
     *("--train-examples", "128", "--test-examples", "20"),
 )
+
+
+class Heard(Silent):
+    """A reporter that keeps what it is told, and gives one answer to all questions."""
+
+    def __init__(self, answer: bool = False) -> None:
+        self.sentences: list[str] = []
+        self.questions: list[str] = []
+        self.answer = answer
+
+    def say(self, text: str) -> None:
+        self.sentences.append(text)
+
+    def warn(self, text: str) -> None:
+        self.sentences.append(text)
+
+    def confirm(self, question: str) -> bool:
+        self.questions.append(question)
+        return self.answer
 
 
 class Result(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import TINY, command, files_below, flip_bit, full_disk, is_one_error
+from helpers import TINY, Heard, command, files_below, flip_bit, full_disk, is_one_error
 
 from cifar_jax import extraction, features, job
 from cifar_jax.config import TrainConfig
@@ -21,7 +21,6 @@ from cifar_jax.errors import RunError
 from cifar_jax.features import make_extractor
 from cifar_jax.job import train
 from cifar_jax.pretrained import random_backbone
-from cifar_jax.reporter import Silent
 from cifar_jax.resnet import ResNetConfig
 from cifar_jax.run_dir import CHECKPOINTS, METRICS, SUMMARY, claimed
 from cifar_jax.run_writer import RunWriter
@@ -29,19 +28,6 @@ from cifar_jax.run_writer import RunWriter
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.usefixtures("narrow")
-
-
-class Heard(Silent):
-    """A reporter that keeps what it is told."""
-
-    def __init__(self):
-        self.sentences = []
-
-    def say(self, text):
-        self.sentences.append(text)
-
-    def warn(self, text):
-        self.sentences.append(text)
 
 
 def config(tmp_path, **more):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from helpers import flip_bit, largest_file
+from helpers import Heard, flip_bit, largest_file
 
 from cifar_jax import load_run
 from cifar_jax.checkpoint import Position, list_checkpoints, position_of
@@ -16,7 +16,6 @@ from cifar_jax.errors import UserError
 from cifar_jax.files import write_json
 from cifar_jax.job import train
 from cifar_jax.predict import evaluate_run
-from cifar_jax.reporter import Silent
 from cifar_jax.run_dir import CHECKPOINTS, SUMMARY
 from cifar_jax.run_writer import RunWriter
 
@@ -40,20 +39,6 @@ WAYS = {
     "cached": {"momentum": 0.9, "val_fraction": 0.25},
     "live": {"mode": "live", "augment": ("flip", "crop"), "momentum": 0.9},
 }
-
-
-class Heard(Silent):
-    """A reporter that keeps what it is told, and gives one answer to all questions."""
-
-    def __init__(self, answer=False):
-        self.sentences, self.questions, self.answer = [], [], answer
-
-    def say(self, text):
-        self.sentences.append(text)
-
-    def confirm(self, question):
-        self.questions.append(question)
-        return self.answer
 
 
 class Killed(BaseException):

@@ -11,7 +11,7 @@ from typing import IO
 import requests
 
 from cifar_jax.files import lock
-from cifar_jax.pretrained.places import Failed, Unreachable, connection, opened
+from cifar_jax.pretrained.places import Failed, Unreachable, connection, opened, without_password
 
 WAITS = (1.0, 2.0, 4.0)  # seconds between tries that bring nothing new
 
@@ -79,11 +79,11 @@ def download(
             if (server := place.split("/", 3)[:3]) in silent:
                 continue
             here = f", of which {part.end / 1e6:.0f} MB are here already" if part.end else ""
-            say(f"Downloading {size / 1e6:.0f} MB from {place}{here}")
+            say(f"Downloading {size / 1e6:.0f} MB from {without_password(place)}{here}")
             try:
                 _bring(session, place, part, say, sleep)
             except Failed as failure:
-                causes[place] = str(failure)
+                causes[without_password(place)] = str(failure)
                 if isinstance(failure, Unreachable):
                     silent.append(server)
                 continue

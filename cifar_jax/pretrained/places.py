@@ -35,6 +35,13 @@ class Unreachable(Failed):
     """The server does not answer, whatever it is asked for."""
 
 
+def without_password(place: str) -> str:
+    """A URL as it may be shown: what stands before an @ in it is for the server alone."""
+    start, scheme, rest = place.partition("://")
+    server, slash, path = rest.partition("/")
+    return f"{start}{scheme}{server.rpartition('@')[2]}{slash}{path}"
+
+
 def connection() -> requests.Session:
     """A session that speaks https; http, which anybody on the way can answer, only with this machine."""
     session = requests.Session()

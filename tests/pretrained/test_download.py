@@ -190,6 +190,12 @@ def test_what_may_change_is_tried_a_few_times(target, monkeypatch, cause):
         assert len(outcome.slept) == len(WAITS) or cause == "the connection broke off  "
 
 
+def test_a_password_in_a_url_is_for_the_server_alone(target):
+    with serving(sends(b"", 404)) as server:
+        outcome = bring(target, server.url().replace("://", "://me:secret@"))
+    assert "secret" not in f"{outcome.said} {outcome.error}" and outcome.said[0].endswith(server.url())
+
+
 @pytest.mark.parametrize("cause", FAILURES)
 def test_it_goes_well_in_the_end(target, monkeypatch, cause):
     if FAILURES[cause] in STALLS:
