@@ -38,10 +38,10 @@ torture: $(VENV)/.dev
 	$(BIN)/python -m tests.torture --kills 100
 
 parity: $(VENV)/.parity
-	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m "parity and not slow" $(TOGETHER) tests/parity
+	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m "parity and not slow" -n 2 --dist loadfile tests/parity
 
 parity-all: $(VENV)/.parity
-	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity tests/parity
+	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity -n 2 --dist loadfile tests/parity
 
 mutations: $(VENV)/.dev
 	CIFAR_JAX_MUTATIONS=10000 $(BIN)/python -m pytest tests/pretrained/test_mutations.py

@@ -18,11 +18,13 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::Deprecatio
 IMAGE_SIZE, NUM_IMAGES = 64, 8
 SOURCES = [
     Case("keras", "keras", "archive", 0, IMAGE_SIZE, top="predictions"),
-    Case("keras", "tf_keras", "save_weights", 0, IMAGE_SIZE),
     Case("keras-2016", "tf_keras", "keras-1", 0, IMAGE_SIZE, top="fc1000"),
     TorchCase("torchvision", "pth", 0, IMAGE_SIZE),
-    TorchCase("timm", "hub", 0, IMAGE_SIZE, usual=False),
     TorchCase("transformers", "hub", 0, IMAGE_SIZE),
+]
+MORE_SOURCES = [
+    Case("keras", "tf_keras", "save_weights", 0, IMAGE_SIZE),
+    TorchCase("timm", "hub", 0, IMAGE_SIZE, usual=False),
     TorchCase("transformers", "hub-bin", 0, IMAGE_SIZE, in_1x1=True),
 ]
 
@@ -40,7 +42,11 @@ class Known(NamedTuple):
         return differences(ours, lambda _: self.theirs, self.images, NUM_IMAGES)
 
 
-@pytest.fixture(scope="module", params=SOURCES, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[*SOURCES, *(pytest.param(source, marks=pytest.mark.slow) for source in MORE_SOURCES)],
+    ids=str,
+)
 def known(request: pytest.FixtureRequest, cifar10: Splits) -> Iterator[Known]:
     written = request.getfixturevalue("written" if isinstance(request.param, Case) else "torch_written")
     images = cifar10.test.images[:NUM_IMAGES]
