@@ -1,40 +1,62 @@
-"""Checkpoints by Orbax, with digests of their own: Orbax alone restores flipped bits without a word."""
+"""Checkpoints: a safetensors file of named arrays, and a JSON file with the digest of each.
 
-import contextlib
-import logging
+    checkpoints/0003/arrays.safetensors   params/head/..., params/backbone/..., batch_stats/..., opt_state/..., step
+    checkpoints/0003/checkpoint.json      format, epoch, step, progress of the run, dtype, shape and SHA-256 by name
+
+A checkpoint is written beside its final place, read back and compared with what is in memory, and only then renamed: if
+its directory exists, it is complete. Any subset of its arrays can be read without the others.
+"""
+
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from cifar_jax.errors import RunError, UserError
-from cifar_jax.files import read_sealed, sha256_of_arrays, sha256_of_file, write_sealed
+from cifar_jax.files import read_sealed, sha256_of_arrays, write_sealed
 
-_DIGESTS, _ARRAYS, _FORMAT = "digests.json", "arrays", 3
+FORMAT = 4
+ABOUT, ARRAYS = "checkpoint.json", "arrays.safetensors"
+_NAME = re.compile(r"\d{4,}(\.\d{6,})?")
 
 
 class Position(NamedTuple):
-    """How far a run has come: whole epochs, and steps of the next one."""
+    """Progress of a run: completed epochs, and steps of the next one."""
 
     epoch: int
     step: int = 0
 
     @property
     def name(self) -> str:
-        """Of its checkpoint: `0003`, or `0003.000250` in the midst of an epoch."""
+        """Directory name of its checkpoint: `0003`, or `0003.000250` within an epoch."""
         return f"{self.epoch:04d}" + (f".{self.step:06d}" if self.step else "")
+
+    @property
+    def words(self) -> str:
+        """The position for people: `1 epoch`, or `3 epochs and 250 steps`."""
+        epochs = f"{self.epoch} epoch{'s' * (self.epoch != 1)}"
+        return epochs + (f" and {self.step} step{'s' * (self.step != 1)}" if self.step else "")
 
 
 def position_of(checkpoint: Path) -> Position:
-    """The position that a checkpoint's name says."""
+    """The position that a checkpoint's directory name stands for."""
     epoch, _, step = checkpoint.name.partition(".")
     return Position(int(epoch), int(step or 0))
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by path, `params/head/0/kernel`, in the order of `jax.tree.leaves`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def save_checkpoint(
@@ -48,55 +70,58 @@ def save_checkpoint(
     """Writes a checkpoint, whole or not at all, and removes older ones.
 
     Args:
-      directory: of the run's checkpoints; it is made if need be, the run's own is not.
-      position: that the checkpoint was made at.
-      tree: the checkpoint's parts by name, each a tree of arrays, which can be read without the others.
-      progress: JSON values kept beside them.
-      keep: positions of other checkpoints that stay.
-      keep_last: how many of the newest stay, this one among them.
+      directory: the run's checkpoints; created if necessary, its parent is not.
+      position: where in the run the checkpoint was made.
+      tree: arrays on the host; see `named_leaves` for the names they get.
+      progress: JSON values to store beside them.
+      keep: positions of other checkpoints to keep.
+      keep_last: number of newest checkpoints to keep, this one included.
+
+    Returns:
+      The checkpoint's directory.
 
     Raises:
-      RunError: when it cannot be written.
+      RunError: if it cannot be written, or reads back differently.
     """
     target = directory / position.name
+    # np.asarray, unlike np.ascontiguousarray, leaves a scalar a scalar.
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(dict(tree)).items()}
+    described = {name: _describe(array) for name, array in arrays.items()}
+    about = {
+        "format": FORMAT,
+        "epoch": position.epoch,
+        "step": position.step,
+        "progress": dict(progress or {}),
+        "arrays": described,
+    }
     try:
         directory.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=directory) as name:
             temporary = Path(name) / "checkpoint"
             temporary.mkdir()
-            _require_room(temporary, sum(leaf.nbytes for leaf in jax.tree.leaves(dict(tree))))
-            with _checkpointer() as checkpointer:
-                for part, leaves in tree.items():
-                    checkpointer.save((temporary / _ARRAYS / part).absolute(), leaves)
-                    checkpointer.wait_until_finished()
-            about = {
-                "format": _FORMAT,
-                "epoch": position.epoch,
-                "step": position.step,
-                "progress": dict(progress or {}),
-                "shapes": {part: _shapes(leaves) for part, leaves in tree.items()},
-                "files": _file_digests(temporary),
-                "leaves": {part: digests(leaves) for part, leaves in tree.items()},
-            }
-            write_sealed(temporary / _DIGESTS, about)
+            save_file(arrays, temporary / ARRAYS)
+            with open(temporary / ARRAYS, "rb") as file:
+                os.fsync(file.fileno())
+            write_sealed(temporary / ABOUT, about)
+            _read(temporary, described)
             _remove(target)
             temporary.rename(target)
         prune(directory, position, keep, keep_last)
-    except Exception as error:  # Orbax raises what its many layers happen to raise
+    except (OSError, SafetensorError, Corrupt) as error:
         raise RunError(
-            f"The checkpoint {target} could not be written ({_reason(error)}); make room or choose another --out."
+            f"Checkpoint {target} could not be written ({_reason(error)}). Free some space or choose another --out."
         ) from error
     return target
 
 
 def prune(directory: Path, newest: Position, keep: Collection[Position], keep_last: int) -> None:
-    """Removes the checkpoints of a run that are none of its last few, and those that lie ahead of it.
+    """Removes all checkpoints but the last few, and those that are ahead of the run.
 
     Args:
-      directory: of the run's checkpoints.
-      newest: how far the run has come; what it made later was damaged, or belongs to what is done once more.
-      keep: positions of checkpoints that stay.
-      keep_last: how many of the newest stay.
+      directory: the run's checkpoints.
+      newest: position of the run. Later checkpoints were corrupt, or are about to be made again.
+      keep: positions of checkpoints to keep.
+      keep_last: number of newest checkpoints to keep.
     """
     found = list_checkpoints(directory)
     ahead = [path for path in found if position_of(path) > newest]
@@ -106,139 +131,112 @@ def prune(directory: Path, newest: Position, keep: Collection[Position], keep_la
 
 
 def _remove(checkpoint: Path) -> None:
-    """Renamed first: a kill in the midst of it leaves no half of a checkpoint under its name."""
+    """Renames first, so that a kill meanwhile leaves no partial checkpoint under its name."""
     if checkpoint.exists():
         going = checkpoint.with_name(f".{checkpoint.name}.removed")
         shutil.rmtree(going, ignore_errors=True)
         shutil.rmtree(checkpoint.rename(going))
 
 
-def _require_room(directory: Path, num_bytes: int) -> None:
-    """Fails where a disk is full before Orbax does, which leaves half-done writes and their complaints behind."""
-    if hasattr(os, "posix_fallocate") and num_bytes:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-
-
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted((path.parent for path in directory.glob(f"[0-9]*/{_DIGESTS}")), key=position_of)
+    """Directories of a run's checkpoints, oldest first. Those of older formats are among them."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted((path for path in found if _NAME.fullmatch(path.name) and path.is_dir()), key=position_of)
 
 
 def newest_whole(directory: Path, say: Callable[[str], None]) -> tuple[Position, dict[str, Any]] | None:
-    """The newest checkpoint that is not damaged, and what was kept beside its arrays; None where there is none at all.
+    """The newest checkpoint that is not corrupt, and the progress stored in it; None if there is no checkpoint at all.
 
     Args:
-      directory: of the run's checkpoints.
-      say: is told of each that is damaged.
+      directory: the run's checkpoints.
+      say: told of each corrupt one.
 
     Raises:
-      UserError: when all of them are damaged, or the newest is of another version of this program.
+      UserError: if all of them are corrupt, or the newest has another format.
     """
     found = list_checkpoints(directory)
     for path in reversed(found):
         try:
-            about = _checked(path)
-        except _Damaged as error:
-            say(f"{error}: the one before it is used.")
+            about = _read_about(path)
+            _read(path, about["arrays"])
+        except Corrupt as error:
+            say(f"{error}; using the one before it.")
         else:
             return position_of(path), about["progress"]
     if found:
-        raise UserError(f"No checkpoint in {directory} can be gone on from; start the run again with --overwrite.")
+        raise UserError(f"No checkpoint in {directory} can be used. Start the run again with --overwrite.")
     return None
 
 
-def load_checkpoint(directory: Path, like: Mapping[str, PyTree], at: Position | None = None) -> dict[str, PyTree]:
-    """Reads a run's checkpoint, every file and every leaf checked against its digest.
+def load_checkpoint(directory: Path, like: PyTree, at: Position | None = None) -> Any:
+    """Reads arrays of a run's checkpoint, each compared with its digest.
 
     Args:
-      directory: of the run's checkpoints.
-      like: the parts to read, each a tree of the same structure, of arrays or shapes.
-      at: the position that the checkpoint was made at; the newest one if None.
+      directory: the run's checkpoints.
+      like: the part of the checkpoint's tree to read, with arrays or shapes as leaves.
+      at: position of the checkpoint; the newest one if None.
+
+    Returns:
+      A tree like `like`, of NumPy arrays.
 
     Raises:
-      UserError: when there is none, it lacks a part, or it is damaged.
+      UserError: if there is no such checkpoint, it lacks an array or has another shape, or it is corrupt.
     """
     checkpoints = [path for path in list_checkpoints(directory) if at in (None, position_of(path))]
     if not checkpoints:
-        raise UserError(f"There is no checkpoint in {directory}; train first, or name another run directory.")
-    chosen = checkpoints[-1]
+        raise UserError(f"There is no checkpoint in {directory}. Train first, or give another run directory.")
+    chosen, wanted = checkpoints[-1], named_leaves(like)
     try:
-        about = _checked(chosen)
-        # First what can be told without Orbax, which leaves half-done reads behind when it fails.
-        if missing := sorted(set(like) - set(about["shapes"])):
-            raise UserError(f"The checkpoint {chosen} holds no {missing[0]}; train again.")
-        if any(about["shapes"][part] != _shapes(like[part]) for part in like):
-            raise UserError(f"The checkpoint {chosen} is of another network than its config.json says; train again.")
-        with _checkpointer() as checkpointer:
-            tree = {part: checkpointer.restore((chosen / _ARRAYS / part).absolute(), like[part]) for part in like}
-        for part in like:
-            _require_equal(about["leaves"][part], digests(tree[part]), chosen)
-    except _Damaged as error:
-        raise UserError(f"{error}; train again.") from error
-    except UserError:
-        raise
-    except Exception as error:  # Orbax raises what its many layers happen to raise
-        raise UserError(f"The checkpoint {chosen} cannot be read ({_reason(error)}); train again.") from error
-    return tree
+        described = _read_about(chosen)["arrays"]
+        if missing := sorted(set(wanted) - set(described)):
+            raise UserError(f"Checkpoint {chosen} has no {missing[0]}: it is of another network. Train again.")
+        for name, leaf in wanted.items():
+            if described[name]["shape"] != list(leaf.shape):
+                raise UserError(
+                    f"Checkpoint {chosen} is of another network than config.json says: {name} has shape "
+                    f"{described[name]['shape']}, not {list(leaf.shape)}. Train again."
+                )
+        arrays = _read(chosen, {name: described[name] for name in wanted})
+    except Corrupt as error:
+        raise UserError(f"{error}. Train again.") from error
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
 
-class _Damaged(Exception):
-    """A checkpoint is not as it was written; the message is a sentence without its end."""
+class Corrupt(Exception):
+    """A checkpoint is not what was written; the message is a sentence without its full stop."""
 
 
-def _checked(checkpoint: Path) -> dict[str, Any]:
-    """What stands beside a checkpoint's arrays, once all its files are seen to be as they were written."""
+def _read_about(checkpoint: Path) -> dict[str, Any]:
+    """Contents of checkpoint.json."""
+    if not (checkpoint / ABOUT).exists() and (checkpoint / "digests.json").exists():
+        raise UserError(f"Checkpoint {checkpoint} was written by another version of this program. Train again.")
     try:
-        about = read_sealed(checkpoint / _DIGESTS)
-        files = _file_digests(checkpoint)
+        about = read_sealed(checkpoint / ABOUT)
     except (OSError, ValueError) as error:
-        raise _Damaged(f"The checkpoint {checkpoint} cannot be read ({_reason(error)})") from error
-    if about.get("format") != _FORMAT:
-        raise UserError(f"The checkpoint {checkpoint} was written by another version of this program; train again.")
-    _require_equal(about["files"], files, checkpoint)
+        raise Corrupt(f"Checkpoint {checkpoint} cannot be read ({_reason(error)})") from error
+    if about.get("format") != FORMAT:
+        raise UserError(f"Checkpoint {checkpoint} was written by another version of this program. Train again.")
     return about
 
 
-def _reason(error: Exception) -> str:
-    line = str(error).strip().partition("\n")[0]
-    return line if len(line) <= 200 else f"{line[:80]} ... {line[-100:]}"  # the cause stands at the end
-
-
-def _require_equal(expected: dict[str, str], actual: dict[str, str], checkpoint: Path) -> None:
-    if wrong := sorted(name for name in expected | actual if expected.get(name) != actual.get(name)):
-        raise _Damaged(f"The checkpoint {checkpoint} is damaged in {', '.join(wrong[:4])}")
-
-
-def _shapes(tree: PyTree) -> dict[str, list[int]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in leaves}
-
-
-def _file_digests(directory: Path) -> dict[str, str]:
-    files = (path for path in directory.rglob("*") if path.is_file() and path.name != _DIGESTS)
-    return {path.relative_to(directory).as_posix(): sha256_of_file(path) for path in files}
-
-
-def digests(tree: PyTree) -> dict[str, str]:
-    """SHA-256 of each leaf, by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): sha256_of_arrays(np.asarray(leaf)) for path, leaf in leaves}
-
-
-@contextlib.contextmanager
-def _checkpointer() -> Iterator[Any]:
-    # Imported here: it takes longer to import than a head to load, and most of the library has no use for it.
-    import orbax.checkpoint as ocp
-
-    # One process alone writes and reads a run's files: Orbax need not wait for the others.
-    own = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(own, {own}, barrier_sync_key_prefix=str(own))
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # what goes wrong is raised, and need not be logged by Orbax's threads as well
+def _read(checkpoint: Path, described: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The arrays that are described, which must be as described."""
     try:
-        with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
-            yield checkpointer
-    finally:
-        logger.setLevel(level)
+        with safe_open(checkpoint / ARRAYS, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in described}
+    except Exception as error:  # a corrupt header raises what the parser and NumPy happen to raise
+        raise Corrupt(f"Checkpoint {checkpoint} cannot be read ({_reason(error)})") from error
+    if wrong := [name for name, array in arrays.items() if _describe(array) != described[name]]:
+        raise Corrupt(f"Checkpoint {checkpoint} is corrupt: checksum mismatch in {', '.join(wrong[:4])}")
+    return arrays
+
+
+def _describe(array: np.ndarray) -> dict[str, Any]:
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": sha256_of_arrays(array)}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    line = str(error).strip().partition("\n")[0]
+    return line if len(line) <= 200 else f"{line[:80]} ... {line[-100:]}"

@@ -74,12 +74,13 @@ def _command(arguments: list[str]) -> int:
     except (UserError, RunError) as error:
         if debug:
             raise
-        return _say_error(str(error), 2 if isinstance(error, UserError) else 1)
+        return _say_error(str(error), 2 if isinstance(error, UserError) else 1, getattr(error, "__notes__", ()))
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if debug or not (is_out_of_memory(error) or is_gone(error)):
             raise
         reason = str(error).partition("\n")[0] or "no more to be had"
-        return _say_error(f"{OUT_OF_MEMORY if is_out_of_memory(error) else DEVICE_FAILED} ({reason}).", 1)
+        what = OUT_OF_MEMORY if is_out_of_memory(error) else DEVICE_FAILED
+        return _say_error(f"{what} ({reason}).", 1, getattr(error, "__notes__", ()))
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
@@ -95,7 +96,8 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _say_error(text: str, code: int) -> int:
-    # One line, whatever a file's name or another library's message holds.
-    print("Error: " + " ".join(text.splitlines()), file=sys.stderr)
+def _say_error(text: str, code: int, notes: Sequence[str] = ()) -> int:
+    # One line, whatever a file's name or another library's message holds; a note, of what failed next, is another.
+    for line in (f"Error: {text}", *notes):
+        print(" ".join(line.splitlines()), file=sys.stderr)
     return code

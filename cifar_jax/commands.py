@@ -42,9 +42,11 @@ def train(arguments: list[str]) -> int:
         out = job.train(config, reporter)
     except job.Interrupted as stop:
         reporter.say(
-            f"Interrupted: {stop.epochs_done} of {config.epochs} epochs are done and kept; the same command with "
-            f"--resume --out {stop.path} goes on."
+            f"Interrupted: {stop.saved.words} of {config.epochs} epochs done and saved. Continue with the same command "
+            f"and --resume --out {stop.path}."
         )
+        for note in getattr(stop, "__notes__", ()):
+            reporter.say(note)
         return stop.exit_code
     if isinstance(reporter, ConsoleReporter):
         reporter.closing(out, read_json(out / SUMMARY))
@@ -58,12 +60,12 @@ def evaluate(arguments: list[str]) -> int:
     options = parse(EvaluateOptions, arguments, "evaluate")
     reporter = ConsoleReporter()
     use_compile_cache(say=reporter.say)
-    scores = evaluate_run(options.run, options.data_dir, options.weights, reporter)
+    scores = evaluate_run(options.run, options.data_dir, options.weights, reporter, options.allow_incomplete)
     if options.json:
         print(json.dumps(without_nan(scores)))
         return 0
-    classes = {f"  {name}": f"{accuracy:.4f}" for name, accuracy in scores.pop("class_accuracy").items()}
-    reporter.header({name: str(value) for name, value in scores.items()} | {"class_accuracy": ""} | classes)
+    classes = {f"  {name}": f"{accuracy:.4f}" for name, accuracy in scores.pop("test_class_accuracy").items()}
+    reporter.header({name: str(value) for name, value in scores.items()} | {"test_class_accuracy": ""} | classes)
     return 0
 
 
@@ -75,8 +77,9 @@ def predict(arguments: list[str]) -> int:
     options = parse(PredictOptions, arguments, "predict")
     if not options.images:
         raise UserError("predict needs images; give the paths of PNG or JPEG files behind the run directory.")
-    use_compile_cache(say=ConsoleReporter().say)
-    run = load_run(options.run, options.weights)
+    reporter = ConsoleReporter()
+    use_compile_cache(say=reporter.say)
+    run = load_run(options.run, options.weights, allow_incomplete=options.allow_incomplete, warn=reporter.warn)
     predictions = predict_files(run, options.images, options.direct)
     for prediction in predictions:
         if options.json:

@@ -12,7 +12,7 @@ import jax
 
 from cifar_jax.version import __version__
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "safetensors", "tensorflow-datasets", "numpy")
 
 
 def package_versions() -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from cifar_jax.checkpoint import Position
 from cifar_jax.errors import RunError
 from cifar_jax.runners import Evaluate, Runner
 from cifar_jax.training import StepMetrics, TrainState
@@ -31,31 +33,28 @@ class EpochPart(NamedTuple):
 
 
 class Diverged(RunError):
-    """Training met a loss or gradient that is not finite. `state` is the last good one."""
+    """A loss or gradient that is not finite. `state` is the last good one."""
 
-    def __init__(
-        self, state: TrainState, epoch: int, step: int, fault: str = "", learning_rate: float | None = None
-    ) -> None:
-        """Takes the last good state, the epoch counted from one, the step within it, and what is known of its cause.
+    def __init__(self, state: TrainState, epoch: int, step: int, fault: str = "", more: str = "") -> None:
+        """Takes where it happened and what is known of its cause.
 
         Args:
           state: the last good one.
           epoch: counted from one.
           step: within the epoch, counted from one.
           fault: the first tensor of the step that was not finite.
-          learning_rate: of the step.
+          more: further sentences.
         """
         self.state, self.epoch, self.step, self.fault = state, epoch, step, fault
         first = f" (first {fault})" if fault else ""
-        rate = f"the learning rate was {learning_rate:.3g}, and " if learning_rate is not None else ""
-        super().__init__(
-            f"Loss or gradient was not finite in epoch {epoch}, step {step}{first}; {rate}training stopped with "
-            "the parameters of the step before. A lower --learning-rate usually helps."
-        )
+        super().__init__(f"Loss or gradient was not finite in epoch {epoch}, step {step}{first}.{more and ' ' + more}")
 
-    def at(self, learning_rate: float) -> "Diverged":
-        """The same, with the learning rate of the step in its message."""
-        return Diverged(self.state, self.epoch, self.step, self.fault, learning_rate)
+    def at(self, learning_rate: float, saved: Position, out: Path) -> "Diverged":
+        """The same, with the learning rate of the step and how to continue from the newest checkpoint."""
+        rate = f"The learning rate was {learning_rate:.3g}."
+        kept = f"The checkpoint after {saved.words} is kept. " if saved > (0, 0) else ""
+        more = f"{rate} {kept}Continue with a lower --learning-rate and --resume --out {out}."
+        return Diverged(self.state, self.epoch, self.step, self.fault, more)
 
 
 def fit(

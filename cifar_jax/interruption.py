@@ -2,13 +2,17 @@
 
 They are held back while files that belong together are written and steps run, and else raised at once. The second one
 ends the process.
+
+Python runs a signal's handler between two of its own instructions, so not during a compiled epoch. A thread hears of
+signals at once, as the interpreter writes their numbers to a socket.
 """
 
 import contextlib
 import os
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 from typing import Any
 
@@ -71,22 +75,53 @@ class Signals:
 
 
 @contextlib.contextmanager
-def listening(alone: bool = True) -> Iterator[Signals]:
+def listening(alone: bool = True, on_request: Callable[[signal.Signals], None] | None = None) -> Iterator[Signals]:
     """Listens to Ctrl-C and SIGTERM until the block ends; outside of the main thread, which alone can, to nothing.
 
     Args:
       alone: whether this is the only process of a run. If not, JAX listens to SIGTERM and tells the others; Ctrl-C is
         handed on to it.
+      on_request: called with the first signal, at once and in a thread of its own.
     """
     signals = Signals(alone)
     usual: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
-            # What the process was told to ignore, as `nohup` does, stays ignored.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                usual[number] = signal.signal(number, signals.came)
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
+                # What the process was told to ignore, as `nohup` does, stays ignored.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    usual[number] = signal.signal(number, signals.came)
+            if on_request:
+                stack.enter_context(_watched(usual, on_request))
+        try:
+            yield signals
+        finally:
+            for name, handler in usual.items():
+                signal.signal(name, handler)
+
+
+@contextlib.contextmanager
+def _watched(numbers: Collection[int], on_request: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Has a thread report the first of these signals, and end the process at the second, until the block ends."""
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+
+    def watch() -> None:
+        requested = False
+        while received := receiver.recv(1):
+            if received[0] in numbers:
+                if requested:
+                    os._exit(128 + received[0])
+                requested = True
+                on_request(signal.Signals(received[0]))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     try:
-        yield signals
+        yield
     finally:
-        for name, handler in usual.items():
-            signal.signal(name, handler)
+        signal.set_wakeup_fd(before)
+        sender.close()
+        thread.join()
+        receiver.close()

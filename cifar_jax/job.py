@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,10 @@ from cifar_jax.training import TrainState
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM came; what was done until then is in the run directory."""
 
-    def __init__(self, path: Path, epochs_done: int, exit_code: int):
-        """Takes the run directory, how many epochs are in it, and what the process should end with."""
-        self.path, self.epochs_done, self.exit_code = path, epochs_done, exit_code
-        super().__init__(f"{epochs_done} epochs are in {path}")
+    def __init__(self, path: Path, saved: Position, exit_code: int):
+        """Takes the run directory, the position of its newest checkpoint, and what the process should end with."""
+        self.path, self.saved, self.exit_code = path, saved, exit_code
+        super().__init__(f"{saved.words} are saved in {path}")
 
 
 def load_problem_and_backbone(config: TrainConfig, reporter: Reporter, clock: Clock) -> tuple[Problem, Backbone]:
@@ -109,7 +110,13 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
       Interrupted: when Ctrl-C came.
     """
     reporter = reporter if reporter and is_first() else Silent()
-    with profiled(config.profile, reporter.say), listening(alone=jax.process_count() == 1) as signals:
+
+    def acknowledge(number: signal.Signals) -> None:
+        again = "; press Ctrl-C again to quit at once" if number == signal.SIGINT else " (SIGTERM)"
+        reporter.say(f"Stopping after this step{again}.")
+
+    alone = jax.process_count() == 1
+    with profiled(config.profile, reporter.say), listening(alone, acknowledge) as signals:
         return _train(config, reporter, signals)
 
 
@@ -131,8 +138,7 @@ def _train(config: TrainConfig, reporter: Reporter, signals: Signals) -> Path:
     reporter.header(_header(config, problem, backbone, image_size, out, mesh.size))
     progress = progress or NO_PROGRESS
     if progress.position > (0, 0):
-        steps = f" and {progress.position.step} steps" if progress.position.step else ""
-        reporter.say(f"The run in {out} goes on after {progress.position.epoch} epochs{steps}.")
+        reporter.say(f"Resuming the run in {out} after {progress.position.words}.")
     writer_class = RunWriter if is_first() else NoWriter
     writer = writer_class(out, config, problem, backbone, image_size, clock, progress)
     require_same_inputs(out, progress, writer.inputs)
@@ -159,28 +165,40 @@ def _run(job: Job, progress: Progress, resumes: bool, signals: Signals) -> Path:
                 val = route.evaluate_val(trained.params, trained.batch_stats)
                 test = route.evaluate_test(trained.params, trained.batch_stats) if job.problem.held_out else val
         with clock("pictures"):
-            writer.pictures(partial(route.val_probabilities, jax.device_get(trained)), val)
+            state = jax.device_get(trained)
+            writer.pictures(
+                partial(route.val_probabilities, state), val, partial(route.test_probabilities, state), test
+            )
         with signals.held():
             writer.finish("complete", val, test)
     except KeyboardInterrupt:
+        stopped = Interrupted(writer.out, writer.saved, signals.exit_code)
         with signals.noted():
-            writer.finish("interrupted")
-        raise Interrupted(writer.out, len(writer.history), signals.exit_code) from None
+            _finish_after(stopped, writer, "interrupted")
+        raise stopped from None
     except Diverged as error:
-        writer.diverged(error.state)
+        _finish_after(error, writer, "diverged")
         raise
-    except (RunError, MemoryError, jax.errors.JaxRuntimeError):
-        with contextlib.suppress(RunError):  # a full disk may keep this from being written too
-            writer.finish("failed")
+    except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        _finish_after(error, writer, "failed")
         raise
     return writer.out
 
 
+def _finish_after(error: Exception, writer: RunWriter, status: str) -> None:
+    """Writes the summary of a run that ended early. What goes wrong there is a note on the error, which comes first."""
+    try:
+        writer.finish(status)
+    except Exception as second:
+        reason = str(second) if isinstance(second, UserError | RunError) else f"{type(second).__name__}: {second}"
+        error.add_note(f"Writing the summary failed too: {reason}")
+
+
 def _find_run(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
-    """Where the run is, how far it has come (None where there is none to go on with), whether it is done; as JSON.
+    """The run's directory, its progress (None for a new run) and whether it is finished, as JSON values.
 
     Raises:
-      UserError: when it can be neither begun nor gone on with.
+      UserError: if it can be neither started nor resumed.
     """
     out = Path(config.out) if config.out else default_run_dir(config)
     resume = config.resume or (not config.overwrite and _is_to_go_on(out, config, reporter))
@@ -192,13 +210,13 @@ def _find_run(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
 
 
 def _is_to_go_on(out: Path, config: TrainConfig, reporter: Reporter) -> bool:
-    """Asks, where the same command finds its own unfinished run."""
+    """Asks whether to resume, if the same command finds its own unfinished run."""
     try:
         if not is_run(out) or differing(out, config) or status(out) in ("complete", "diverged"):
             return False
     except (UserError, OSError):
         return False
-    return reporter.confirm(f"{out} holds this run, unfinished. Go on with it?")
+    return reporter.confirm(f"{out} holds this run, unfinished. Resume it?")
 
 
 def _require_same(config: TrainConfig, problem: Problem, backbone: Backbone) -> None:
@@ -264,7 +282,7 @@ def _fit(job: Job, route: Route, progress: Progress) -> TrainState:
             )
     except Diverged as error:
         schedule = make_schedule(config, config.learning_rate, job.steps_per_epoch)
-        raise error.at(float(schedule(error.state.step))) from None
+        raise error.at(float(schedule(error.state.step)), writer.saved, writer.out) from None
     return best[0]
 
 
@@ -274,8 +292,10 @@ def _header(
     counts = f"{len(problem.train.labels):,} training, {len(problem.val.labels):,} {problem.val_name}"
     if problem.held_out:
         counts += f", {len(problem.test.labels):,} test"
+    chosen = "held-out training images" if problem.held_out else "test images (hold some out with --val-fraction)"
     return {
         "data": f"{problem.splits.name} {problem.splits.version}: {counts} images",
+        "val_ figures": f"of the {chosen}",
         "weights": f"{backbone.source}, SHA-256 {backbone.sha256[:16]}",
         "variant": f"{backbone.variant}; {backbone.preprocessing.name} preprocessing, {image_size}x{image_size} pixels",
         "device": f"{device_description(devices)}, {config.precision}",

@@ -30,6 +30,8 @@ class EvaluateOptions(Common):
 
     run: tyro.conf.Positional[str]
     """the run directory"""
+    allow_incomplete: bool = False
+    """score an interrupted, failed or diverged run too, after a warning"""
     data_dir: str | None = None
     """where TFDS keeps its data sets, if it has moved since"""
     weights: str | None = None
@@ -46,6 +48,8 @@ class PredictOptions(Common):
     """PNG, JPEG or other image files of any size"""
     direct: bool = False
     """resize straight to the network's size, not through 32x32 as the training images"""
+    allow_incomplete: bool = False
+    """use an interrupted, failed or diverged run too, after a warning"""
     weights: str | None = None
     """a copy of the run's backbone, if it has moved since"""
 

@@ -121,9 +121,11 @@ def plot_predictions(
     class_names: Sequence[str],
     rows: int = 4,
     columns: int = 8,
+    split: str = "",
 ) -> Figure:
     """Draw the first rows * columns images, each under its predicted class and that class's probability.
 
+    The title names the split that they are from.
     Right ones are green and ticked; wrong ones are red and crossed, and name the true class.
     Raises ValueError if there is no image, shapes disagree, a label has no name, or rows or columns < 1.
     """
@@ -137,15 +139,18 @@ def plot_predictions(
         right = guess == label
         tiles.append((image, f"✓ {answer}" if right else f"✗ {answer}\n{truth}", RIGHT if right else WRONG))
     figure = _draw_grid([tiles], columns, side=128, left=8, top=32)
-    title = f"{sum(colour == RIGHT for _, _, colour in tiles)} of {len(tiles)} right"
+    title = f"{sum(colour == RIGHT for _, _, colour in tiles)} of {len(tiles)} {_images_of(split)} right"
     figure.text(0.5, 1 - 20 / figure.bbox.height, title, ha="center", va="center")
     return figure
 
 
 @_paper_style()
-def plot_confusion(confusion: Integer[np.ndarray, "classes classes"], class_names: Sequence[str]) -> Figure:
+def plot_confusion(
+    confusion: Integer[np.ndarray, "classes classes"], class_names: Sequence[str], split: str = ""
+) -> Figure:
     """Draw counts [true class, predicted class], shaded by share of the true class, and class accuracies.
 
+    The title names the split that they are of.
     Counts are left out and ticks thinned where cells are too small for them.
     Raises ValueError if the matrix does not fit the names, holds a negative count or no example at all.
     """
@@ -166,7 +171,7 @@ def plot_confusion(confusion: Integer[np.ndarray, "classes classes"], class_name
     matrix.set_xticks(labelled, class_names[::step], rotation=45, ha="right", rotation_mode="anchor")
     matrix.set_yticks(labelled, class_names[::step])
     right, total = int(confusion.trace()), int(confusion.sum())
-    title = f"Accuracy {right / total:.2%} ({right:,} of {total:,})"
+    title = f"Accuracy {right / total:.2%} ({right:,} of {total:,} {_images_of(split)})"
     matrix.set(xlabel="Predicted class", ylabel="True class", title=title)
     bars = _place_axes(figure, left + side + 18, top, 108, side)
     bars.barh(range(classes), shares.diagonal(), color="#6baed6", height=0.6)
@@ -198,6 +203,10 @@ def _check_examples(images: np.ndarray, labels: np.ndarray, class_names: Sequenc
         raise ValueError(f"There are {len(images)} images, but labels of shape {list(labels.shape)}.")
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise ValueError(f"Labels {labels.min()} to {labels.max()} do not fit {len(class_names)} names.")
+
+
+def _images_of(split: str) -> str:
+    return f"{split} images".strip()
 
 
 def _width(text: str) -> float:

@@ -67,7 +67,11 @@ def _top(probs: Float[np.ndarray, "classes"], class_names: Sequence[str], top: i
 
 
 def evaluate_run(
-    path: str | Path, data_dir: str | None = None, weights: str | None = None, reporter: Reporter | None = None
+    path: str | Path,
+    data_dir: str | None = None,
+    weights: str | None = None,
+    reporter: Reporter | None = None,
+    allow_incomplete: bool = False,
 ) -> dict[str, Any]:
     """Scores a run's head on its test images again, through the backbone.
 
@@ -76,12 +80,13 @@ def evaluate_run(
       data_dir: where the data set is, if it has moved since.
       weights: a copy of the backbone, if it has moved since.
       reporter: who is told about the progress.
+      allow_incomplete: see `load_run`.
 
     Raises:
       UserError: when the run, its backbone or its data cannot be had, or the data are others than then.
     """
     reporter = reporter or Silent()
-    run = load_run(path, weights)
+    run = load_run(path, weights, allow_incomplete=allow_incomplete, warn=reporter.warn)
     config = replace(run.config, data_dir=data_dir or run.config.data_dir)
     problem = load_problem(config, reporter.say)
     if problem.test.fingerprint() != run.summary["dataset"].get("test_sha256"):
@@ -100,5 +105,5 @@ def evaluate_run(
         "test_accuracy": result.accuracy,
         "test_accuracy_interval_95": [low, high],
         "num_test": result.num,
-        "class_accuracy": dict(zip(run.class_names, result.class_accuracy.tolist(), strict=True)),
+        "test_class_accuracy": dict(zip(run.class_names, result.class_accuracy.tolist(), strict=True)),
     }

@@ -36,6 +36,9 @@ from cifar_jax.runners import (
 )
 from cifar_jax.training import StepMetrics, TrainState, init_state
 
+# (state, indices) -> class probabilities of these images of a split
+Probabilities = Callable[[TrainState, Int32[np.ndarray, "m"]], Float32[np.ndarray, "m classes"]]
+
 
 class Route(NamedTuple):
     """One of the ways, ready to go."""
@@ -44,7 +47,8 @@ class Route(NamedTuple):
     runner: Runner
     evaluate_val: Evaluate
     evaluate_test: Evaluate
-    val_probabilities: Callable[[TrainState, Int32[np.ndarray, "m"]], Float32[np.ndarray, "m classes"]]
+    val_probabilities: Probabilities
+    test_probabilities: Probabilities
 
 
 class Job(NamedTuple):
@@ -112,6 +116,7 @@ def _cached(job: Job) -> Route:
         cached_evaluator(val, problem.val.labels, mesh=mesh),
         cached_evaluator(test, problem.test.labels, mesh=mesh),
         lambda state, indices: probabilities(state.params, np.asarray(val[indices])),
+        lambda state, indices: probabilities(state.params, np.asarray(test[indices])),
     )
 
 
@@ -148,6 +153,7 @@ def _live(job: Job) -> Route:
         evaluator(problem.val, problem.val_name),
         evaluator(problem.test, "test"),
         lambda state, indices: probabilities(state.params, extractor(problem.val.images[indices])),
+        lambda state, indices: probabilities(state.params, extractor(problem.test.images[indices])),
     )
 
 
@@ -162,16 +168,18 @@ def _finetune(job: Job) -> Route:
         on_images = finetune_evaluator(backbone, dataset, image_size, config.precision, config.extract_batch_size, mesh)
         return _shown_evaluation(job, on_images, dataset, name)
 
-    def val_probabilities(state: TrainState, indices: Int32[np.ndarray, "m"]) -> Float32[np.ndarray, "m classes"]:
-        images = problem.val.images[indices]
-        return finetune_probabilities(backbone, state.params, state.batch_stats, images, image_size, config.precision)
+    def probabilities_of(dataset: Dataset) -> Probabilities:
+        return lambda state, indices: finetune_probabilities(
+            backbone, state.params, state.batch_stats, dataset.images[indices], image_size, config.precision
+        )
 
     return Route(
         init_finetune(backbone.variables, _init_head(job), tx, config.zero_gamma),
         _shown_runner(job, runner),
         evaluator(problem.val, problem.val_name),
         evaluator(problem.test, "test"),
-        val_probabilities,
+        probabilities_of(problem.val),
+        probabilities_of(problem.test),
     )
 
 

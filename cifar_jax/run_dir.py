@@ -19,8 +19,9 @@ from cifar_jax.files import (
     write_json,
     write_text,
 )
+from cifar_jax.pretrained import UNTRAINED, registry
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, METRICS, SUMMARY, CHECKPOINTS, BACKBONE = (
     "config.json",
     "metrics.jsonl",
@@ -39,6 +40,8 @@ CONTENTS = (
     "curves.png",
     "predictions.png",
     "confusion.png",
+    "test_predictions.png",
+    "test_confusion.png",
 )
 
 
@@ -62,9 +65,6 @@ def check_run_dir(path: Path, config: TrainConfig, resumes: bool = False) -> Non
     """
     try:
         _check_run_dir(path, config, resumes)
-        str(path.absolute()).encode()  # Orbax writes below no other name
-    except UnicodeEncodeError as error:
-        raise UserError(f"--out {path.absolute()} is not UTF-8; choose another directory.") from error
     except OSError as error:
         raise UserError(f"--out {path} cannot be used ({error.strerror}); choose another directory.") from error
 
@@ -146,9 +146,22 @@ def start_run_dir(path: Path, config: TrainConfig) -> None:
                 shutil.rmtree(path / name)
             else:
                 (path / name).unlink(missing_ok=True)
-        write_json(path / CONFIG, config.to_json())
+        write_json(path / CONFIG, recorded(config))
     except OSError as error:
         raise UserError(f"--out {path} cannot be written ({error.strerror}); choose another directory.") from error
+
+
+def recorded(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON values with absolute paths, so that it means the same in every directory."""
+    fields = config.to_json()
+    for name in ("data_dir", "cache_dir", "out", "profile"):
+        if fields[name] is not None:
+            fields[name] = os.path.abspath(os.path.expanduser(fields[name]))
+    weights = os.path.expanduser(config.weights)
+    is_name = config.weights in registry.entries() or config.weights in UNTRAINED
+    if (os.path.isfile(weights) and config.weights not in UNTRAINED) or (os.path.isdir(weights) and not is_name):
+        fields["weights"] = os.path.abspath(weights)
+    return fields
 
 
 def _is_leftover(name: str) -> bool:
@@ -165,13 +178,13 @@ def clear_leftovers(path: Path) -> None:
 
 
 def write_config(path: Path, config: TrainConfig) -> None:
-    """Writes the config.json of a run that goes on: it may be told another number of epochs.
+    """Writes the config.json of a run that is resumed, some of whose options may be new.
 
     Raises:
       UserError: when it cannot be written.
     """
     try:
-        write_json(path / CONFIG, config.to_json())
+        write_json(path / CONFIG, recorded(config))
     except OSError as error:
         raise UserError(f"--out {path} cannot be written ({error.strerror}); make room there.") from error
 

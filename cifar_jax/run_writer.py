@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from cifar_jax.fit import EpochPart, EpochRow
 from cifar_jax.keys import stream_key
 from cifar_jax.parallel import make_mesh
 from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
-from cifar_jax.resume import NO_PROGRESS, Progress, checkpoint_parts
+from cifar_jax.resume import NO_PROGRESS, Progress, checkpoint_tree
 from cifar_jax.run_dir import (
     BACKBONE,
     CHECKPOINTS,
@@ -56,6 +56,8 @@ class RunWriter:
         self.out, self.config, self.problem, self.backbone = out, config, problem, backbone
         self.image_size, self.clock = image_size, clock
         self.history, self._progress = list(progress.rows), progress
+        self.saved = progress.position  # of the newest checkpoint
+        self._rates = progress.with_rate(config.learning_rate).rates
         self.inputs = inputs_of(problem, backbone)
         self._images, self._seconds = 0, 0.0
 
@@ -99,7 +101,7 @@ class RunWriter:
 
     def _write_metrics(self) -> None:
         with _or_run_error(self.out):
-            write_metrics(self.out, [row._asdict() for row in self.history])
+            write_metrics(self.out, [row._asdict() | {"val_split": self.problem.val_split} for row in self.history])
 
     def checkpoint(self, state: TrainState, part: EpochPart | None = None) -> None:
         """Keeps the state, from which the run can go on, the ones before, and that of the selected epoch.
@@ -109,28 +111,23 @@ class RunWriter:
           part: of the next one, that it has behind it too.
         """
         position = Position(len(self.history), len(part.metrics.num) if part else 0)
-        progress = Progress(position, tuple(self.history), part, self.inputs)
-        # On the host: what lies on the devices of several processes would be theirs to write together.
-        parts, directory = jax.device_get(checkpoint_parts(state)), self.out / CHECKPOINTS
+        progress = Progress(position, tuple(self.history), part, self.inputs, self._rates)
+        tree, directory = jax.device_get(checkpoint_tree(state)), self.out / CHECKPOINTS
         keep, last = [Position(self.selected_epoch)], self.config.keep_checkpoints
-        save_checkpoint(directory, position, parts, progress.to_json(), keep, last)
-
-    def diverged(self, state: TrainState) -> None:
-        """Keeps the state of the step before, from which no run can go on, unless held-out images chose another."""
-        if not (self.problem.held_out and self.history):
-            parts = jax.device_get(checkpoint_parts(state, resumable=False))
-            save_checkpoint(self.out / CHECKPOINTS, Position(len(self.history)), parts)
-        self.finish("diverged")
+        save_checkpoint(directory, position, tree, progress.to_json(), keep, last)
+        self.saved = position
 
     def _keep_trained_backbone(self) -> None:
         """In the mode finetune keeps the selected epoch's backbone as a file like any other, as that of the run."""
         selected = Position(self.selected_epoch)
         if self.config.mode != "finetune" or not (self.out / CHECKPOINTS / selected.name).exists():
             return
-        like = {"backbone": jax.eval_shape(lambda: self.backbone.variables)}
+        shapes = jax.eval_shape(lambda: self.backbone.variables)
+        like = {"params": {"backbone": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
+        trained = load_checkpoint(self.out / CHECKPOINTS, like, selected)
         initial = f"{self.backbone.source} (SHA-256 {self.backbone.sha256[:16]})"
         self.backbone = self.backbone.replace(
-            variables=load_checkpoint(self.out / CHECKPOINTS, like, selected)["backbone"],
+            variables={"params": trained["params"]["backbone"], "batch_stats": trained["batch_stats"]},
             image_size=self.image_size,
             source=f"trained on {self.problem.splits.name} from {initial}",
             # How it is run has not changed, but it is no longer untrained.
@@ -156,47 +153,71 @@ class RunWriter:
         self,
         val_probabilities: Callable[[Int32[np.ndarray, "m"]], Float32[np.ndarray, "m classes"]],
         val: EvalResult,
+        test_probabilities: Callable[[Int32[np.ndarray, "m"]], Float32[np.ndarray, "m classes"]],
+        test: EvalResult,
     ) -> None:
-        """Writes curves.png, predictions.png and confusion.png."""
+        """Writes the figures of a trained head.
+
+        These are curves.png, predictions.png and confusion.png of the validation images, and where these were held out
+        also test_predictions.png and test_confusion.png.
+        """
         from cifar_jax import plots
 
-        images, labels = self.problem.val
-        key = stream_key(self.config.seed, "pictures")
-        shown = np.asarray(jax.random.permutation(key, len(labels))[:PICTURED_PREDICTIONS], np.int32)
-        probs = val_probabilities(shown)
-        names, val_name = self.problem.splits.class_names, self.problem.val_name
-        figures = {
-            "curves.png": plots.plot_curves([row._asdict() for row in self.history], val_name=val_name),
-            "predictions.png": plots.plot_predictions(images[shown], labels[shown], probs, names),
-            "confusion.png": plots.plot_confusion(val.confusion, names),
-        }
+        val_name, names = self.problem.val_name, self.problem.splits.class_names
+        figures = {"curves.png": plots.plot_curves([row._asdict() for row in self.history], val_name=val_name)}
+        splits = [("", val_name, self.problem.val, val_probabilities, val)]
+        if self.problem.held_out:
+            splits.append(("test_", "test", self.problem.test, test_probabilities, test))
+        for prefix, split, (images, labels), probabilities, result in splits:
+            key = stream_key(self.config.seed, "pictures")
+            shown = np.asarray(jax.random.permutation(key, len(labels))[:PICTURED_PREDICTIONS], np.int32)
+            probs = probabilities(shown)
+            figures[f"{prefix}predictions.png"] = plots.plot_predictions(
+                images[shown], labels[shown], probs, names, split=split
+            )
+            figures[f"{prefix}confusion.png"] = plots.plot_confusion(result.confusion, names, split=split)
         with _or_run_error(self.out):
             for name, figure in figures.items():
                 plots.save_figure(figure, self.out / name)
 
     def finish(self, status: str, val: EvalResult | None = None, test: EvalResult | None = None) -> None:
-        """Writes summary.json: `complete`, `interrupted`, `diverged` or `failed`."""
-        self._keep_trained_backbone()
+        """Writes summary.json, and in the mode finetune the selected epoch's backbone.
+
+        Args:
+          status: `complete`, `interrupted`, `diverged` or `failed`.
+          val: scores on the validation images.
+          test: scores on the test images.
+
+        Raises:
+          UserError: if the selected epoch's checkpoint is corrupt.
+          RunError: if a file cannot be written.
+        """
+        try:
+            self._keep_trained_backbone()
+        except Exception:
+            if status != "complete":
+                self._write_summary(status, val, test)  # it says more about the run than the backbone
+            raise
+        self._write_summary(status, val, test)
+
+    def _write_summary(self, status: str, val: EvalResult | None, test: EvalResult | None) -> None:
         problem = self.problem
-        # What a run kept that diverged without held-out images lies between two epochs: no figures belong to it.
-        selected = self.selected_epoch if status != "diverged" or problem.held_out else 0
+        selected = self.selected_epoch
         last = self.history[selected - 1] if selected else None
         summary: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "status": status,
             "epochs": len(self.history),
             "selected_epoch": selected,
-            "val_split": "held out of the training images" if problem.held_out else "test",
+            "learning_rates": [rate._asdict() for rate in self._rates],
+            "val_split": problem.val_split,
             "val_loss": last and last.val_loss,
             "val_accuracy": last and last.val_accuracy,
         }
         if val is not None:
-            summary |= _scores("val", val) | {
-                "class_accuracy": dict(zip(problem.splits.class_names, val.class_accuracy.tolist(), strict=True)),
-                "confusion": val.confusion.tolist(),
-            }
+            summary |= _scores("val", val, problem.splits.class_names)
         if problem.held_out and test is not None:
-            summary |= _scores("test", test)
+            summary |= _scores("test", test, problem.splits.class_names)
         summary |= self._about()
         with _or_run_error(self.out):
             write_json(self.out / SUMMARY, without_nan(summary))
@@ -254,27 +275,33 @@ class NoWriter(RunWriter):
         """Nothing."""
 
     def checkpoint(self, state: TrainState, part: EpochPart | None = None) -> None:
-        """Nothing."""
-
-    def diverged(self, state: TrainState) -> None:
-        """Nothing."""
+        """Notes the position alone."""
+        self.saved = Position(len(self.history), len(part.metrics.num) if part else 0)
 
     def samples(self) -> None:
         """Nothing."""
 
-    def pictures(self, val_probabilities: Callable[..., Any], val: EvalResult) -> None:
+    def pictures(
+        self,
+        val_probabilities: Callable[..., Any],
+        val: EvalResult,
+        test_probabilities: Callable[..., Any],
+        test: EvalResult,
+    ) -> None:
         """Nothing."""
 
     def finish(self, status: str, val: EvalResult | None = None, test: EvalResult | None = None) -> None:
         """Nothing."""
 
 
-def _scores(name: str, result: EvalResult) -> dict[str, Any]:
+def _scores(name: str, result: EvalResult, class_names: Sequence[str]) -> dict[str, Any]:
     interval = wilson_interval(result.accuracy, result.num)
     return {
         f"{name}_loss": result.loss,
         f"{name}_accuracy": result.accuracy,
         f"{name}_accuracy_interval_95": list(interval),
+        f"{name}_class_accuracy": dict(zip(class_names, result.class_accuracy.tolist(), strict=True)),
+        f"{name}_confusion": result.confusion.tolist(),
     }
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from cifar_jax.files import sha256_of_file
 from cifar_jax.head import HeadParams, init_head
 from cifar_jax.pretrained import Backbone, load_backbone, registry
 from cifar_jax.pretrained.canonical import is_ours
-from cifar_jax.run_dir import BACKBONE, CHECKPOINTS, CONFIG, FORMAT_VERSION, SUMMARY, read_json
+from cifar_jax.run_dir import BACKBONE, CHECKPOINTS, CONFIG, FORMAT_VERSION, SUMMARY, is_run, read_json
 
 MOST_WEIGHTS_BYTES = 2**32  # a ResNet152 in float64 has 0.5 GB: what is larger is no backbone, and is not hashed
 
@@ -42,24 +42,39 @@ class Run:
     class_names: tuple[str, ...]
 
 
-def load_run(path: str | os.PathLike[str], weights: str | None = None) -> Run:
+def load_run(
+    path: str | os.PathLike[str],
+    weights: str | None = None,
+    *,
+    allow_incomplete: bool = False,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Run:
     """Reads a run back: its configuration, its head, and the backbone it needs, found by hash.
 
     Args:
       path: of the run directory.
       weights: a file or name to take the backbone from, where it is not found by itself.
+      allow_incomplete: whether a run that was interrupted, failed or diverged may be read. Its head is that of the last
+        completed epoch, or with held-out images of the best one.
+      warn: told of a run that is incomplete.
 
     Raises:
-      UserError: when it is no run, is damaged, or its backbone is not on this machine.
+      UserError: if it is not a run, is incomplete or damaged, or its backbone is not on this machine.
     """
     path = Path(path)
-    fields, summary = read_json(path / CONFIG), read_json(path / SUMMARY)
+    fields = read_json(path / CONFIG)
+    if not (path / SUMMARY).exists() and is_run(path):
+        raise UserError(
+            f"The run in {path} has not ended: it has no {SUMMARY}. If it is not running, continue it with --resume."
+        )
+    summary = read_json(path / SUMMARY)
     if summary.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path} was written by another version of this program; train again.")
     try:
         config = TrainConfig.from_json(fields)
     except UserError as error:
         raise UserError(f"{path / CONFIG} is not as `train` wrote it ({error}); name another run directory.") from error
+    _require_complete(path, config, summary, allow_incomplete, warn)
     try:
         class_names = tuple(map(str, summary["dataset"]["class_names"]))
         about = {name: str(summary["backbone"][name]) for name in ("sha256", "source")}
@@ -70,11 +85,26 @@ def load_run(path: str | os.PathLike[str], weights: str | None = None) -> Run:
     # What the head was trained on, which need not be the size of the backbone's own training.
     backbone = backbone.replace(image_size=config.image_size or backbone.image_size)
     selected = Position(int(summary.get("selected_epoch") or 0))
-    like = {"head": jax.eval_shape(
+    head = jax.eval_shape(
         lambda: init_head(jax.random.key(0), backbone.config.features, config.hidden, len(class_names))
-    )}  # fmt: skip
-    head_params = load_checkpoint(path / CHECKPOINTS, like, selected)["head"]
+    )
+    head_params = load_checkpoint(path / CHECKPOINTS, {"params": {"head": head}}, selected)["params"]["head"]
     return Run(path, config, summary, backbone, head_params, class_names)
+
+
+def _require_complete(
+    path: Path, config: TrainConfig, summary: Mapping[str, Any], allow: bool, warn: Callable[[str], None]
+) -> None:
+    status, done = summary.get("status"), summary.get("selected_epoch") or 0
+    if status == "complete":
+        return
+    what = f"The run in {path} is incomplete ({status} after {summary.get('epochs') or 0} of {config.epochs} epochs)"
+    how = "Continue it with --resume" + " and a lower --learning-rate" * (status == "diverged")
+    if not done:
+        raise UserError(f"{what} and has no trained head. {how}.")
+    if not allow:
+        raise UserError(f"{what}. {how}, or pass --allow-incomplete to use the head of epoch {done}.")
+    warn(f"{what}; using the head of epoch {done}.")
 
 
 def _check_run_as_before(path: Path, backbone: Backbone, about: Mapping[str, Any]) -> None:

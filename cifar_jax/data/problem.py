@@ -27,9 +27,14 @@ class Problem(NamedTuple):
         return self.val is not self.test
 
     @property
+    def val_split(self) -> str:
+        """The split that the validation images are from, as files name it: `held_out` or `test`."""
+        return "held_out" if self.held_out else "test"
+
+    @property
     def val_name(self) -> str:
-        """What the validation images are, for people."""
-        return "validation" if self.held_out else "test"
+        """The same for people."""
+        return self.val_split.replace("_", "-")
 
 
 def images_in_both(train: Dataset, other: Dataset) -> int:
