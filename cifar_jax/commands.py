@@ -42,8 +42,8 @@ def train(arguments: list[str]) -> int:
         out = job.train(config, reporter)
     except job.Interrupted as stop:
         reporter.say(
-            f"Interrupted: {stop.saved.words} of {config.epochs} epochs done and saved. Continue with the same command "
-            f"and --resume --out {stop.path}."
+            f"Interrupted after {stop.saved.words} of {config.epochs} epochs; all of it is saved. Continue with the "
+            f"same command and --resume --out {stop.path}."
         )
         for note in getattr(stop, "__notes__", ()):
             reporter.say(note)

@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from helpers import flip_bit, largest_file
+from helpers import flip_bit
+from safetensors.numpy import load_file, save_file
 
+from cifar_jax import checkpoint
 from cifar_jax.checkpoint import (
     Position,
     list_checkpoints,
@@ -15,6 +17,7 @@ from cifar_jax.checkpoint import (
     save_checkpoint,
 )
 from cifar_jax.errors import RunError, UserError
+from cifar_jax.files import read_sealed, write_sealed
 from cifar_jax.head import init_head
 
 ONE, TWO, THREE, TEN = Position(1), Position(2), Position(3), Position(10)
@@ -22,7 +25,7 @@ ONE, TWO, THREE, TEN = Position(1), Position(2), Position(3), Position(10)
 
 @pytest.fixture
 def head():
-    return {"head": init_head(jax.random.key(0), 16, (8,), 4)}
+    return {"params": {"head": init_head(jax.random.key(0), 16, (8,), 4)}}
 
 
 def test_gives_the_same_bits_back(tmp_path, head):
@@ -51,8 +54,8 @@ def test_the_last_few_and_those_asked_for_stay(tmp_path, head):
 @pytest.mark.parametrize("where", [0, 0.5, -1])
 def test_a_flipped_bit_in_the_arrays_is_noticed(tmp_path, head, where):
     target = save_checkpoint(tmp_path, ONE, head)
-    flip_bit(largest_file(target / "arrays"), where)
-    with pytest.raises(UserError, match=r"damaged|cannot be read"):
+    flip_bit(target / "arrays.safetensors", where)
+    with pytest.raises(UserError, match=r"checksum mismatch|cannot be read"):
         load_checkpoint(tmp_path, head)
 
 
@@ -61,13 +64,14 @@ def test_a_damaged_one_is_said_and_the_one_before_it_used(tmp_path, head):
     for position in (ONE, TWO, THREE):
         save_checkpoint(tmp_path, position, head, {"at": position.epoch}, keep_last=3)
     assert newest_whole(tmp_path, said.append) == (THREE, {"at": 3}) and said == []
-    (tmp_path / "0003" / "digests.json").write_text("{")
-    payload = largest_file(tmp_path / "0002" / "arrays")
-    payload.write_bytes(payload.read_bytes()[:-1])
+    (tmp_path / "0003" / "checkpoint.json").write_text("{")
+    flip_bit(tmp_path / "0002" / "arrays.safetensors", -1)
     assert newest_whole(tmp_path, said.append) == (ONE, {"at": 1})
-    assert len(said) == 2 and "0003 cannot be read" in said[0] and "0002 is damaged" in said[1]
-    flip_bit(largest_file(tmp_path / "0001" / "arrays"))
-    with pytest.raises(UserError, match="can be gone on from; start the run again with --overwrite"):
+    assert len(said) == 2 and "0003 cannot be read" in said[0]
+    assert "0002 is corrupt: checksum mismatch in params/head/" in said[1]
+    payload = tmp_path / "0001" / "arrays.safetensors"
+    payload.write_bytes(payload.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"can be used\. Start the run again with --overwrite"):
         newest_whole(tmp_path, said.append)
     assert newest_whole(tmp_path / "none", said.append) is None
 
@@ -83,7 +87,7 @@ def test_what_lies_ahead_of_where_a_run_goes_on_from_is_removed(tmp_path, head):
 def test_a_network_of_another_shape_is_refused(tmp_path, head):
     save_checkpoint(tmp_path, ONE, head)
     with pytest.raises(UserError, match="another network"):
-        load_checkpoint(tmp_path, {"head": init_head(jax.random.key(0), 16, (9,), 4)})
+        load_checkpoint(tmp_path, {"params": {"head": init_head(jax.random.key(0), 16, (9,), 4)}})
 
 
 def test_no_checkpoint_is_said(tmp_path):
@@ -105,8 +109,54 @@ def test_each_is_found_by_its_position_and_parts_are_read_alone(tmp_path, head):
     like = jax.eval_shape(lambda: {"more": {"epoch": np.ones(2, np.int32)}})
     assert load_checkpoint(tmp_path, like)["more"]["epoch"][0] == 3
     assert load_checkpoint(tmp_path, like, ONE)["more"]["epoch"][0] == 1
-    assert set(load_checkpoint(tmp_path, head)) == {"head"}
+    assert set(load_checkpoint(tmp_path, head)) == {"params"}
     with pytest.raises(UserError, match="no checkpoint"):
         load_checkpoint(tmp_path, like, TWO)
-    with pytest.raises(UserError, match="holds no other"):
-        load_checkpoint(tmp_path, {"other": head["head"]})
+    with pytest.raises(UserError, match="has no other/0/bias"):
+        load_checkpoint(tmp_path, {"other": head["params"]["head"]})
+
+
+def test_names_tell_what_a_checkpoint_holds(tmp_path, head):
+    target = save_checkpoint(tmp_path, ONE, head | {"step": np.int32(7), "opt_state": ({"trace": np.ones(2)},)})
+    assert sorted(path.name for path in target.iterdir()) == ["arrays.safetensors", "checkpoint.json"]
+    arrays = load_file(target / "arrays.safetensors")
+    assert set(arrays) == {
+        *(f"params/head/{layer}/{name}" for layer in (0, 1) for name in ("kernel", "bias")),
+        *("opt_state/0/trace", "step"),
+    }
+    assert arrays["step"].shape == () and arrays["step"] == 7
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]", "a\\b", "*?", "caf\udce9", "x" * 200])
+def test_the_path_may_have_any_name(tmp_path, head, name):
+    (tmp_path / name).mkdir()
+    directory = tmp_path / name / "checkpoints"
+    save_checkpoint(directory, ONE, head)
+    assert newest_whole(directory, pytest.fail) == (ONE, {})
+    assert jax.tree.all(jax.tree.map(np.array_equal, load_checkpoint(directory, head), head))
+
+
+def test_what_does_not_read_back_is_not_kept(tmp_path, head, monkeypatch):
+    """A disk that changes what is written: the checkpoint before it stays."""
+
+    def save_badly(arrays, path):
+        save_file(arrays, path)
+        flip_bit(path, -1)
+
+    save_checkpoint(tmp_path, ONE, head)
+    monkeypatch.setattr(checkpoint, "save_file", save_badly)
+    with pytest.raises(RunError, match=r"0002 could not be written .*checksum mismatch"):
+        save_checkpoint(tmp_path, TWO, head)
+    assert [path.name for path in tmp_path.iterdir()] == ["0001"]
+
+
+def test_an_older_format_is_refused(tmp_path, head):
+    target = save_checkpoint(tmp_path, ONE, head)
+    about = read_sealed(target / "checkpoint.json")
+    write_sealed(target / "checkpoint.json", about | {"format": 3})
+    for read in (lambda: load_checkpoint(tmp_path, head), lambda: newest_whole(tmp_path, pytest.fail)):
+        with pytest.raises(UserError, match=r"written by another version of this program\. Train again"):
+            read()
+    (target / "checkpoint.json").rename(target / "digests.json")  # as until format 3
+    with pytest.raises(UserError, match="written by another version of this program"):
+        newest_whole(tmp_path, pytest.fail)

@@ -112,7 +112,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_to_the_same_bits(tmp_path, 
     process.send_signal(number)
     said, errors = process.communicate()
     assert process.returncode == code, errors
-    assert "Traceback" not in errors and f"--resume --out {out} goes on." in said + errors
+    assert "Traceback" not in errors and f"--resume --out {out}." in said + errors
     summary = json.loads((out / SUMMARY).read_text())
     assert summary["status"] == "interrupted" and 1 <= summary["epochs"] < 3
     assert not [path for path in out.rglob(".*") if path.name.startswith(".")]

@@ -36,7 +36,7 @@ OURS = {"features_of", "epoch", "eval_step", "step", "finetune_step", "_logits"}
 
 def rows_of(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in ("seconds", "val_split")} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,15 @@ def run(tmp_path_factory):
 
 
 def test_leaves_what_it_says_it_leaves(run):
-    assert {path.name for path in run.iterdir()} == set(CONTENTS)
-    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in CONTENTS if name.endswith(".png"))
+    of_test_beside_held_out = {"test_predictions.png", "test_confusion.png"}
+    assert {path.name for path in run.iterdir()} == set(CONTENTS) - of_test_beside_held_out
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in run.glob("*.png"))
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["status"] == "complete" and summary["format_version"] == 1
+    assert summary["status"] == "complete" and summary["format_version"] == 2
     assert summary["num_train"] == 160 and summary["num_test"] == 50 and summary["val_split"] == "test"
-    assert np.sum(summary["confusion"]) == 50
+    assert np.sum(summary["val_confusion"]) == 50
     assert 0 < summary["seconds_to_first_step"] < summary["seconds"]["total"]
-    assert summary["val_accuracy"] == rows_of(run)[-1]["val_accuracy"] == np.trace(summary["confusion"]) / 50
+    assert summary["val_accuracy"] == rows_of(run)[-1]["val_accuracy"] == np.trace(summary["val_confusion"]) / 50
     assert TrainConfig.from_json(json.loads((run / "config.json").read_text())).train_examples == 160
 
 
@@ -75,7 +76,7 @@ def test_run_reads_back_and_scores_the_same(run):
     scores = evaluate_run(run)
     assert scores["test_accuracy"] == summary["val_accuracy"]
     assert scores["test_loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
-    assert scores["class_accuracy"] == summary["class_accuracy"]
+    assert scores["test_class_accuracy"] == summary["val_class_accuracy"]
 
 
 def test_predict_probs_is_pure_and_agrees_with_the_run(run, shapes, tmp_path):
@@ -116,6 +117,15 @@ def test_held_out_images_choose_the_epoch_and_the_test_images_do_not(tmp_path):
     rows = rows_of(run)
     best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
     assert summary["selected_epoch"] == best["epoch"] and summary["val_accuracy"] == best["val_accuracy"]
+    # Scores, figures and lines name their split, and there are those of both.
+    assert (
+        summary["val_split"] == "held_out" and (run / "metrics.jsonl").read_text().count('"val_split": "held_out"') == 4
+    )
+    for split, num in (("val", 40), ("test", 50)):
+        assert np.sum(summary[f"{split}_confusion"]) == num
+        assert np.trace(summary[f"{split}_confusion"]) / num == summary[f"{split}_accuracy"]
+        assert set(summary[f"{split}_class_accuracy"]) == set(summary["dataset"]["class_names"])
+    assert {path.name for path in run.iterdir()} == set(CONTENTS)
     assert summary["test_accuracy"] == evaluate_run(run)["test_accuracy"]
 
 

@@ -1,14 +1,15 @@
 """Runs that were stopped: the same bits as undisturbed ones, and one sentence where there is nothing to go on with."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from helpers import Heard, flip_bit, largest_file
+from helpers import Heard, flip_bit
 
-from cifar_jax import load_run
+from cifar_jax import load_backbone, load_run, save_backbone
 from cifar_jax.checkpoint import Position, list_checkpoints, position_of
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import shapes
@@ -143,11 +144,11 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, monke
     with pytest.raises(Killed):
         train(stopped)
     revive()
-    flip_bit(largest_file(tmp_path / "stopped" / CHECKPOINTS / "0002" / "arrays"))
+    flip_bit(tmp_path / "stopped" / CHECKPOINTS / "0002" / "arrays.safetensors")
     said = Heard()
     same_bits(train(stopped, said), undisturbed)
-    assert any("0002 is damaged" in text and "the one before it is used" in text for text in said.sentences)
-    assert any("goes on after 1 epochs" in text for text in said.sentences)
+    assert any("0002 is corrupt" in text and "using the one before it" in text for text in said.sentences)
+    assert any("Resuming the run" in text and "after 1 epoch." in text for text in said.sentences)
 
 
 @pytest.mark.parametrize("content", ["", "{}\n", "not JSON\n", None])
@@ -163,7 +164,7 @@ def test_damaged_metrics_are_written_again_from_the_checkpoint(tmp_path, monkeyp
     said = Heard()
     assert train(stopped, said)
     assert metrics.read_text().startswith(whole)
-    assert any("metrics.jsonl is missing or damaged" in text for text in said.sentences)
+    assert any("metrics.jsonl is missing or corrupt" in text for text in said.sentences)
 
 
 def test_what_it_was_trained_on_may_not_change_under_the_same_name(tmp_path, monkeypatch):
@@ -189,12 +190,12 @@ def test_an_unfinished_run_is_gone_on_with_when_asked(tmp_path, monkeypatch):
     asked = Heard(answer=False)
     with pytest.raises(UserError, match="already holds a run; choose another directory or --overwrite it, or --resume"):
         train(plain, asked)
-    assert asked.questions == [f"{tmp_path / 'run'} holds this run, unfinished. Go on with it?"]
+    assert asked.questions == [f"{tmp_path / 'run'} holds this run, unfinished. Resume it?"]
     with pytest.raises(UserError, match="already holds a run"):
         train(replace(plain, seed=1), Heard(answer=True))  # another run: it is not even asked
     agreed = Heard(answer=True)
     same_bits(train(plain, agreed), train(config(tmp_path, "cached", "undisturbed")))
-    assert any("goes on after 1 epochs" in text for text in agreed.sentences)
+    assert any("Resuming the run" in text and "after 1 epoch." in text for text in agreed.sentences)
 
 
 def test_a_finetuned_run_reads_back_with_its_own_backbone(tmp_path):
@@ -246,8 +247,49 @@ def test_another_run_is_not_gone_on_with(tmp_path):
         train(config(tmp_path, "finetune", "other", resume=True))
 
 
+def test_places_may_change_between_a_run_and_its_resumption_and_content_may_not(tmp_path, monkeypatch):
+    undisturbed = train(config(tmp_path, "cached", "undisturbed"))
+    first, second = tmp_path / "one" / "weights.safetensors", tmp_path / "two" / "weights.safetensors"
+    for place in (first, second):
+        place.parent.mkdir()
+        shutil.copy(undisturbed / "backbone.safetensors", place)
+    stopped = config(tmp_path, "cached", "stopped", weights=str(first), data_dir=str(tmp_path / "one"), resume=True)
+    revive = kill_at(monkeypatch, (1, 0))
+    with pytest.raises(Killed):
+        train(stopped)
+    revive()
+    moved = replace(stopped, weights=str(second), data_dir=str(tmp_path / "two"))
+    backbone = load_backbone(first)
+    save_backbone(first, backbone.replace(variables=jax.tree.map(lambda leaf: leaf * 1.5, backbone.variables)))
+    with pytest.raises(UserError, match=r"its weights have changed\. Restore them"):
+        train(stopped)
+    assert rows_of(train(moved)) == rows_of(undisturbed)
+    recorded = json.loads((tmp_path / "stopped" / "config.json").read_text())
+    assert (recorded["weights"], recorded["data_dir"]) == (str(second), str(tmp_path / "two"))
+
+
+def test_fewer_epochs_than_are_done_are_refused_and_nothing_changes(tmp_path):
+    run = train(config(tmp_path, "cached", "run", epochs=2))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="has 2 epochs done, more than --epochs 1"):
+        train(config(tmp_path, "cached", "run", epochs=1, resume=True))
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_places_are_recorded_absolutely(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = train(replace(config(tmp_path, "cached", "run", epochs=1), data_dir="data", cache_dir="cache", out="run"))
+    recorded = json.loads((run / "config.json").read_text())
+    assert {recorded[name] for name in ("data_dir", "cache_dir", "out")} == {
+        str(tmp_path / name) for name in ("data", "cache", "run")
+    }
+    assert recorded["weights"] == "random-w16"
+
+
 def test_a_run_that_diverged_is_not_gone_on_with(tmp_path):
     run = train(config(tmp_path, "cached", "run", epochs=1))
     write_json(run / SUMMARY, json.loads((run / SUMMARY).read_text()) | {"status": "diverged"})
-    with pytest.raises(UserError, match="diverged and would again"):
+    with pytest.raises(
+        UserError, match=r"diverged and would diverge again\. Resume it with a --learning-rate below 0\.1"
+    ):
         train(config(tmp_path, "cached", "run", epochs=1, resume=True))

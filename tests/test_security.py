@@ -54,7 +54,7 @@ def test_what_a_run_replaces_is_the_link_and_not_what_it_points_to(tmp_path, cap
     (out / "config.json").write_text(json.dumps({"preset": "demo", "dataset": "shapes", "weights": "demo"}))
     if name == CHECKPOINTS:
         (outside / "0001").mkdir(parents=True)
-        (outside / "0001" / "digests.json").write_text("{}")
+        (outside / "0001" / "checkpoint.json").write_text("{}")
     else:
         outside.write_text((out / "config.json").read_text())
     (out / name).unlink(missing_ok=True)

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint
 import pytest
+import safetensors.numpy
 import tensorstore
 
 from cifar_jax import plots
@@ -40,7 +40,7 @@ from tests.helpers import narrow_networks
 
 # Imported for the processes that are forked from this one, none of which then takes seconds to begin. JAX itself is not
 # begun in this one: its threads would not be there in the others.
-IMPORTED = (jax, orbax.checkpoint, tensorstore, plots)
+IMPORTED = (jax, safetensors.numpy, tensorstore, plots)
 
 JOB = (
     *("--dataset", "shapes", "--weights", "random-w16", "--image-size", "32", "--hidden", "8", "--batch-size", "32"),
@@ -188,7 +188,7 @@ def outcome(run: Path, cache: Path) -> dict[str, Any]:
     kept = list_checkpoints(run / CHECKPOINTS)
     damaged: list[str] = []
     newest_whole(run / CHECKPOINTS, damaged.append)
-    leaves = {path.name: json.loads((path / "digests.json").read_text())["leaves"] for path in kept}
+    leaves = {path.name: json.loads((path / "checkpoint.json").read_text())["arrays"] for path in kept}
     scores = {name: value for name, value in summary.items() if name.startswith(("val_", "test_", "class_", "conf"))}
     chunks = sorted(path for path in (cache / "features").glob("*/c/*/*") if path.is_file())
     return {

@@ -1,0 +1,189 @@
+"""Runs that end early: the last good checkpoint stays, the first error is told, nobody uses them without knowing."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import TINY, Heard, command, flip_bit, is_one_error
+from PIL import Image
+
+from cifar_jax import UserError, files, load_run
+from cifar_jax.config import TrainConfig
+from cifar_jax.job import Interrupted, train
+from cifar_jax.run_dir import CHECKPOINTS, CONFIG, SUMMARY
+
+HERE = Path(__file__).parent
+# With this rate the first epoch ends with a loss of 1e21, and the second one with none.
+DIVERGES = (
+    *("--dataset", "shapes", "--weights", "demo", "--image-size", "32", "--train-examples", "256"),
+    *("--test-examples", "100", "--epochs", "3", "--hidden", "64", "64", "64", "--momentum", "0.9"),
+    *("--schedule", "cosine", "--warmup-epochs", "1.9"),
+)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def checkpoints(run):
+    return {path.parent.name: path.read_bytes() for path in (run / CHECKPOINTS).glob("*/arrays.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_resumes_with_a_lower_rate(tmp_path, capsys, cache):
+    run, picture = tmp_path / "run", tmp_path / "picture.png"
+    Image.new("RGB", (8, 8), "red").save(picture)
+    job = ("train", *DIVERGES, "--cache-dir", cache, "--out", run)
+    result = command(capsys, *job, "--learning-rate", 30)
+    is_one_error(result, 1, "Loss or gradient was not finite in epoch 2, step ", "The checkpoint after 1 epoch is kept")
+    assert f"Continue with a lower --learning-rate and --resume --out {run}." in result.err
+    kept = checkpoints(run)
+    assert set(kept) == {"0001"} and read(run / SUMMARY)["status"] == "diverged"
+
+    # Nobody uses it unawares.
+    for arguments in (("predict", run, picture), ("evaluate", run)):
+        refused = command(capsys, *arguments)
+        is_one_error(refused, 2, "is incomplete (diverged after 1 of 3 epochs)", "--allow-incomplete")
+        warned = command(capsys, *arguments, "--allow-incomplete")
+        assert warned.code == 0 and warned.err.startswith(f"Warning: The run in {run} is incomplete (diverged")
+    with pytest.raises(UserError, match="incomplete"):
+        load_run(run)
+
+    # The learning rate alone may differ, and it must be lower.
+    is_one_error(command(capsys, *job, "--learning-rate", 30, "--resume"), 2, "would diverge again", "below 30")
+    is_one_error(command(capsys, *job, "--learning-rate", 31, "--resume"), 2, "--learning-rate (30.0 there, 31.0 here)")
+    other = command(capsys, *job, "--learning-rate", 0.01, "--seed", 1, "--resume")
+    is_one_error(other, 2, "it differs in --seed (0 there, 1 here). Give")
+    assert checkpoints(run) == kept and read(run / CONFIG)["learning_rate"] == 30
+
+    resumed = command(capsys, *job, "--learning-rate", 0.01, "--resume")
+    assert resumed.code == 0 and f"Resuming the run in {run} after 1 epoch." in resumed.err
+    assert re.findall(r"^epoch (\d)/3", resumed.out, re.MULTILINE) == ["2", "3"]
+    summary = read(run / SUMMARY)
+    assert summary["status"] == "complete" and read(run / CONFIG)["learning_rate"] == 0.01
+    assert summary["learning_rates"] == [
+        {"from_epoch": 1, "from_step": 1, "learning_rate": 30.0},
+        {"from_epoch": 2, "from_step": 1, "learning_rate": 0.01},
+    ]
+    assert command(capsys, "evaluate", run).code == 0
+
+
+def config(tmp_path, cache, **more):
+    usual = {
+        "dataset": "shapes",
+        "weights": "random-w16",
+        "image_size": 32,
+        "train_examples": 96,
+        "test_examples": 20,
+        "epochs": 3,
+        "batch_size": 32,
+        "hidden": (8,),
+        "cache_dir": str(cache),
+        "out": str(tmp_path / "run"),
+    }
+    return TrainConfig(**usual | more)
+
+
+class Disturbing(Heard):
+    """A reporter that does something when an epoch is done, or when a bar has come so far."""
+
+    def __init__(self, after_epoch=None, at_examples=None, happens=lambda: None):
+        super().__init__()
+        self.after_epoch, self.at_examples, self.happens = after_epoch, at_examples, happens
+
+    def epoch(self, row, num_epochs):
+        if row.epoch == self.after_epoch:
+            self.happens()
+
+    @contextmanager
+    def progress(self, description, total, **_):
+        def bar(done):
+            if description.startswith("Epoch") and done == self.at_examples:
+                self.happens()
+
+        yield bar
+
+
+def test_a_corrupt_checkpoint_met_while_stopping_does_not_hide_the_signal(tmp_path, cache, narrow):
+    job, run = config(tmp_path, cache, mode="finetune"), tmp_path / "run"
+
+    def disturb():
+        flip_bit(run / CHECKPOINTS / "0001" / "arrays.safetensors")
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as stopped:
+        train(job, Disturbing(after_epoch=1, happens=disturb))
+    assert stopped.value.exit_code == 143 and stopped.value.saved == (1, 0)
+    (note,) = stopped.value.__notes__
+    assert "0001 is corrupt: checksum mismatch in" in note
+    assert read(run / SUMMARY)["status"] == "interrupted"
+
+
+def test_a_full_disk_met_while_stopping_does_not_hide_divergence(tmp_path, capsys, narrow, monkeypatch):
+    replace_file = os.replace
+
+    def full(source, target):
+        if Path(target).name == SUMMARY:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_file(source, target)
+
+    monkeypatch.setattr(files.os, "replace", full)
+    result = command(capsys, "train", *TINY, "--mode", "live", "--learning-rate", "1e30", "--out", tmp_path / "run")
+    first, second = result.err.splitlines()[-2:]
+    assert result.code == 1 and first.startswith("Error: Loss or gradient was not finite in epoch 1, step 1")
+    assert second.startswith("Writing the summary failed too: ") and "No space left on device" in second
+
+
+def test_ctrl_c_in_the_first_epoch_tells_its_steps_and_resuming_raises_no_false_alarm(tmp_path, cache, narrow):
+    job = config(tmp_path, cache, mode="live", schedule="cosine")
+    undisturbed = train(replace(job, out=str(tmp_path / "undisturbed")))
+    reporter = Disturbing(at_examples=64, happens=lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted, match="0 epochs and 2 steps are saved"):
+        train(job, reporter)
+    heard = Heard()
+    resumed = train(replace(job, resume=True), heard)
+    assert f"Resuming the run in {resumed} after 0 epochs and 2 steps." in heard.sentences
+    assert not [text for text in heard.sentences if "metrics.jsonl" in text]
+    figures = [
+        [line.partition('"seconds"')[0] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (resumed, undisturbed)
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_ctrl_c_is_acknowledged_while_a_compiled_epoch_runs(tmp_path, cache):
+    """One compiled call lasts for seconds, in which Python runs no handler."""
+    long = ("--train-examples", "20000", "--batch-size", "4", "--hidden", "512", "512", "--epochs", "50")
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, HERE / "narrow_train.py", *TINY, *long, "--out", out, "--cache-dir", cache],
+        cwd=HERE.parent,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "epoch 1/50" in next(line for line in process.stdout if line.startswith("epoch"))
+    process.send_signal(signal.SIGINT)
+    line = next(line for line in process.stderr if line.startswith("Stopping"))
+    running = process.poll() is None and read_lines(out) == 1  # the second epoch still runs
+    _, rest = process.communicate()
+    assert line == "Stopping after this step; press Ctrl-C again to quit at once.\n" and running
+    assert process.returncode == 130, rest
+    assert re.search("^Interrupted after (1 epoch and 5000 steps|2 epochs) of 50 epochs;", rest, re.MULTILINE), rest
+
+
+def read_lines(run):
+    return len((run / "metrics.jsonl").read_text().splitlines())
