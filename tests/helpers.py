@@ -264,8 +264,3 @@ def flip_bit(path: Path, where: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
     content[-1 if where < 0 else int(where * len(content))] ^= 0x10
     path.write_bytes(content)
-
-
-def largest_file(directory: Path) -> Path:
-    """Of a directory and those in it."""
-    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)

@@ -118,9 +118,8 @@ def test_held_out_images_choose_the_epoch_and_the_test_images_do_not(tmp_path):
     best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
     assert summary["selected_epoch"] == best["epoch"] and summary["val_accuracy"] == best["val_accuracy"]
     # Scores, figures and lines name their split, and there are those of both.
-    assert (
-        summary["val_split"] == "held_out" and (run / "metrics.jsonl").read_text().count('"val_split": "held_out"') == 4
-    )
+    assert summary["val_split"] == "held_out"
+    assert (run / "metrics.jsonl").read_text().count('"val_split": "held_out"') == 4
     for split, num in (("val", 40), ("test", 50)):
         assert np.sum(summary[f"{split}_confusion"]) == num
         assert np.trace(summary[f"{split}_confusion"]) / num == summary[f"{split}_accuracy"]
