@@ -34,10 +34,12 @@ class _Rate(ProgressColumn):
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """How long the rest takes, or that the first piece is being compiled."""
+    """How long the rest takes; before anything is done, what is waited for."""
 
     def render(self, task: Task) -> Text:
-        return Text("compiling", style="cyan") if task.fields["compiling"] else super().render(task)
+        if task.completed:
+            return super().render(task)
+        return Text("compiling" if task.fields["compiling"] else "starting", style="cyan")
 
 
 class ConsoleReporter:

@@ -73,8 +73,8 @@ def read_image(path: str | Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
             # Opened here, as Pillow leaves a file open whose first bytes cannot be read.
             with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    reason = f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS // 10**6} million"
-                    raise ImageError(path, reason, "make it smaller")
+                    pixels, most = f"{image.width}x{image.height} pixels", f"the {MAX_PIXELS // 10**6} million"
+                    raise ImageError(path, f"has {pixels}, more than {most} that are read", "make it smaller")
                 square = _centred_square(_to_rgb(ImageOps.exif_transpose(image)))
                 return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
     except FileNotFoundError:

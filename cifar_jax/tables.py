@@ -75,6 +75,13 @@ def _record(names: Sequence[str], row: Sequence[str], width: int) -> Iterator[Te
         if not cell:
             continue
         size = len(GAP) + cell_len(f"{name}: {cell}")
+        if size > width >= len(GAP) + cell_len(cell):  # such as a long digest
+            if pairs:
+                yield pairs
+            yield Text.assemble(GAP, (f"{name}:", "dim"))
+            yield Text(cell.rjust(min(width, cell_len(cell) + 2 * len(GAP))))
+            pairs, used = Text(), 0
+            continue
         if pairs and used + size > width:
             yield pairs
             pairs, used = Text(), 0
