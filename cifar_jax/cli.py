@@ -13,6 +13,8 @@ from cifar_jax import commands
 from cifar_jax.devices import is_gone, is_out_of_memory, keep_freed_memory, use_all_cores
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.interruption import Terminated, listening
+from cifar_jax.streams import CLOSED, OutputLost, guarded, is_closed_pipe, open_missing
+from cifar_jax.text import printable
 
 USAGE = """usage: python -m cifar_jax COMMAND [options]
 
@@ -45,12 +47,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-      The exit code: 0, 1 for a failed run, 2 for the user's mistake, 130 after Ctrl-C and 143 after SIGTERM.
+      The exit code: 0, 1 for a failed run, 2 for the user's mistake, 130 after Ctrl-C, 143 after SIGTERM, and 141 where
+      nobody reads the output, which does not stop `train`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what its encoding does not
+    # A training run has its directory to finish; the other commands live by what they print.
+    goes_on = arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments)
+    with guarded(goes_on) as out:
+        code = 0
+        try:
+            code = _outcome(arguments)
+        except SystemExit as stop:  # after --help
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except OutputLost:
+            pass  # `out` has the reason
+        out.finish()
+        return _with_output(code, out.error, goes_on)
+
+
+def _outcome(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
@@ -83,8 +101,19 @@ def _command(arguments: list[str]) -> int:
         return _say_error(f"{what} ({reason}).", 1, getattr(error, "__notes__", ()))
 
 
+def _with_output(code: int, error: OSError | None, goes_on: bool) -> int:
+    """The exit code, given also what became of standard output."""
+    if error is None:
+        return code
+    if is_closed_pipe(error):
+        return code if goes_on or code in INTERRUPTED else CLOSED
+    ending = "the run is complete nevertheless" if goes_on and not code else "make room, or send it elsewhere"
+    return _say_error(f"Standard output could not be written ({error.strerror}); {ending}.", code or 1)
+
+
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and ends the process with its exit code."""
+    open_missing()
     use_all_cores()
     keep_freed_memory()
     code = main(argv)
@@ -99,5 +128,5 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
 def _say_error(text: str, code: int, notes: Sequence[str] = ()) -> int:
     # One line, whatever a file's name or another library's message holds; a note, of what failed next, is another.
     for line in (f"Error: {text}", *notes):
-        print(" ".join(line.splitlines()), file=sys.stderr)
+        print(printable(" ".join(line.splitlines())), file=sys.stderr)
     return code

@@ -4,10 +4,13 @@ What only one of them needs is imported inside of it, so that `--help` need not 
 """
 
 import json
+import os
+import shlex
+from pathlib import Path
 
 from cifar_jax.compile_cache import use_compile_cache
 from cifar_jax.console import ConsoleReporter
-from cifar_jax.errors import UserError
+from cifar_jax.errors import RunError, UserError
 from cifar_jax.files import without_nan
 from cifar_jax.options import (
     ConvertOptions,
@@ -19,6 +22,7 @@ from cifar_jax.options import (
     parse,
     parse_train,
 )
+from cifar_jax.text import printable
 
 
 def train(arguments: list[str]) -> int:
@@ -70,23 +74,44 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def predict(arguments: list[str]) -> int:
-    """Says what is in image files."""
+    """Says what is in image files, a row each; 0 only where all could be read, else 1."""
+    from cifar_jax.images import image_files
     from cifar_jax.predict import predict_files
     from cifar_jax.saved_run import load_run
 
     options = parse(PredictOptions, arguments, "predict")
     if not options.images:
         raise UserError("predict needs images; give the paths of PNG or JPEG files behind the run directory.")
-    reporter = ConsoleReporter()
+    _check_order(options)
+    paths = image_files(options.images)
+    reporter, failed = ConsoleReporter(), 0
     use_compile_cache(say=reporter.say)
     run = load_run(options.run, options.weights, allow_incomplete=options.allow_incomplete, warn=reporter.warn)
-    predictions = predict_files(run, options.images, options.direct)
-    for prediction in predictions:
+    for prediction in predict_files(run, paths, options.direct):
+        failed += bool(prediction.error)
         if options.json:
-            print(json.dumps({"path": prediction.path, "top": dict(prediction.top)}))
+            found = {"error": prediction.error} if prediction.error else {"top": dict(prediction.top)}
+            print(json.dumps({"path": prediction.path} | found))
         else:
-            print(f"{prediction.path}  " + "  ".join(f"{name} {prob:.3f}" for name, prob in prediction.top))
+            probs = "  ".join(f"{name} {prob:.3f}" for name, prob in prediction.top)
+            print(printable(f"{prediction.path}  {probs or f'error: {prediction.error}'}"))
+    if failed:
+        raise RunError(f"{failed:,} of {len(paths):,} images could not be read; their rows say why.")
     return 0
+
+
+def _check_order(options: PredictOptions) -> None:
+    """Refuses an image where the run belongs, if the run stands behind it."""
+    from cifar_jax.run_dir import is_run
+
+    runs = [path for path in options.images if os.path.isdir(path) and is_run(Path(path))]
+    if runs and not is_run(Path(options.run)):
+        images = [options.run, *(path for path in options.images if path != runs[0])]
+        few = [*images[:3], "..."] if len(images) > 3 else images
+        raise UserError(
+            "The run directory comes before the images: "
+            f"`python -m cifar_jax predict {' '.join(map(shlex.quote, [runs[0], *few]))}`."
+        )
 
 
 def info(arguments: list[str]) -> int:
@@ -125,7 +150,7 @@ def _clear_cache(options: InfoOptions) -> int:
     if options.json:
         print(json.dumps({"cache": str(root), "freed_bytes": freed}))
     else:
-        reporter.out.print(f"{freed / 1e6:,.1f} MB have left {root}; downloaded weights stay.", markup=False)
+        reporter.print(f"{freed / 1e6:,.1f} MB have left {root}; downloaded weights stay.")
     return 0
 
 

@@ -1,8 +1,9 @@
 """What the commands show: on a terminal bars and tables, elsewhere plain lines that a program can read."""
 
 import contextlib
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from cifar_jax.fit import EpochRow
+from cifar_jax.tables import pair_lines, table_lines
+from cifar_jax.text import printable
 from cifar_jax.verify import TensorRow, Verification
 
 
@@ -31,53 +33,77 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:,.0f}/s" if task.speed else "", style="cyan")
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """How long the rest takes; before anything is done, what is waited for."""
+
+    def render(self, task: Task) -> Text:
+        if task.completed:
+            return super().render(task)
+        return Text("compiling" if task.fields["compiling"] else "starting", style="cyan")
+
+
 class ConsoleReporter:
     """Tells a person, or a log."""
 
     def __init__(self, progress: bool = True) -> None:
         """With `progress`, bars are shown where the output is a terminal."""
         # Warnings and bars go to stderr, results to stdout, so that `train.py > log` keeps a clean log.
-        self.out = Console(highlight=False, soft_wrap=True)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = Console(highlight=False, soft_wrap=True, emoji=False)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self.bars = progress and self.err.is_terminal
+        self._epochs_begun = False
 
     def say(self, text: str) -> None:
         """A sentence the user should see."""
-        self.err.print(text, markup=False)
+        self.err.print(printable(text), markup=False)
+
+    def print(self, text: str) -> None:
+        """A line of what the command was asked for."""
+        self.out.print(printable(text), markup=False)
 
     def warn(self, text: str) -> None:
         """A sentence the user should not miss."""
-        self.err.print(f"Warning: {text}", style="bold yellow", markup=False)
+        self.err.print(f"Warning: {printable(text)}", style="bold yellow", markup=False)
 
     def confirm(self, question: str) -> bool:
         """Asks for a yes; False where nobody sits at a terminal."""
         if not (sys.stdin.isatty() and self.err.is_terminal):
             return False
-        self.err.print(f"{question} [y/N] ", end="", markup=False)
+        self.err.print(f"{printable(question)} [y/N] ", end="", markup=False)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     @contextlib.contextmanager
-    def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, description: str, total: int, compiles: bool = False) -> Iterator[Callable[[int], None]]:
         """A bar with rate and time left, gone when it is done."""
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             _Rate(),
-            TimeRemainingColumn(),
+            _TimeLeft(),
         )
-        with Progress(*columns, console=self.err, transient=True, disable=not self.bars) as bars:
-            task = bars.add_task(description, total=total)
-            yield lambda done: bars.update(task, completed=done)
+        with Progress(*columns, console=self.err, transient=True, disable=not self.bars, expand=True) as bars:
+            task = bars.add_task(printable(description), total=total, compiling=False)
+            yield lambda done: bars.update(task, completed=done, compiling=compiles and done == 0)
 
     def epoch(self, row: EpochRow, num_epochs: int) -> None:
-        """A line an epoch."""
-        self.out.print(
-            f"epoch {row.epoch}/{num_epochs}  train_loss {row.train_loss:.4f}  "
-            f"train_accuracy {row.train_accuracy:.4f}  val_loss {row.val_loss:.4f}  "
-            f"val_accuracy {row.val_accuracy:.4f}  seconds {row.seconds:.1f}",
-            markup=False,
+        """A line an epoch; on a terminal a row of a table, whose head stands above the first one."""
+        if not self.out.is_terminal:
+            self.print(
+                f"epoch {row.epoch}/{num_epochs}  train_loss {row.train_loss:.4f}  "
+                f"train_accuracy {row.train_accuracy:.4f}  val_loss {row.val_loss:.4f}  "
+                f"val_accuracy {row.val_accuracy:.4f}  seconds {row.seconds:.1f}"
+            )
+            return
+        counter = f"{row.epoch}/{num_epochs}"
+        width = max(len("epoch"), 2 * len(str(num_epochs)) + 1)
+        if not self._epochs_begun:
+            self._epochs_begun = True
+            self.out.print(Text(f"{'epoch':>{width}}  train loss  accuracy  val loss  accuracy  seconds", style="bold"))
+        self.print(
+            f"{counter:>{width}}  {row.train_loss:>10.4f}  {row.train_accuracy:>8.4f}  {row.val_loss:>8.4f}  "
+            f"{row.val_accuracy:>8.4f}  {row.seconds:>7.1f}"
         )
 
     def closing(self, out: Path, summary: Mapping[str, Any]) -> None:
@@ -99,7 +125,7 @@ class ConsoleReporter:
             rows["backbone"] = f"{summary['images_per_second']:,.0f} images a second"
         rows["pictures"] = f"{out}/samples.png, curves.png, predictions.png, confusion.png"
         rows["figures"] = f"{out}/summary.json, metrics.jsonl, config.json"
-        rows["predict"] = f"python -m cifar_jax predict {out} IMAGE..."
+        rows["predict"] = f"python -m cifar_jax predict {shlex.quote(str(out))} IMAGE..."
         self.header(rows)
 
     def verification(self, found: Verification, against: str | None) -> None:
@@ -118,25 +144,24 @@ class ConsoleReporter:
             self.header({f"against {against}": f"max|a-b| / max|b|: {difference}"})
         self.header({"verdict": "all holds" if not found.problems else f"{len(found.problems)} problems"})
         for problem in found.problems:
-            self.out.print(f"  {problem}", markup=False)
+            self.print(f"  {problem}")
 
     def table(self, rows: list[dict[str, Any]]) -> None:
         """A table of equal rows; tab-separated where the output is not a terminal."""
         if not self.out.is_terminal:
             for line in [list(rows[0]), *(list(row.values()) for row in rows)]:
-                print(*line, sep="\t", file=self.out.file)  # rich would make spaces of the tabs
+                # rich would make spaces of the tabs
+                print(*(printable(str(cell)) for cell in line), sep="\t", file=self.out.file)
             return
-        table = Table(*rows[0], box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*map(str, row.values()))
-        self.out.print(table)
+        self._lines(table_lines(rows, self.out.width))
 
     def header(self, rows: Mapping[str, str]) -> None:
         """Names and what they are, a line each."""
-        width = max(map(len, rows))
-        for name, text in rows.items():
-            line = Text(f"{name:<{width}}  ", style="bold")
-            self.out.print(line + Text(text, style="not bold"))
+        self._lines(pair_lines(rows, self.out.width if self.out.is_terminal else None))
+
+    def _lines(self, lines: Iterable[Text]) -> None:
+        for line in lines:
+            self.out.print(line)
 
 
 def _tensor_cells(row: TensorRow) -> dict[str, str]:

@@ -14,10 +14,13 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
 from cifar_jax.errors import RunError
 from cifar_jax.feature_cache import cached_features, features_key
-from cifar_jax.features import make_extractor
+from cifar_jax.feature_store import num_absent
+from cifar_jax.features import Extractor, make_extractor
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained import Backbone
-from cifar_jax.pretrained.registry import Progress, no_progress
+from cifar_jax.reporter import Progress, Silent
+
+NO_BARS = Silent().progress
 
 
 def dataset_features(
@@ -27,8 +30,9 @@ def dataset_features(
     datasets: Mapping[str, Dataset],
     *,
     say: Callable[[str], None] = lambda _: None,
-    progress: Progress = no_progress,
+    progress: Progress = NO_BARS,
     timed: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    on_batch: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Float32[np.ndarray, "n features"]]:
     """Features of data sets by name; afterwards the cache is brought down to `--cache-limit`.
 
@@ -40,6 +44,7 @@ def dataset_features(
       say: is called with each sentence that the user should see.
       progress: makes the bar that shows how far a data set is.
       timed: a context for each piece of work, given the number of its images.
+      on_batch: is called after each batch with the number of images that are left, those of other data sets included.
 
     Raises:
       RunError: when the backbone or its features have values that cannot be, or all features are the same.
@@ -48,33 +53,46 @@ def dataset_features(
     make = functools.cache(
         partial(make_extractor, backbone, image_size, config.precision, config.extract_batch_size, say=say)
     )
-    root, features, used = cache_root(config.cache_dir), {}, []
+    root, features = cache_root(config.cache_dir), {}
     about = {"backbone": backbone.source, "image_size": image_size, "precision": config.precision}
-
-    def extract(
-        images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] = lambda _: None
-    ) -> Float32[np.ndarray, "n features"]:
-        with timed(len(images_u8)):
-            return make()(images_u8, on_images)
-
+    how = (config.precision, config.feature_dtype)
+    keys = {name: features_key(backbone, image_size, how[0], data.images, how[1]) for name, data in datasets.items()}
+    absent = {name: num_absent(root / FEATURES / keys[name][:32], len(datasets[name].images)) for name in datasets}
     for name, dataset in datasets.items():
-        key = features_key(backbone, image_size, config.precision, dataset.images, config.feature_dtype)
-        with progress(f"Features of {name}", len(dataset.images)) as bar:
+        del absent[name]
+        with progress(f"Features of {name}", len(dataset.images), compiles=True) as bar:
             features[name] = cached_features(
                 root / FEATURES,
-                key,
+                keys[name],
                 dataset.images,
-                extract,
+                partial(_extract, make, bar, timed),
                 backbone.config.features,
                 dtype=config.feature_dtype,
                 about={"data": f"{config.dataset} {name}", **about},
                 say=say,
-                on_images=bar,
+                on_images=partial(_tell, bar, on_batch, len(dataset.images) + sum(absent.values())),
             )
-        used.append(key[:32])
         _require_different(features[name], dataset.images, f"{backbone.source} gives the same features for all {name}")
-    limit_features(root, config.cache_limit * 1e9, used, say)
+    limit_features(root, config.cache_limit * 1e9, [key[:32] for key in keys.values()], say)
     return features
+
+
+def _extract(
+    make: "functools._lru_cache_wrapper[Extractor]",
+    bar: Callable[[int], None],
+    timed: Callable[[int], AbstractContextManager[Any]],
+    images_u8: UInt8[np.ndarray, "n h w 3"],
+    on_images: Callable[[int], None] = lambda _: None,
+) -> Float32[np.ndarray, "n features"]:
+    if not make.cache_info().currsize:
+        bar(0)  # the first batch is compiled; the bar says so
+    with timed(len(images_u8)):
+        return make()(images_u8, on_images)
+
+
+def _tell(bar: Callable[[int], None], on_batch: Callable[[int], None], num: int, done: int) -> None:
+    bar(done)
+    on_batch(num - done)
 
 
 def _require_different(

@@ -16,6 +16,7 @@ from cifar_jax.errors import RunError, UserError
 from cifar_jax.extraction import dataset_features
 from cifar_jax.features import make_extractor
 from cifar_jax.files import replacing
+from cifar_jax.forecast import forecast_of
 from cifar_jax.images import read_image
 from cifar_jax.job import load_problem_and_backbone, network_image_size
 from cifar_jax.predict import TRAINED_SIDE
@@ -96,10 +97,13 @@ def _check_target(path: Path, of_images: bool, overwrite: bool) -> None:
 
 
 def _of_data_set(config: TrainConfig, reporter: Reporter) -> tuple[Backbone, dict[str, np.ndarray]]:
-    problem, backbone = load_problem_and_backbone(config, reporter, Clock())
+    clock = Clock()
+    problem, backbone = load_problem_and_backbone(config, reporter, clock)
     datasets = {"training images": problem.train, "test images": problem.test}
     image_size = network_image_size(config, backbone)
-    features = dataset_features(config, backbone, image_size, datasets, say=reporter.say, progress=reporter.progress)
+    how: dict[str, Any] = {"say": reporter.say, "progress": reporter.progress}
+    on_batch = forecast_of(config, backbone, image_size, clock, reporter.say).note
+    features = dataset_features(config, backbone, image_size, datasets, on_batch=on_batch, **how)
     return backbone, {
         "train_features": features["training images"],
         "train_labels": np.asarray(problem.train.labels),
@@ -120,7 +124,8 @@ def _of_images(
     side = image_size if direct else TRAINED_SIDE
     extractor = make_extractor(backbone, image_size, config.precision, config.extract_batch_size)
     features = np.empty((len(paths), backbone.config.features), np.float32)
-    with reporter.progress("Features of image files", len(paths)) as bar:
+    with reporter.progress("Features of image files", len(paths), compiles=True) as bar:
+        bar(0)
         for start in range(0, len(paths), AT_ONCE):
             images = np.stack([read_image(path, side) for path in paths[start : start + AT_ONCE]])
             features[start : start + len(images)] = extractor(images)

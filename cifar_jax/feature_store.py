@@ -30,6 +30,13 @@ def num_rows(chunks: Sequence[slice]) -> int:
     return sum(rows.stop - rows.start for rows in chunks)
 
 
+def num_absent(path: Path, num: int) -> int:
+    """How many of `num` rows have no chunk in an entry's directory; what the chunks hold is not looked at."""
+    return num_rows(
+        [rows for rows in chunks_of(num) if not (path / "c" / str(rows.start // CHUNK_ROWS) / "0").exists()]
+    )
+
+
 @contextlib.contextmanager
 def open_entry(path: Path, shape: tuple[int, int], dtype: str, about: Mapping[str, Any], say: Say) -> Iterator["Entry"]:
     """The chunks in a directory, locked until the block ends; where they cannot be kept that is said.

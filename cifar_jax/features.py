@@ -14,7 +14,7 @@ from cifar_jax.devices import is_out_of_memory
 from cifar_jax.errors import RunError
 from cifar_jax.inference import features_of, prepare
 from cifar_jax.parallel import mesh_of, replicate, round_up, shard
-from cifar_jax.preprocess import preprocess
+from cifar_jax.preprocess import preprocess, require_images
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.resnet import ResNet
 
@@ -72,6 +72,7 @@ def make_extractor(
 
     Raises:
       RunError: when the backbone has a value that is not finite, folded or not; the extractor, when features are not.
+      ValueError: by the extractor, when it is given anything but uint8 [n, h, w, 3].
 
     Example:
       >>> features = make_extractor(backbone)(splits.test.images)  # doctest: +SKIP
@@ -89,6 +90,7 @@ def make_extractor(
         images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] = lambda _: None
     ) -> Float32[np.ndarray, "n features"]:
         nonlocal at_once
+        require_images(images_u8)
         features, done = np.empty((len(images_u8), backbone.config.features), np.float32), 0
         while done < len(images_u8):
             size = round_up(mesh, min(at_once, len(images_u8)))

@@ -1,6 +1,6 @@
 """Class probabilities of images: for the library's user as a pure function, for the command line from files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +12,16 @@ from jaxtyping import Array, Float, UInt8
 from cifar_jax.data import load_problem
 from cifar_jax.errors import UserError
 from cifar_jax.evaluation import wilson_interval
-from cifar_jax.features import extract, make_extractor
+from cifar_jax.features import extract, extraction_batch_size, make_extractor
 from cifar_jax.head import HeadParams, head_logits
-from cifar_jax.images import read_image
+from cifar_jax.images import ImageError, read_image
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.reporter import Reporter, Silent
 from cifar_jax.runners import cached_evaluator, probabilities
 from cifar_jax.saved_run import Run, load_run
 
 TRAINED_SIDE = 32  # pixels: what the training images had
+AT_ONCE = 256  # image files that are in memory together
 
 
 def predict_probs(
@@ -35,14 +36,17 @@ def predict_probs(
 
 
 class Prediction(NamedTuple):
-    """What a run says of an image: class names with their probabilities, the likeliest first."""
+    """What a run says of an image: class names with their probabilities, the likeliest first; or why it cannot."""
 
     path: str
-    top: tuple[tuple[str, float], ...]
+    top: tuple[tuple[str, float], ...] = ()
+    error: str = ""
 
 
-def predict_files(run: Run, paths: Sequence[str | Path], direct: bool = False, top: int = 3) -> list[Prediction]:
-    """Predicts image files of any size.
+def predict_files(
+    run: Run, paths: Sequence[str | Path], direct: bool = False, top: int = 3, at_once: int = AT_ONCE
+) -> Iterator[Prediction]:
+    """Predicts image files of any size, one after the other in their order, whatever their number.
 
     Args:
       run: from `load_run`.
@@ -50,15 +54,38 @@ def predict_files(run: Run, paths: Sequence[str | Path], direct: bool = False, t
       direct: resize straight to the network's size. By default an image goes through 32x32, as the training images did:
         sharper pictures than the head has ever seen are another kind of input, not a better one.
       top: how many classes to name.
+      at_once: how many files are in memory together.
 
-    Raises:
-      UserError: when a file cannot be read.
+    Yields:
+      A prediction for each path; of a file that cannot be read it has the reason.
     """
-    side = run.backbone.image_size if direct else TRAINED_SIDE
-    images = np.stack([read_image(path, side) for path in paths])
-    features = make_extractor(run.backbone, run.backbone.image_size, run.config.precision)(images)
-    probs = probabilities(run.head_params, features)
-    return [Prediction(str(path), _top(row, run.class_names, top)) for path, row in zip(paths, probs, strict=True)]
+    image_size = run.backbone.image_size
+    side = image_size if direct else TRAINED_SIDE
+    extractor = make_extractor(run.backbone, image_size, run.config.precision)
+    # Later batches are no smaller than the first, or than the devices take at a time: another size is compiled again.
+    devices = jax.local_devices()
+    compiled = min(at_once, extraction_batch_size(image_size, devices[0].platform) * len(devices))
+    least = 0
+    for start in range(0, len(paths), at_once):
+        read = [_read(path, side) for path in paths[start : start + at_once]]
+        images = [image for image in read if not isinstance(image, ImageError)]
+        probs: Iterator[Any] = iter(())
+        if images:
+            black = [np.zeros_like(images[0])] * (least - len(images))
+            probs = iter(probabilities(run.head_params, extractor(np.stack(images + black))))
+            least = compiled
+        for path, image in zip(paths[start : start + at_once], read, strict=True):
+            if isinstance(image, ImageError):
+                yield Prediction(str(path), error=image.reason)
+            else:
+                yield Prediction(str(path), _top(next(probs), run.class_names, top))
+
+
+def _read(path: str | Path, side: int) -> UInt8[np.ndarray, "side side 3"] | ImageError:
+    try:
+        return read_image(path, side)
+    except ImageError as error:
+        return error
 
 
 def _top(probs: Float[np.ndarray, "classes"], class_names: Sequence[str], top: int) -> tuple[tuple[str, float], ...]:
@@ -95,7 +122,8 @@ def evaluate_run(
             "directory of the same version with --data-dir."
         )
     extractor = make_extractor(run.backbone, run.backbone.image_size, config.precision, config.extract_batch_size)
-    with reporter.progress("Features of test images", len(problem.test.labels)) as bar:
+    with reporter.progress("Features of test images", len(problem.test.labels), compiles=True) as bar:
+        bar(0)
         features = extractor(problem.test.images, bar)
     result = cached_evaluator(features, problem.test.labels)(run.head_params)
     low, high = wilson_interval(result.accuracy, result.num)

@@ -6,7 +6,7 @@ the weights (`Backbone.preprocessing`), never a flag of its own.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
@@ -63,6 +63,29 @@ def upsample(images: Float[Array, "batch h w c"], image_size: int) -> Float[Arra
     return repeated.reshape(batch, image_size, image_size, channels)
 
 
+def require_images(images: Any) -> None:
+    """Checks that an array, traced or not, is what images are here: uint8 pixels [n, h, w, 3].
+
+    Raises:
+      ValueError: when it is something else, which it names.
+    """
+    shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", None)
+    if shape is None or dtype is None:
+        raise ValueError(f"images must be a uint8 array [n, h, w, 3], got {type(images).__name__}")
+    if len(shape) == 4 and shape[3] == 3 and dtype == jnp.uint8:
+        return
+    advice = ""
+    if "float" in str(dtype):
+        advice = "; give pixels in 0..255, not scaled to 0..1 or normalised"
+    elif len(shape) == 3:
+        advice = "; a single image is images[None]"
+    elif len(shape) == 4 and shape[1] == 3:
+        advice = "; move the channels to the end with images.transpose(0, 2, 3, 1)"
+    elif len(shape) == 4 and shape[3] == 1:
+        advice = "; make RGB of grey images with images.repeat(3, axis=3)"
+    raise ValueError(f"images must be uint8 [n, h, w, 3], got {dtype} {[*shape]}{advice}")
+
+
 def preprocess(
     images_u8: UInt8[Array, "batch h w 3"], preprocessing: Preprocessing, image_size: int
 ) -> Float[Array, "batch size size 3"]:
@@ -79,9 +102,11 @@ def preprocess(
     Returns:
       float32, channels in the network's order. `CAFFE` has the bits of Keras's `UpSampling2D` followed by
       `preprocess_input`: one float32 subtraction. The others agree to 2e-7 of their range.
+
+    Raises:
+      ValueError: when the images are not uint8 [batch, h, w, 3], not square, or do not divide `image_size`.
     """
-    if images_u8.dtype != jnp.uint8:
-        raise ValueError(f"images must be uint8 pixels in 0..255, not {images_u8.dtype}")
+    require_images(images_u8)
     x = images_u8.astype(jnp.float32)
     if preprocessing.channels == "bgr":
         x = x[..., ::-1]

@@ -1,6 +1,7 @@
 """The ways to a trained head: on cached features, live through a frozen backbone, or with the backbone training too."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from cifar_jax.evaluation import EvalResult
 from cifar_jax.extraction import dataset_features
 from cifar_jax.features import make_extractor
 from cifar_jax.finetune import finetune_evaluator, finetune_probabilities, finetune_runner, init_finetune
+from cifar_jax.forecast import Forecast, forecast_of
 from cifar_jax.head import HeadParams, init_head
 from cifar_jax.keys import stream_key
 from cifar_jax.optimizer import make_optimizer
@@ -25,6 +27,7 @@ from cifar_jax.processes import gather, own_rows
 from cifar_jax.reporter import Reporter
 from cifar_jax.run_writer import RunWriter
 from cifar_jax.runners import (
+    AHEAD,
     EpochOrder,
     Evaluate,
     Runner,
@@ -35,6 +38,8 @@ from cifar_jax.runners import (
     probabilities,
 )
 from cifar_jax.training import StepMetrics, TrainState, init_state
+
+FORWARD_SHARE = 1 / 3  # of a step that trains all layers; its backward pass takes about twice as long
 
 # (state, indices) -> class probabilities of these images of a split
 Probabilities = Callable[[TrainState, Int32[np.ndarray, "m"]], Float32[np.ndarray, "m classes"]]
@@ -104,6 +109,7 @@ def _cached(job: Job) -> Route:
             say=reporter.say,
             progress=partial(_bar, job),
             timed=writer.extracting,
+            on_batch=_forecast(job).note,
         )
         features = {name: gather(own, len(datasets[name].labels)) for name, own in features.items()}
     train, val, test = (features[name] for name in ("training images", f"{problem.val_name} images", "test images"))
@@ -129,7 +135,7 @@ def own_part(dataset: Dataset) -> Dataset:
 def _live(job: Job) -> Route:
     """Every step goes through the whole network, as in the notebook."""
     config, problem, backbone, image_size, _, _, mesh, _ = job
-    tx = make_optimizer(config, job.steps_per_epoch)
+    tx, plan = make_optimizer(config, job.steps_per_epoch), _Plan(job, evaluation=1.0)
     runner = live_runner(
         backbone,
         problem.train,
@@ -145,11 +151,11 @@ def _live(job: Job) -> Route:
 
     def evaluator(dataset: Dataset, name: str) -> Evaluate:
         on_images = live_evaluator(backbone, dataset, image_size, config.precision, config.extract_batch_size, mesh)
-        return _shown_evaluation(job, on_images, dataset, name)
+        return _shown_evaluation(job, on_images, dataset, name, plan)
 
     return Route(
         init_state(_init_head(job), tx),
-        _shown_runner(job, runner),
+        _shown_runner(job, runner, plan.trained),
         evaluator(problem.val, problem.val_name),
         evaluator(problem.test, "test"),
         lambda state, indices: probabilities(state.params, extractor(problem.val.images[indices])),
@@ -160,13 +166,13 @@ def _live(job: Job) -> Route:
 def _finetune(job: Job) -> Route:
     """Backbone and head train together."""
     config, problem, backbone, image_size, _, _, mesh, _ = job
-    tx = make_optimizer(config, job.steps_per_epoch)
+    tx, plan = make_optimizer(config, job.steps_per_epoch), _Plan(job, evaluation=FORWARD_SHARE)
     order, augmentation = _order(config), _augmentation(config)
     runner = finetune_runner(config, backbone, problem.train, tx, order, image_size, augmentation, mesh)
 
     def evaluator(dataset: Dataset, name: str) -> Evaluate:
         on_images = finetune_evaluator(backbone, dataset, image_size, config.precision, config.extract_batch_size, mesh)
-        return _shown_evaluation(job, on_images, dataset, name)
+        return _shown_evaluation(job, on_images, dataset, name, plan)
 
     def probabilities_of(dataset: Dataset) -> Probabilities:
         return lambda state, indices: finetune_probabilities(
@@ -175,7 +181,7 @@ def _finetune(job: Job) -> Route:
 
     return Route(
         init_finetune(backbone.variables, _init_head(job), tx, config.zero_gamma),
-        _shown_runner(job, runner),
+        _shown_runner(job, runner, plan.trained),
         evaluator(problem.val, problem.val_name),
         evaluator(problem.test, "test"),
         probabilities_of(problem.val),
@@ -198,38 +204,94 @@ def _augmentation(config: TrainConfig) -> Augmentation | None:
     return Augmentation(stream_key(config.seed, "augment"), config.augment) if config.augment else None
 
 
+class _Plan:
+    """How much is left of a job in which every image passes the network many times, for its forecast.
+
+    The unit is a training image.
+    """
+
+    def __init__(self, job: Job, evaluation: float) -> None:
+        """`evaluation` is the work that an image takes in evaluation."""
+        self._job, self._share, self._forecast = job, evaluation, _forecast(job)
+        self._left = 0.0  # when the last step was done
+
+    def trained(self, epoch: int, examples: int) -> None:
+        """Steps of an epoch were handed out, the last few of which may not be done yet."""
+        config, problem = self._job.config, self._job.problem
+        num_val, epochs_left = len(problem.val.labels), config.epochs - epoch
+        evaluated = epochs_left * num_val + num_val + (len(problem.test.labels) if problem.held_out else 0)
+        self._left = epochs_left * len(problem.train.labels) - examples + self._share * evaluated
+        waiting = AHEAD * config.batch_size
+        if examples > waiting:
+            self._forecast.note(self._left + waiting)
+
+    def evaluated(self, examples: int) -> None:
+        """Images of the evaluation after an epoch are done."""
+        self._forecast.note(self._left - self._share * examples)
+
+
+def _forecast(job: Job) -> Forecast:
+    return forecast_of(job.config, job.backbone, job.image_size, job.writer.clock, job.reporter.say)
+
+
 @contextlib.contextmanager
-def _bar(job: Job, description: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(job: Job, description: str, total: int, compiles: bool = False) -> Iterator[Callable[[int], None]]:
     """A bar; when something first comes through the network is noted."""
-    with job.reporter.progress(description, total) as bar:
+    with job.reporter.progress(description, total, compiles) as bar:
 
         def shown(done: int) -> None:
-            job.writer.clock.note_first_step()
+            if done:
+                job.writer.clock.note_first_step()
             bar(done)
 
         yield shown
 
 
-def _shown_runner(job: Job, runner: Runner) -> Runner:
-    """A runner with a bar."""
+@contextlib.contextmanager
+def _compiling_bar(job: Job, description: str, total: int, first: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of work that begins at once; the first time that it is done it is compiled."""
+    with _bar(job, description, total, compiles=first) as bar:
+        if first:
+            bar(0)
+        yield bar
+
+
+def _shown_runner(job: Job, runner: Runner, trained: Callable[[int, int], None] = lambda *_: None) -> Runner:
+    """A runner with a bar.
+
+    Args:
+      job: that it is part of.
+      runner: of the epochs.
+      trained: is called with the epoch and the number of its examples that are done.
+    """
+    calls = itertools.count()
 
     def shown(
         state: TrainState, epoch: int, steps: range, on_examples: Callable[[int], None], stopping: Callable[[], bool]
     ) -> tuple[TrainState, StepMetrics]:
-        with _bar(job, f"Epoch {epoch + 1}", len(job.problem.train.labels)) as bar:
-            return runner(state, epoch, steps, bar, stopping)
+        with _compiling_bar(job, f"Epoch {epoch + 1}", len(job.problem.train.labels), not next(calls)) as bar:
+
+            def on_step(done: int) -> None:
+                bar(done)
+                trained(epoch, done)
+
+            return runner(state, epoch, steps, on_step, stopping)
 
     return runner._replace(run=shown)
 
 
-def _shown_evaluation(job: Job, evaluate: Callable[..., EvalResult], dataset: Dataset, name: str) -> Evaluate:
+def _shown_evaluation(
+    job: Job, evaluate: Callable[..., EvalResult], dataset: Dataset, name: str, plan: _Plan
+) -> Evaluate:
     """An evaluation with a bar, which a signal ends."""
+    calls = itertools.count()
 
     def shown(params: Any, batch_stats: Any = ()) -> EvalResult:
-        with _bar(job, f"Evaluating {name} images", len(dataset.labels)) as bar:
+        with _compiling_bar(job, f"Evaluating {name} images", len(dataset.labels), not next(calls)) as bar:
 
             def on_examples(done: int) -> None:
                 bar(done)
+                plan.evaluated(done)
                 if job.stopping():
                     raise KeyboardInterrupt
 

@@ -20,6 +20,8 @@ from cifar_jax.run_dir import BACKBONE, CHECKPOINTS, CONFIG, FORMAT_VERSION, SUM
 
 MOST_WEIGHTS_BYTES = 2**32  # a ResNet152 in float64 has 0.5 GB: what is larger is no backbone, and is not hashed
 
+FEW_CLASSES = 10  # so many are named where a run is shown
+
 
 @dataclass(frozen=True)
 class Run:
@@ -40,6 +42,19 @@ class Run:
     backbone: Backbone
     head_params: HeadParams
     class_names: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """One line: the arrays themselves would fill thousands."""
+        accuracy = self.summary.get("test_accuracy", self.summary.get("val_accuracy"))
+        scored = f", accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
+        sizes = [self.backbone.config.features, *self.config.hidden, len(self.class_names)]
+        names = f"{len(self.class_names)} classes"
+        if len(self.class_names) <= FEW_CLASSES:
+            names += f" ({', '.join(self.class_names)})"
+        return (
+            f"Run({self.path}: {self.summary.get('status')}{scored}, {names}, head {'-'.join(map(str, sizes))}, "
+            f"{self.backbone!r})"
+        )
 
 
 def load_run(

@@ -19,7 +19,7 @@ from cifar_jax.pretrained.load import read_weights
 from cifar_jax.pretrained.merge import Match, match
 from cifar_jax.pretrained.merge import Path as VariablePath
 from cifar_jax.pretrained.reading import Reading, backbone_of
-from cifar_jax.pretrained.variants import DEPTHS
+from cifar_jax.pretrained.variants import network_name
 from cifar_jax.resnet import ResNetConfig
 
 IMAGE_SIDE = 32  # of drawn images, whose multiple a network's input has to be
@@ -145,9 +145,7 @@ def _about(reading: Reading, registered: registry.Entry | None, said: list[str])
 
 def network_words(config: ResNetConfig) -> str:
     """`ResNet50, 2048 features`."""
-    width = f" of width {config.width}" if config.width != 64 else ""
-    name = DEPTHS.get(config.stage_sizes, f"a ResNet with {config.stage_sizes} blocks")
-    return f"{name}{width}, {config.features} features"
+    return f"{network_name(config)}, {config.features} features"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -366,18 +366,6 @@ def test_a_backbone_that_moved_is_taken_from_where_it_is_said_to_be(run, tmp_pat
     assert command(capsys, "evaluate", run, "--weights", moved).code == 0
 
 
-def test_pictures_that_cannot_be_read_stop_before_any_answer(run, tmp_path, picture, capsys):
-    text = a_file(tmp_path / "notes.png")
-    for path, part in (
-        (text, "is not an image"),
-        (tmp_path / "missing.png", "does not exist"),
-        (run, "cannot be read"),
-    ):
-        result = command(capsys, "predict", run, picture, path)
-        is_one_error(result, 2, str(path), part)
-        assert result.out == ""
-
-
 def test_other_test_images_are_not_scored(run, capsys):
     edit(run / CONFIG, seed=1)
     is_one_error(command(capsys, "evaluate", run), 2, "are not those that the run", "--data-dir")

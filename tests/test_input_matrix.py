@@ -246,7 +246,6 @@ INPUTS = {
     "run": ["evaluate", "FILE"],
     "scored.safetensors": ["evaluate", "RUN", "--weights", "FILE"],
     "run ": ["predict", "FILE", "IMAGE"],
-    "picture.png": ["predict", "RUN", "FILE"],
     "used.h5": ["predict", "RUN", "IMAGE", "--weights", "FILE"],
     "picture.jpg": ["features", "FILE", "--weights", "WEIGHTS", "--image-size", "32", "--out", "NEW.npz"],
     "extracted.pth": ["features", "IMAGE", "--weights", "FILE", "--out", "NEW.npz"],

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from cifar_jax import extract, load_backbone, make_extractor, predict_probs
 from cifar_jax.preprocess import CAFFE, IDENTITY, MODES, TF, TORCH, preprocess
 
 PIXEL = np.array([10, 100, 250], np.uint8)  # red, green, blue
@@ -55,6 +56,31 @@ def test_size_that_is_no_multiple_is_refused(noise, size):
         preprocess(noise, CAFFE, size)
 
 
-def test_floats_are_refused(noise):
-    with pytest.raises(ValueError, match="uint8"):
-        preprocess(noise.astype(np.float32), CAFFE, 32)
+@pytest.mark.parametrize(
+    ("change", "given"),
+    [
+        (lambda x: (x / 255).astype(np.float32), "got float32 [3, 32, 32, 3]; give pixels in 0..255"),
+        (lambda x: x.astype(np.int32), "got int32 [3, 32, 32, 3]"),
+        (lambda x: x[..., :1], "got uint8 [3, 32, 32, 1]; make RGB"),
+        (lambda x: x.transpose(0, 3, 1, 2), "got uint8 [3, 3, 32, 32]; move the channels to the end"),
+        (lambda x: x[0], "got uint8 [32, 32, 3]; a single image is images[None]"),
+        (lambda x: x[:0, ..., :2], "got uint8 [0, 32, 32, 2]"),
+        (lambda x: x.tolist(), "got list"),
+    ],
+)
+def test_what_are_no_images_is_refused_by_shape_and_type(noise, change, given):
+    """By every function that takes images, also inside jit, where one channel would become three by broadcasting."""
+    images, backbone = change(noise), load_backbone("demo")
+    takers = [lambda x: preprocess(x, CAFFE, 32), lambda x: extract(backbone, x, 32), make_extractor(backbone, 32)]
+    takers.append(lambda x: predict_probs(backbone, [], x, 32))
+    if isinstance(images, np.ndarray):
+        takers.append(jax.jit(lambda x: preprocess(x, CAFFE, 32)))
+    for take in takers:
+        with pytest.raises(ValueError, match=r"^images must be .*uint8.* \[n, h, w, 3\], got") as caught:
+            take(images)
+        assert given in str(caught.value)
+
+
+def test_images_may_be_mapped_over(noise):
+    one_by_one = jax.vmap(lambda x: preprocess(x[None], CAFFE, 64)[0])(noise)
+    np.testing.assert_array_equal(one_by_one, preprocess(noise, CAFFE, 64))

@@ -1,12 +1,15 @@
 """A pretrained backbone: its weights together with all that is needed to run them as they were trained."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from cifar_jax.preprocess import Preprocessing
+from cifar_jax.pretrained.variants import network_name
 from cifar_jax.resnet import ResNetConfig, Variables
 
 
@@ -46,6 +49,16 @@ class Backbone:
     def tree_unflatten(cls, static: tuple[ResNetConfig, Preprocessing, int], children: tuple[Variables]) -> "Backbone":
         """Puts leaves and static part together again."""
         return cls(*static, variables=children[0])
+
+    def __repr__(self) -> str:
+        """One line: the values themselves would fill thousands."""
+        params = self.variables.get("params", {}) if isinstance(self.variables, Mapping) else self.variables
+        count = sum(math.prod(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(params))
+        source = f"{self.source}: " if self.source else ""
+        return (
+            f"Backbone({source}{network_name(self.config)}, {count:,} parameters, "
+            f"{self.preprocessing.name} preprocessing, {self.image_size}x{self.image_size})"
+        )
 
     def replace(self, **changes: Any) -> "Backbone":
         """A copy with some attributes changed."""

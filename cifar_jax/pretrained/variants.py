@@ -54,6 +54,12 @@ VARIANTS = {
 DEPTHS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "ResNet50", (3, 4, 23, 3): "ResNet101", (3, 8, 36, 3): "ResNet152"}
 
 
+def network_name(config: ResNetConfig) -> str:
+    """`ResNet50`, with its width where that is not the usual one."""
+    name = DEPTHS.get(config.stage_sizes, f"a ResNet with {config.stage_sizes} blocks")
+    return f"{name} of width {config.width}" if config.width != ResNetConfig.width else name
+
+
 def check_depth(stage_sizes: tuple[int, ...], what: str) -> None:
     """Refuses a network of another depth than those that are published.
 

@@ -1,0 +1,118 @@
+"""What is shown on a terminal of 80 columns: no name and no number is cut or broken, whatever others have named."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from cifar_jax import console as console_module
+from cifar_jax.console import ConsoleReporter
+from cifar_jax.fit import EpochRow
+from cifar_jax.info import collect
+from cifar_jax.pretrained import registry
+from cifar_jax.tables import table_lines, wrapped
+from cifar_jax.text import printable
+
+WIDTH = 80
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A reporter on a terminal of 80 columns, which shows both streams."""
+    screen = io.StringIO()
+
+    def console(stderr=False, **how):
+        return Console(file=screen, force_terminal=True, width=WIDTH, color_system=None, **how)
+
+    monkeypatch.setattr(console_module, "Console", console)
+    reporter = ConsoleReporter()
+    reporter.screen = screen
+    return reporter
+
+
+def shown(reporter):
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", reporter.screen.getvalue())
+    reporter.screen.truncate(0)
+    return text.splitlines()
+
+
+def test_info_names_what_is_typed_whole(terminal, tmp_path):
+    rows = collect("weights", cache_dir=str(tmp_path))["weights"]
+    terminal.table(rows)
+    lines = shown(terminal)
+    for row in rows:
+        assert row["name"] in lines  # alone on a line
+    text = "\n".join(lines)
+    for entry in registry.entries().values():
+        assert re.search(rf"digest:\s+{entry.digest}(  |$)", text, re.MULTILINE)
+        assert f"MB: {entry.size / 1e6:.1f}" in text
+    paths = {row["local copy"] for row in rows}
+    assert [line for line in lines if len(line) > WIDTH and not any(path in line for path in paths)] == []
+
+
+def test_a_table_that_fits_is_one_and_one_that_does_not_loses_nothing():
+    rows = [{"name": f"keras-{'x' * n}", "MB": "1.5", "empty": "", "path": f"/{'p' * 20}"} for n in (1, 9)]
+    narrow, wide = ([line.plain for line in table_lines(rows, width)] for width in (30, WIDTH))
+    assert [line.split() for line in wide] == [
+        ["name", "MB", "empty", "path"], *([row["name"], row["MB"], row["path"]] for row in rows)
+    ]  # fmt: skip
+    assert len({line.index("/") for line in wide[1:]} | {wide[0].index("path")}) == 1
+    assert narrow[:3] == ["keras-x", "  MB: 1.5", f"  path: {rows[0]['path']}"]
+    assert max(map(len, narrow)) <= 30
+
+
+def test_figures_are_broken_only_between_them(terminal):
+    seconds = ", ".join(f"phase {n} {n}.{n}" for n in range(12))
+    terminal.header({"seconds": seconds, "run": f"/{'x/' * 60}"})
+    *lines, path = shown(terminal)
+    assert path.endswith("  /" + "x/" * 60)  # which the terminal breaks, so that it can be copied
+    assert len(lines) > 1 and max(map(len, lines)) <= WIDTH
+    assert " ".join(line.removeprefix("seconds").strip() for line in lines) == seconds
+
+
+def test_words_of_a_long_part_are_wrapped_but_no_command():
+    command = "python -m cifar_jax predict /a/b IMAGE... " * 2
+    assert wrapped(command, 30) == [command]
+    assert wrapped("one two three four five six seven", 20) == ["one two three four", "five six seven"]
+
+
+def test_epochs_are_a_table_with_one_head(terminal):
+    for number in (9, 10):
+        terminal.epoch(EpochRow(number, 1.23456, 0.5, 2.0, 0.25, 1234.56), 10)
+    head, first, second = shown(terminal)
+    assert head.split("  ") == ["epoch", "train loss", "accuracy", "val loss", "accuracy", "seconds"]
+    assert first.split() == ["9/10", "1.2346", "0.5000", "2.0000", "0.2500", "1234.6"]
+    assert len(head) == len(first) == len(second) <= WIDTH
+
+
+@pytest.mark.parametrize(("compiles", "begins"), [(True, "compiling"), (False, "starting")])
+def test_a_bar_says_what_is_waited_for_until_something_is_done(terminal, monkeypatch, compiles, begins):
+    bars = []
+    begin = console_module.Progress.start
+    monkeypatch.setattr(console_module.Progress, "start", lambda self: begin(self) or bars.append(self))
+    # It shows a state of the same second only once.
+    monkeypatch.setattr(console_module._TimeLeft, "max_refresh", None)
+    with terminal.progress("Features of training images", 50_000, compiles=compiles) as bar:
+        bar(0)
+        bars[0].refresh()
+        before = shown(terminal)[-1]
+        bar(64)
+        bars[0].refresh()
+        after = shown(terminal)[-1]
+    assert "Features of training images" in before and begins in before and len(before) <= WIDTH
+    assert "64/50000" in after and begins not in after
+
+
+def test_names_of_others_move_no_cursor(terminal):
+    evil = "cat\x1b[31m\n\x07\x9b\u202edog"
+    escaped = r"cat\x1b[31m\n\x07\x9b\u202edog"
+    assert printable(evil) == escaped and printable("Käfer 猫 😀 :cat:") == "Käfer 猫 😀 :cat:"
+    terminal.header({evil: evil})
+    terminal.say(f"{evil} :cat: [red]")
+    terminal.warn(evil)
+    terminal.table([{"name": evil, "other": evil}])
+    lines = shown(terminal)
+    assert lines[0] == f"{escaped}  {escaped}" and lines[1] == f"{escaped} :cat: [red]"
+    assert lines[2] == f"Warning: {escaped}" and lines[-1] == f"{escaped}  {escaped}"
+    assert "\x9b" not in terminal.screen.getvalue()

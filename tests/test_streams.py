@@ -1,0 +1,100 @@
+"""Standard output and error that are closed or full: commands end as they should, and runs are finished."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import TINY, tiny_run
+from PIL import Image
+
+from cifar_jax.streams import Output, OutputLost
+
+HERE = Path(__file__).parent
+
+
+def ended(arguments, stdout="pipe", stderr="pipe"):
+    """Runs a command with streams that are a closed pipe, full, or not open; its exit code and the other stream.
+
+    A `pipe` has its reader; a `closed` one lost it before the first line came.
+    """
+    reader, closed = os.pipe()
+    os.close(reader)
+    usual = os.environ | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    with open("/dev/full", "wb") as full:
+        kinds = {"pipe": subprocess.PIPE, "closed": closed, "full": full, "missing": None}
+        streams = {"stdout": kinds[stdout], "stderr": kinds[stderr]}
+        closing = f"exec {'>&-' if stdout == 'missing' else ''} {'2>&-' if stderr == 'missing' else ''}"
+        command = ["bash", "-c", f'{closing} "$@"', "bash", sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, cwd=HERE.parent, env=usual, text=True, **streams)
+    os.close(closed)
+    return done.returncode, (done.stdout if stdout == "pipe" else done.stderr) or ""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "said"),
+    [
+        ({"stdout": "closed"}, 0, ""),
+        ({"stdout": "full"}, 1, "Error: Standard output could not be written (No space left on device)"),
+        ({"stdout": "missing"}, 0, ""),
+        ({"stderr": "full"}, 0, ""),
+        ({"stderr": "closed"}, 0, ""),
+        ({"stderr": "missing"}, 0, ""),
+    ],
+)
+def test_a_run_is_finished_whoever_reads(tmp_path, cache, streams, code, said):
+    out = tmp_path / "run"
+    train = [HERE / "narrow_train.py", *TINY, "--epochs", "2", "--cache-dir", cache, "--out", out]
+    ended_with, other = ended(train, **streams)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["status"], summary["epochs"]) == ("complete", 2) and (out / "confusion.png").exists()
+    assert ended_with == code, other
+    if "stderr" in streams:
+        assert other.startswith("data ") and "IMAGE..." in other.splitlines()[-1] and "Warning" not in other
+    else:
+        lines = [line for line in other.splitlines() if not line.startswith("The features come from the cache")]
+        warning, *lines = lines
+        assert warning.startswith("Warning: --weights random-w16") and len(lines) == bool(said), other
+        assert "".join(lines).startswith(said)
+
+
+@pytest.mark.parametrize("what", ["info", "predict", "train --help"])
+@pytest.mark.parametrize(("kind", "code", "lines"), [("closed", 141, 0), ("full", 1, 1)])
+def test_other_commands_end_with_their_output(tmp_path, tmp_path_factory, what, kind, code, lines):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "picture.png")
+    more = [tiny_run(tmp_path_factory).path, tmp_path / "picture.png"] if what == "predict" else []
+    start = "import pytest, helpers, cifar_jax.cli; helpers.narrow_networks(pytest.MonkeyPatch()); cifar_jax.cli.run()"
+    start = f"import sys; sys.path.append({str(HERE)!r}); {start}"
+    ended_with, errors = ended(["-c", start, *what.split(), *more], stdout=kind)
+    assert ended_with == code and len(errors.splitlines()) == lines, errors
+    assert errors.startswith("Error: Standard output could not be written" if lines else "")
+
+
+class Full(io.StringIO):
+    """Takes the first write."""
+
+    def write(self, text):
+        if self.tell() and text:
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+
+def test_what_follows_a_lost_write_is_lost_too():
+    stream = Full()
+    output = Output(stream)
+    print("one", end="", file=output)
+    assert output.error is None
+    print("two", file=output)
+    print("three", file=output)
+    output.flush()
+    assert stream.getvalue() == "one" and output.error.strerror == "No space left on device"
+    with pytest.raises(OutputLost):
+        Output(stream, raises=True).write("two")
