@@ -112,18 +112,20 @@ class ConsoleReporter:
         for split in ("val", "test"):
             if f"{split}_accuracy_interval_95" in summary:
                 low, high = summary[f"{split}_accuracy_interval_95"]
-                name = summary["val_split"] if split == "val" else "test"
+                name = (summary["val_split"] if split == "val" else "test").replace("_", "-")
                 count = summary["num_val" if split == "val" else "num_test"]
                 accuracy = summary[f"{split}_accuracy"]
                 rows[f"{split}_accuracy"] = (
-                    f"{accuracy:.4f} on {count:,} images ({name}), 95 % interval {low:.4f} to {high:.4f}"
+                    f"{accuracy:.4f} on {count:,} {name} images, 95 % interval {low:.4f} to {high:.4f}"
                 )
         rows["seconds"] = ", ".join(f"{phase} {value:.1f}" for phase, value in summary["seconds"].items())
         if summary["seconds_to_first_step"] is not None:
             rows["first step"] = f"{summary['seconds_to_first_step']:.1f} seconds after the start"
         if summary["images_per_second"]:
             rows["backbone"] = f"{summary['images_per_second']:,.0f} images a second"
-        rows["pictures"] = f"{out}/samples.png, curves.png, predictions.png, confusion.png"
+        names = ("samples.png", "curves.png", "predictions.png", "confusion.png")
+        of_test = ("test_predictions.png", "test_confusion.png") if "test_accuracy" in summary else ()
+        rows["pictures"] = f"{out}/{', '.join((*names, *of_test))}"
         rows["figures"] = f"{out}/summary.json, metrics.jsonl, config.json"
         rows["predict"] = f"python -m cifar_jax predict {shlex.quote(str(out))} IMAGE..."
         self.header(rows)
