@@ -60,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 0
         try:
             code = _outcome(arguments)
-        except SystemExit as stop:  # after --help
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except SystemExit:  # after --help
+            out.finish()
+            if out.error is None:
+                raise
         except OutputLost:
             pass  # `out` has the reason
         out.finish()

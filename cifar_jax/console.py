@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from cifar_jax.fit import EpochRow
-from cifar_jax.tables import pair_lines, table_lines
+from cifar_jax.tables import pair_lines, sentence_lines, table_lines
 from cifar_jax.text import printable
 from cifar_jax.verify import TensorRow, Verification
 
@@ -55,7 +55,7 @@ class ConsoleReporter:
 
     def say(self, text: str) -> None:
         """A sentence the user should see."""
-        self.err.print(printable(text), markup=False)
+        self._sentence(text)
 
     def print(self, text: str) -> None:
         """A line of what the command was asked for."""
@@ -63,7 +63,13 @@ class ConsoleReporter:
 
     def warn(self, text: str) -> None:
         """A sentence the user should not miss."""
-        self.err.print(f"Warning: {printable(text)}", style="bold yellow", markup=False)
+        self._sentence(f"Warning: {text}", style="bold yellow")
+
+    def _sentence(self, text: str, style: str | None = None) -> None:
+        lines = [printable(text)]
+        if self.err.is_terminal:
+            lines = sentence_lines(lines[0], self.err.width)
+        self.err.print("\n".join(lines), style=style, markup=False)
 
     def confirm(self, question: str) -> bool:
         """Asks for a yes; False where nobody sits at a terminal."""

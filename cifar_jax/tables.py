@@ -66,6 +66,17 @@ def wrapped(text: str, width: int) -> list[str]:
     return lines
 
 
+def sentence_lines(text: str, width: int) -> list[str]:
+    """Lines of sentences, broken between words; a command in backticks and a path stay in one piece."""
+    lines: list[str] = []
+    for word in re.split(r" (?=(?:[^`]*`[^`]*`)*[^`]*$)", text):
+        if lines and cell_len(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
 def _record(names: Sequence[str], row: Sequence[str], width: int) -> Iterator[Text]:
     """A row as lines: its first cell, and below it `name: cell` as often as fits, cells without content left out."""
     for line in wrapped(row[0], width):

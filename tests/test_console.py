@@ -77,6 +77,15 @@ def test_words_of_a_long_part_are_wrapped_but_no_command():
     assert wrapped("one two three four five six seven", 20) == ["one two three four", "five six seven"]
 
 
+def test_sentences_are_broken_between_words_and_a_path_or_command_nowhere(terminal):
+    path, command = "/" + "long/" * 20, "`python -m cifar_jax predict runs/first IMAGE...`"
+    text = f"The features come from the cache, {path}, which is fine; the next thing to type is this: {command}."
+    terminal.say(text)
+    lines = shown(terminal)
+    assert " ".join(lines) == text and f"{path}," in lines and lines[-1] == f"{command}."
+    assert all(len(line) <= WIDTH for line in lines if path not in line)
+
+
 def test_epochs_are_a_table_with_one_head(terminal):
     for number in (9, 10):
         terminal.epoch(EpochRow(number, 1.23456, 0.5, 2.0, 0.25, 1234.56), 10)
