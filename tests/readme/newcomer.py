@@ -68,7 +68,8 @@ class Newcomer:
         own = {"HOME": str(self.home), "PATH": f"{self.binaries}:/usr/bin:/bin", "LANG": "C.UTF-8"}
         if text.startswith("pip "):
             return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
-        return own | dict.fromkeys(PROXIES, f"http://127.0.0.1:{closed_port()}")
+        # What two processes say to each other on this machine must not go to the proxy either.
+        return own | dict.fromkeys(PROXIES, f"http://127.0.0.1:{closed_port()}") | {"no_proxy": "127.0.0.1"}
 
 
 def closed_port() -> int:
