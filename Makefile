@@ -26,9 +26,9 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not parity and not readme" $(TOGETHER)
 
-# One command after the other, as they build on each other: with data and weights in one process, without in another.
+# The commands of a file build on each other, so files go to one process each.
 test-readme: $(VENV)/.dev
-	$(BIN)/python -m pytest -m readme --durations=0 --durations-min=1 tests/readme
+	$(BIN)/python -m pytest -m readme -n 2 --dist loadfile --durations=0 --durations-min=1 tests/readme
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
