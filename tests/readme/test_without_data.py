@@ -2,11 +2,14 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from readme import supplies
 from readme.catalogue import needs_downloads
+from readme.documents import Command
 from readme.machine import STEPS, Machine, name_of
 from readme.newcomer import Newcomer, Typed, make_environment
 
@@ -26,10 +29,18 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 
 
 @pytest.fixture(scope="module")
-def refused(bare: Machine) -> dict[str, list[Typed]]:
-    """What came of all commands that miss something, two at a time: they wait for a network more than they work."""
+def refused(bare: Machine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Typed]]:
+    """What came of all commands that miss something, each in a home of its own.
+
+    Two at a time, as they wait for a network more than they work; in one home they would wait for each other's download.
+    """
+
+    def typed(step: list[Command], home: Path) -> list[Typed]:
+        return replace(bare, who=replace(bare.who, home=home)).typed(step)
+
+    homes = [tmp_path_factory.mktemp("empty-home") for _ in NEEDY]
     with ThreadPoolExecutor(2) as pool:  # as many as the cores of a small machine, so that the seconds are right
-        return dict(zip(map(name_of, NEEDY), pool.map(bare.typed, NEEDY), strict=True))
+        return dict(zip(map(name_of, NEEDY), pool.map(typed, NEEDY, homes), strict=True))
 
 
 @pytest.mark.parametrize("step", NEEDY, ids=name_of)
