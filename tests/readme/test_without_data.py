@@ -32,7 +32,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 def refused(bare: Machine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Typed]]:
     """What came of all commands that miss something, each in a home of its own.
 
-    Two at a time, as they wait for a network more than they work; in one home they would wait for each other's download.
+    Two at a time, as they wait for a network more than they work; in one home one would wait for the other too.
     """
 
     def typed(step: list[Command], home: Path) -> list[Typed]:
