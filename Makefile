@@ -1,5 +1,6 @@
 # make demo          the main job on drawn images, in about half a minute and without a download
 # make test          the tests
+# make test-readme   types every command of the documents, in minutes
 # make lint          ruff and mypy
 # make coverage      the tests again, and which lines of the library they run
 # make torture       kills runs a hundred times and goes on with them, in a quarter of an hour
@@ -8,7 +9,6 @@
 # make mutations     thousands of damaged weights files, in minutes
 # make bench         against Keras, PyTorch and ONNX Runtime on this machine, in about a quarter of an hour
 # make tpu-report    what the TPU compiler says of it, on a machine without a TPU, in minutes
-# make installed     a short demo from an installed copy
 # make demo-weights  the demo backbone again, in one to two hours
 # The first of them makes a virtual environment in $(VENV).
 PYTHON ?= python3
@@ -18,13 +18,17 @@ BIN = $(VENV)/bin
 TOGETHER = -n 2 --dist worksteal
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint coverage torture parity parity-all mutations bench tpu-report installed demo-weights clean
+.PHONY: demo test test-readme lint coverage torture parity parity-all mutations bench tpu-report demo-weights clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python train.py --preset demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not parity" $(TOGETHER)
+	$(BIN)/python -m pytest -m "not parity and not readme" $(TOGETHER)
+
+# The commands of a file build on each other, so files go to one process each.
+test-readme: $(VENV)/.dev
+	$(BIN)/python -m pytest -m readme -n 2 --dist loadfile --durations=0 --durations-min=1 tests/readme
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -32,7 +36,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 coverage: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not parity" $(TOGETHER) --cov=cifar_jax --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -m "not parity and not readme" $(TOGETHER) --cov=cifar_jax --cov-report=term-missing:skip-covered
 
 torture: $(VENV)/.dev
 	$(BIN)/python -m tests.torture --kills 100
@@ -46,21 +50,13 @@ parity-all: $(VENV)/.parity
 mutations: $(VENV)/.dev
 	CIFAR_JAX_MUTATIONS=10000 $(BIN)/python -m pytest tests/pretrained/test_mutations.py
 
-# Keeps its figures in benchmarks/results and puts their tables into README.md. OPTIONS="--only backbone head" measures less.
+# Keeps its figures in benchmarks/results and puts their tables into docs/benchmarks.md. OPTIONS="--only backbone head" measures less.
 bench: $(VENV)-bench/.bench
 	$(VENV)-bench/bin/python -m benchmarks $(OPTIONS)
 
 # In an environment of its own: where libtpu is installed and no TPU is, JAX complains whenever it starts.
 tpu-report: $(VENV)-tpu/.tpu
 	$(VENV)-tpu/bin/python -m benchmarks.tpu_report
-
-# The wheel, outside of the checkout: all its parts are in it, and it finds its weights.
-installed: $(VENV)/.runtime
-	rm -rf build/installed
-	$(PIP) --no-deps --target build/installed .
-	cd build/installed && PYTHONPATH=. $(abspath $(BIN))/python -m cifar_jax train --preset demo \
-	  --train-examples 500 --test-examples 100 --out run
-	cd build/installed && PYTHONPATH=. $(abspath $(BIN))/python -m cifar_jax info
 
 # Needs cifar100_subset in TFDS_DATA_DIR; goes on where it was stopped.
 demo-weights: $(VENV)/.runtime

@@ -16,7 +16,9 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="This project's speed, and its peers'.")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--dataset", default="cifar10", help="cifar10, or shapes, which needs no download")
-    parser.add_argument("--out", type=Path, help="the file of results; by default one for this machine, in the README")
+    parser.add_argument(
+        "--out", type=Path, help="the file of results; by default this machine's, which docs/benchmarks.md shows"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny networks and no peers: whether it all runs")
     options = parser.parse_args(arguments)
     if options.quick and not options.out:
@@ -32,7 +34,7 @@ def main(arguments: list[str]) -> None:
             tables.write_results(out, name, section, about)
             print(f"\n{tables.table(section)}\n", flush=True)
             if not options.out:
-                tables.update_readme()
+                tables.update_page()
 
 
 def _slug(device: str) -> str:

@@ -1,4 +1,4 @@
-"""Tables of the kept figures in Markdown, and their place in the README: `python -m benchmarks.tables` fills it."""
+"""Tables of the kept figures in Markdown; `python -m benchmarks.tables` puts them into docs/benchmarks.md."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.processes import ROOT
 
-RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 BEGIN = "<!-- benchmarks: made by `python -m benchmarks.tables` from benchmarks/results -->"
 NAMED = ("jax", "keras", "tensorflow-cpu", "torch", "onnxruntime")
 END = "<!-- benchmarks: end -->"
@@ -81,17 +81,17 @@ def digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value < 10 else f"{value:.1f}"
 
 
-def in_readme(text: str, tables: str) -> str:
-    """A README with the tables between its marks."""
+def in_page(text: str, tables: str) -> str:
+    """A page with the tables between its marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 
-def update_readme() -> None:
-    """Puts the tables of all that is kept into the README."""
-    README.write_text(in_readme(README.read_text(encoding="utf-8"), markdown(read_results())), encoding="utf-8")
+def update_page() -> None:
+    """Puts the tables of all that is kept into docs/benchmarks.md."""
+    PAGE.write_text(in_page(PAGE.read_text(encoding="utf-8"), markdown(read_results())), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    update_readme()
+    update_page()

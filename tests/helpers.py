@@ -224,7 +224,9 @@ def _tiny_run(root: Path) -> TinyRun:
     return TinyRun(root / "run", Result(code, out.getvalue(), err.getvalue()))
 
 
-def write_tfds(root: Path, name: str = "tiny", train: int = 40, test: int = 20, **features: Any) -> Path:
+def write_tfds(
+    root: Path, name: str = "tiny", train: int = 40, test: int = 20, version: str = "1.0.0", **features: Any
+) -> Path:
     """Prepares a data set as TFDS does, below `root`; returns where it lies."""
     with quiet_tensorflow() as (tf, tfds):
         feature = {
@@ -239,7 +241,7 @@ def write_tfds(root: Path, name: str = "tiny", train: int = 40, test: int = 20, 
 
         builder = tfds.dataset_builders.TfDataBuilder(
             name=name,
-            version="1.0.0",
+            version=version,
             features=tfds.features.FeaturesDict(feature),
             split_datasets={"train": examples(train, 0), "test": examples(test, 1)},
             data_dir=root,

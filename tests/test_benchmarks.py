@@ -1,4 +1,4 @@
-"""The benchmarks run, what they compare is the same work, and the README shows the figures that are kept."""
+"""The benchmarks run, what they compare is the same work, and docs/benchmarks.md shows the figures that are kept."""
 
 import json
 import math
@@ -28,10 +28,10 @@ def section(unit: str, ours: list[float], theirs: list[float]) -> dict:
     return {"title": "Backbone", "about": "features", "unit": unit, "rows": rows}
 
 
-def test_readme_shows_what_is_kept():
-    readme = tables.README.read_text(encoding="utf-8")
-    assert readme.count(tables.BEGIN) == readme.count(tables.END) == 1
-    assert tables.in_readme(readme, tables.markdown(tables.read_results())) == readme, "run python -m benchmarks.tables"
+def test_page_shows_what_is_kept():
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert page.count(tables.BEGIN) == page.count(tables.END) == 1
+    assert tables.in_page(page, tables.markdown(tables.read_results())) == page, "run python -m benchmarks.tables"
 
 
 def test_what_is_kept_was_measured_often_enough_and_of_the_same_work():
