@@ -1,5 +1,6 @@
 """The command line: finds the command, and makes an exit code and one sentence of whatever goes wrong in it."""
 
+import contextlib
 import io
 import os
 import signal
@@ -10,23 +11,27 @@ from typing import NoReturn
 import jax
 
 from cifar_jax import commands
-from cifar_jax.devices import is_gone, is_out_of_memory, keep_freed_memory, use_all_cores
+from cifar_jax.devices import is_gone, is_out_of_memory, keep_freed_memory, missing_platform, use_all_cores
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.interruption import Terminated, listening
+from cifar_jax.parsing import program
 from cifar_jax.streams import CLOSED, OutputLost, guarded, is_closed_pipe, open_missing
+from cifar_jax.suggest import no_such
 from cifar_jax.text import printable
+from cifar_jax.version import __version__
 
-USAGE = """usage: python -m cifar_jax COMMAND [options]
+USAGE = """usage: {program} COMMAND [options]
 
-  train                  train a head on a frozen backbone (the same as python train.py)
+  train                  train a head on a frozen backbone, as train.py does
   evaluate RUN           score a run's head on its test images again
-  predict RUN IMAGE...   say what is in image files
-  features SRC...        write the features of a data set or of image files to --out FILE.npz
-  info [TOPIC]           versions, devices, known weights and data sets on this machine; info cache
-  convert SRC DST        weights of any form to our own (.safetensors), or back to Keras's (.h5) and others'
-  verify-weights FILE    what a weights file is, what becomes of each tensor, and all that is wrong with it
+  predict RUN IMAGE...   name the likeliest classes of image files
+  features SRC...        write the features of a data set or of images to a file
+  info [TOPIC]           versions, devices, weights and data sets; info cache
+  convert SRC DST        convert weights between our format, Keras and PyTorch
+  verify-weights FILE    check a weights file, tensor by tensor
 
-python -m cifar_jax COMMAND --help lists the options of a command."""
+  help COMMAND           list the options of a command, as COMMAND --help does
+  --version              print the version"""
 
 COMMANDS = {
     "train": commands.train,
@@ -55,24 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what its encoding does not
     # A training run has its directory to finish; the other commands live by what they print.
-    goes_on = arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments)
+    goes_on = arguments[:1] == ["train"] and not {"-h", "--help", "--version"} & set(arguments)
     with guarded(goes_on) as out:
         code = 0
-        try:
+        with contextlib.suppress(OutputLost):  # `out` has the reason
             code = _outcome(arguments)
-        except SystemExit:  # after --help
-            out.finish()
-            if out.error is None:
-                raise
-        except OutputLost:
-            pass  # `out` has the reason
         out.finish()
         return _with_output(code, out.error, goes_on)
 
 
 def _outcome(arguments: list[str]) -> int:
+    if arguments[-1:] == ["--version"]:  # of `train` too, which train.py runs
+        print(f"cifar-jax {__version__}")
+        return 0
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, file=sys.stdout if arguments else sys.stderr)
+        print(USAGE.format(program=program()), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     with listening():
         try:
@@ -88,9 +92,11 @@ def _command(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         if arguments[0] not in COMMANDS:
-            raise UserError(f"There is no command {arguments[0]!r}; choose one of {', '.join(COMMANDS)}.")
+            raise UserError(no_such("command", arguments[0], COMMANDS))
         jax.config.update("jax_debug_nans", debug)
         return COMMANDS[arguments[0]](arguments[1:])
+    except SystemExit as stop:  # of tyro, which has shown the help or what it does not understand
+        return stop.code if isinstance(stop.code, int) else 0
     except (UserError, RunError) as error:
         if debug:
             raise
@@ -101,6 +107,10 @@ def _command(arguments: list[str]) -> int:
         reason = str(error).partition("\n")[0] or "no more to be had"
         what = OUT_OF_MEMORY if is_out_of_memory(error) else DEVICE_FAILED
         return _say_error(f"{what} ({reason}).", 1, getattr(error, "__notes__", ()))
+    except (RuntimeError, AssertionError) as error:
+        if debug or (missing := missing_platform(error)) is None:
+            raise
+        return _say_error(missing, 2)
 
 
 def _with_output(code: int, error: OSError | None, goes_on: bool) -> int:

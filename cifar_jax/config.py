@@ -3,10 +3,13 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from tyro.conf import arg
 
 from cifar_jax.errors import UserError
+from cifar_jax.suggest import no_such
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class TrainConfig:
     """Options of a training run. Each is an option of `train` with dashes: `--batch-size 64`.
 
     Raises:
-      UserError: when a value cannot be, naming the option and what it may be.
+      UserError: for a value that is not allowed, naming the option and what it takes.
     """
 
     preset: str = "cifar10"
@@ -38,7 +41,7 @@ class TrainConfig:
     """passes over the training images"""
     batch_size: int = 64
     """examples a step; the last step of an epoch takes what is left"""
-    learning_rate: float = 0.01
+    learning_rate: Annotated[float, arg(aliases=("--lr",))] = 0.01
     """step size of SGD; with --schedule cosine its peak"""
     momentum: float = 0.0
     """momentum of SGD, 0 to below 1"""
@@ -71,7 +74,7 @@ class TrainConfig:
     remat: bool = False
     """finetune: compute each block's activations again in the backward pass, which takes less memory and more time"""
     hidden: tuple[int, ...] = (1024, 512)
-    """widths of the head's hidden layers"""
+    """widths of the head's hidden layers, as 512 256 or 512,256; none after it for a linear probe"""
     seed: int = 0
     """seed of everything random: initial head, order, subsets, drawn images"""
     train_examples: int | None = None
@@ -99,10 +102,10 @@ class TrainConfig:
     out: str | None = None
     """the run directory; else runs/TIME-PRESET"""
     config: str | None = None
-    """a run's config.json, from which the other options get their defaults: the same run again, in a directory of its
-    own; --preset does the same with a name"""
+    """a run directory or its config.json, from which the other options get their defaults: the same run again, in a
+    directory of its own; --preset does the same with a name"""
     resume: bool = False
-    """go on with the unfinished run in --out after its newest checkpoint, to the same bits; starts it if need be"""
+    """continue the unfinished run in --out from its newest checkpoint, to the same bits; start it if there is none"""
     checkpoint_every: int | None = None
     """steps after which a checkpoint is made within an epoch; else only at its end, and when Ctrl-C or SIGTERM comes"""
     keep_checkpoints: int = 2
@@ -121,8 +124,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Checks every value that can be judged without looking at data or files."""
         for name, hint in get_type_hints(TrainConfig).items():
-            must_be = " or ".join(get_args(hint)) if get_origin(hint) is Literal else f"of type {_type_name(hint)}"
-            _require(self, name, lambda v, hint=hint: _is_a(v, hint), must_be)
+            _require(self, name, lambda v, hint=hint: _is_a(v, hint), _type_in_words(hint))
         counts = (
             "epochs",
             "batch_size",
@@ -136,7 +138,7 @@ class TrainConfig:
         )
         for name in counts:
             _require(self, name, lambda v: v is None or v >= 1, "at least 1")
-        _require(self, "seed", lambda v: 0 <= v < 2**31, "in 0..2147483647")
+        _require(self, "seed", lambda v: 0 <= v < 2**31, "between 0 and 2147483647")
         for name in ("learning_rate", "backbone_learning_rate", "clip_norm"):
             _require(self, name, lambda v: v is None or 0 < v < math.inf, "a positive number")
         for name in ("momentum", "val_fraction", "label_smoothing", "bn_momentum"):
@@ -144,17 +146,17 @@ class TrainConfig:
         for name in ("weight_decay", "cache_limit"):
             _require(self, name, lambda v: 0 <= v < math.inf, "a number of at least 0")
         _require(self, "warmup_epochs", lambda v: 0 <= v < self.epochs, f"at least 0 and below --epochs {self.epochs}")
-        _require(self, "freeze_stages", lambda v: 0 <= v <= 4, "in 0..4")
-        _require(self, "augment", lambda v: len(set(v)) == len(v), "each of flip, crop and cutout at most once")
+        _require(self, "freeze_stages", lambda v: 0 <= v <= 4, "between 0 and 4")
+        _require(self, "augment", lambda v: len(set(v)) == len(v), "a list without repetitions")
         at_most = f"at most --batch-size {self.batch_size}"
         _require(self, "micro_batch", lambda v: v is None or v <= self.batch_size, at_most)
-        _require(self, "hidden", lambda v: all(1 <= width <= 2**20 for width in v), "widths of 1 to 1048576")
+        _require(self, "hidden", lambda v: all(1 <= width <= 2**20 for width in v), "widths between 1 and 1048576")
         for name in ("dataset", "weights"):
             _require(self, name, str.strip, "a name")
         sides = range(32, 4097, 32)  # the images' own side is 32
         _require(self, "image_size", lambda v: v is None or v in sides, "a multiple of 32, at most 4096")
         if self.preset not in PRESETS:
-            raise UserError(f"--preset {self.preset!r} is not known; choose one of {', '.join(sorted(PRESETS))}.")
+            raise UserError(no_such("--preset", self.preset, PRESETS))
         _check_together(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -166,11 +168,11 @@ class TrainConfig:
         """Reads what `to_json` wrote.
 
         Raises:
-          UserError: for a field that is not known or a value that cannot be.
+          UserError: for an unknown field or a value that is not allowed.
         """
         known = {field.name for field in dataclasses.fields(TrainConfig)}
         if unknown := sorted(set(fields) - known):
-            raise UserError(f"The configuration has fields that are not known: {', '.join(unknown)}; remove them.")
+            raise UserError(f"The configuration has unknown fields: {', '.join(unknown)}; remove them.")
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
         return TrainConfig(**values)
 
@@ -179,7 +181,7 @@ def _require(config: TrainConfig, name: str, holds: Any, must_be: str) -> None:
     value = getattr(config, name)
     if not holds(value):
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
-        raise UserError(f"--{name.replace('_', '-')} {shown} cannot be: it must be {must_be}.")
+        raise UserError(f"--{name.replace('_', '-')} must be {must_be}, got {shown}.")
 
 
 # What has a meaning only where the backbone trains.
@@ -219,9 +221,9 @@ def _check_together(config: TrainConfig) -> None:
     if config.bn_momentum != defaults["bn_momentum"] and config.bn_statistics == "frozen":
         raise UserError("--bn-momentum moves no statistics with --bn-statistics frozen; leave one of them out.")
     if config.resume and config.overwrite:
-        raise UserError("--resume goes on with the run that --overwrite removes; leave one of them out.")
+        raise UserError("--resume continues the run that --overwrite would remove; leave one of them out.")
     if config.resume and config.out is None:
-        raise UserError("--resume needs the directory of the run it goes on with; name it with --out.")
+        raise UserError("--resume needs the directory of the run to continue; name it with --out.")
 
 
 def _is_a(value: Any, hint: Any) -> bool:
@@ -236,10 +238,19 @@ def _is_a(value: Any, hint: Any) -> bool:
     return type(value) is hint or (hint is float and type(value) is int)
 
 
-def _type_name(hint: Any) -> str:
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "nothing"}
+
+
+def _type_in_words(hint: Any) -> str:
+    """A field's type as a message says it: `a whole number or nothing`."""
+    arguments = get_args(hint)
     if get_origin(hint) is tuple:
-        return f"list of {_type_name(get_args(hint)[0])}"
-    return hint.__name__ if type(hint) is type else str(hint)
+        item = arguments[0]
+        of = ", ".join(get_args(item)) if get_origin(item) is Literal else _WORDS[item].removeprefix("a ") + "s"
+        return f"a list of {of}"
+    if get_origin(hint) is Literal:
+        return " or ".join(arguments)
+    return " or ".join(_WORDS[one] for one in arguments or (hint,))
 
 
 # What each preset changes. `cifar10` is the job of the Keras notebook; `demo` shows it all in a minute, offline;

@@ -8,7 +8,11 @@ import sys
 
 import jax
 
+from cifar_jax.suggest import did_you_mean
+
 MOST = 8  # each holds a copy of the network
+# Platforms that JAX_PLATFORMS may name: what they are called, and the extra that brings the JAX for them.
+PLATFORMS = {"cuda": ("CUDA device", "cuda"), "gpu": ("CUDA device", "cuda"), "tpu": ("TPU", "tpu")}
 
 
 def use_all_cores() -> None:
@@ -40,6 +44,37 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_gone(error: BaseException) -> bool:
     """Whether a device failed or cannot be reached any more, as XLA and the drivers of CUDA and TPU say it."""
     return bool(re.match(r"(UNAVAILABLE|DATA_LOSS|ABORTED)|.*\b(CUDA_ERROR_\w+|device (is )?(lost|gone))", str(error)))
+
+
+def missing_platform(error: RuntimeError | AssertionError) -> str | None:
+    """A sentence on why JAX finds no device of what JAX_PLATFORMS names; None for any other error."""
+    failed = re.match(r"Unable to initialize backend '(\w+)': (.*?)( \(set JAX_PLATFORMS|$)", str(error))
+    if failed is None and not _is_of_jax(error):
+        return None
+    asked = [name for name in os.environ.get("JAX_PLATFORMS", "").split(",") if name not in ("", "cpu")]
+    name = failed[1] if failed and failed[1] in asked else (asked or ["cpu"])[0]
+    # That the JAX for a platform is not installed, the advice says in plain words.
+    told = failed is None or re.search(r"known backends|libtpu\.so", failed[2])
+    reason = "" if failed is None or told else f" ({failed[2]})"
+    if name in PLATFORMS:
+        device, extra = PLATFORMS[name]
+        install = f"pip install '.[{extra}]'"
+        return f"JAX finds no {device} here{reason}. Run {install} in the checkout, or unset JAX_PLATFORMS."
+    if not asked:
+        return f"JAX cannot use the devices of this machine{reason}. Set JAX_PLATFORMS=cpu to do without them."
+    meant = did_you_mean(name, ["cpu", *PLATFORMS])
+    return f"JAX knows no platform {name!r} here{reason}.{meant} Set JAX_PLATFORMS to cpu, cuda or tpu, or unset it."
+
+
+def _is_of_jax(error: RuntimeError | AssertionError) -> bool:
+    """Whether JAX fails to begin, which for CUDA without its plugin is a bare assertion."""
+    if isinstance(error, RuntimeError):
+        return False
+    try:
+        jax.devices()
+    except AssertionError:
+        return True
+    return False
 
 
 def keep_freed_memory() -> None:

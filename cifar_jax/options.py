@@ -1,17 +1,18 @@
-"""What each command may be told, as dataclasses that tyro reads, and one sentence for what is typed wrong."""
+"""The options of each command, as dataclasses that tyro reads."""
 
-import contextlib
-import io
-import re
+import os
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from cifar_jax.config import PRESETS, TrainConfig, preset
+from cifar_jax.data.load import check_name
 from cifar_jax.errors import UserError
 from cifar_jax.files import read_json_value
+from cifar_jax.parsing import REGISTRY, program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,16 @@ class FeaturesOptions(Common):
         """The configuration of a job that extracts the same features.
 
         Raises:
-          UserError: when a value cannot be.
+          UserError: for a value that is not allowed, or an unknown data set.
         """
+        from cifar_jax.feature_files import is_data_set
+
         theirs = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(self)}
         values = {name: getattr(self, name) for name in theirs - {"out", "overwrite", "profile", "debug"}}
-        return TrainConfig(dataset=self.src[0], batch_size=1, **values)
+        config = TrainConfig(dataset=self.src[0], batch_size=1, **values)
+        if is_data_set(self.src):
+            check_name(config.dataset, config.data_dir)
+        return config
 
 
 @dataclass(frozen=True)
@@ -151,32 +157,39 @@ _OF_THE_COMMAND = ("config", "out", "resume", "overwrite", "progress", "debug", 
 
 
 def parse_train(arguments: list[str]) -> TrainConfig:
-    """What `train` is told: by options, whose defaults are those of a preset or of an earlier run's config.json.
+    """Parses the options of `train`, whose defaults are those of a preset or of an earlier run's config.json.
 
     Raises:
-      UserError: when it cannot be.
+      UserError: for a value that is not allowed, or an unknown data set.
+      SystemExit: when tyro has shown what is wrong, or the help.
     """
     # They set the defaults of the rest, so they must be known before that can be parsed.
     name, file = _value_of("--preset", arguments), _value_of("--config", arguments)
-    if file is None:
-        return parse(TrainConfig, arguments, "train", default=preset(name or next(iter(PRESETS))))
-    if name is not None:
-        raise UserError(f"--config {file} says the preset as well; leave out --preset {name}.")
-    return replace(parse(TrainConfig, arguments, "train", default=_config_in(Path(file))), config=None)
+    if file is not None and name is not None:
+        raise UserError(f"--config {file} includes a preset; leave out --preset {name}.")
+    default = preset(name or next(iter(PRESETS))) if file is None else _config_in(Path(file))
+    config: TrainConfig = replace(parse(TrainConfig, arguments, "train", default=default), config=None)
+    # Before the weights are looked for: a name typed wrong should not cost their download.
+    check_name(config.dataset, config.data_dir)
+    return config
 
 
 def _config_in(path: Path) -> TrainConfig:
+    """The configuration in a config.json, or in that of a run directory."""
+    file = path / "config.json" if os.path.isdir(path) else path
+    hint = "name a run directory or its config.json."
     try:
-        found = read_json_value(path)
+        found = read_json_value(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"--config {path} cannot be read ({_reason(error)}); name a run's config.json.") from error
+        raise UserError(f"--config {file} cannot be read ({_reason(error)}); {hint}") from error
     usual = {field.name: field.default for field in fields(TrainConfig)}
     if not isinstance(found, dict) or not {"preset", "dataset", "weights"} <= set(found):
-        raise UserError(f"--config {path} is not what `train` writes; name a run's config.json.")
+        raise UserError(f"--config {file} was not written by `train`; {hint}")
     try:
         return TrainConfig.from_json(found | {name: usual[name] for name in _OF_THE_COMMAND})
     except UserError as error:
-        raise UserError(f"--config {path} is not as `train` wrote it ({error}); name a run's config.json.") from error
+        reason = str(error).rstrip(".")
+        raise UserError(f"--config {file} is not as `train` wrote it ({reason}); {hint}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -184,7 +197,7 @@ def _reason(error: Exception) -> str:
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in pairwise([*arguments, ""]):
         if argument == option and following:
             return following
         if argument.startswith(f"{option}="):
@@ -193,32 +206,15 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
 
 
 def parse(options: Any, arguments: list[str], command: str, **how: Any) -> Any:
-    """Parses by tyro; what it would show in a box of several lines becomes one sentence.
+    """Parses the options of a command by tyro, which shows in its own words what it does not understand.
 
     Raises:
-      UserError: which is that sentence.
+      UserError: for a flag that is given a value, of which tyro would name the value only.
+      SystemExit: when tyro has shown what is wrong, or the help.
     """
     for argument in arguments:
-        name, given, value = argument.removeprefix("--").removeprefix("no-").replace("-", "_").partition("=")
+        flag, given, value = argument.partition("=")
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
         if given and any(field.name == name and field.type is bool for field in fields(options)):
-            raise UserError(f"{argument} cannot be: --{name.replace('_', '-')} takes no value; leave out ={value}.")
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(shown):
-            return tyro.cli(options, args=arguments, prog=f"python -m cifar_jax {command}", **how)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_one_sentence(shown.getvalue(), command)) from None
-
-
-def _one_sentence(box: str, command: str) -> str:
-    lines = [line.strip("│ \n") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
-    text: list[str] = []
-    for line in lines:
-        if text and re.fullmatch(r"[─╰╯\s-]*", line):
-            break
-        if re.search(r"\w", line):
-            text.append(line)
-    sentence = " ".join(text).rstrip(".").removeprefix("Error parsing ")
-    return f"{sentence}; `python -m cifar_jax {command} --help` lists the options."
+            raise UserError(f"{flag} takes no value, got {value or 'an empty one'}; leave out ={value}.")
+    return tyro.cli(options, args=arguments, prog=f"{program()} {command}", registry=REGISTRY, **how)

@@ -78,6 +78,28 @@ def is_one_error(result: Result, code: int, *parts: str) -> None:
         assert part in lines[-1], (part, lines[-1])
 
 
+# How a message of tyro begins, with a box around it or, where the encoding has no lines, without.
+TYRO = re.compile(r"[╭─ ]+(Unrecognized options|Value error|Missing argument|Required options|Invalid choice)[ ─╮]+\n")
+
+
+def is_tyros_error(result: Result, *parts: str) -> None:
+    """The command ended with exit code 2 and nothing but tyro's message on stderr, which holds the parts."""
+    assert result.code == 2 and result.out == "" and TYRO.match(result.err), result
+    text = " ".join(re.sub(r"[│╭╮╰╯─]|-{9,}", " ", result.err).split())
+    assert re.search(r"For full helptext, (see|run):? .* --help$", text), result
+    assert "Traceback" not in text and "Error: " not in text, result
+    for part in parts:
+        assert part in text, (part, text)
+
+
+def is_refused(result: Result, *parts: str) -> None:
+    """The command ended as by a user's mistake: with an error of one line, or with tyro's message."""
+    if TYRO.match(result.err):
+        is_tyros_error(result, *parts)
+    else:
+        is_one_error(result, 2, *parts)
+
+
 def files_below(directory: Path) -> list[str]:
     """Every file and directory below one, hidden ones too, sorted; nothing if it does not exist."""
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))

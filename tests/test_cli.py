@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +13,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import NARROW, TINY, command, files_below, is_one_error, tiny_run
+from helpers import NARROW, TINY, command, files_below, is_one_error, is_tyros_error, tiny_run
 from PIL import Image
 
 import cifar_jax
 from cifar_jax import job
 from cifar_jax.checkpoint import load_checkpoint
-from cifar_jax.cli import main
+from cifar_jax.cli import COMMANDS, main
+from cifar_jax.config import TrainConfig
+from cifar_jax.data.load import check_name
+from cifar_jax.devices import missing_platform
 from cifar_jax.errors import UserError
 from cifar_jax.head import init_head
-from cifar_jax.pretrained import UNTRAINED, registry
+from cifar_jax.options import parse_train
+from cifar_jax.pretrained import UNTRAINED, download, registry
 
 ROOT = Path(cifar_jax.__file__).parent.parent
 
@@ -45,57 +50,186 @@ def picture(tmp_path):
 @pytest.mark.parametrize(
     ("typed", "parts"),
     [
-        ("--epochs 0", ["--epochs 0 cannot be", "at least 1"]),
-        ("--epochs four", ["--epochs", "'four'"]),
-        ("--epochs 1.5", ["--epochs", "'1.5'"]),
-        ("--epochs", ["--epochs", "Missing value"]),
-        ("--batch-size 0", ["--batch-size 0 cannot be"]),
-        ("--batch-size -3", ["--batch-size -3 cannot be"]),
+        ("--epochs 0", ["--epochs must be at least 1, got 0."]),
+        ("--batch-size 0", ["--batch-size must be at least 1, got 0."]),
+        ("--batch-size -3", ["--batch-size must be at least 1, got -3."]),
         ("--batch-size 129", ["--batch-size 129 is more than the 128 training images"]),
         ("--batch-size 128 --val-fraction 0.5", ["--batch-size 128 is more than the 64 training images"]),
-        ("--learning-rate 0", ["--learning-rate 0.0 cannot be", "a positive number"]),
-        ("--learning-rate -0.1", ["--learning-rate -0.1 cannot be"]),
-        ("--learning-rate nan", ["--learning-rate nan cannot be"]),
-        ("--learning-rate inf", ["--learning-rate inf cannot be"]),
-        ("--learning-rate 1e999", ["--learning-rate inf cannot be"]),
-        ("--momentum 1", ["--momentum 1.0 cannot be", "below 1"]),
-        ("--momentum -0.5", ["--momentum -0.5 cannot be"]),
-        ("--momentum nan", ["--momentum nan cannot be"]),
-        ("--seed -1", ["--seed -1 cannot be"]),
-        ("--seed 2147483648", ["--seed 2147483648 cannot be"]),
-        ("--val-fraction 1", ["--val-fraction 1.0 cannot be"]),
-        ("--val-fraction -0.1", ["--val-fraction -0.1 cannot be"]),
+        ("--learning-rate 0", ["--learning-rate must be a positive number, got 0.0."]),
+        ("--lr -0.1", ["--learning-rate must be a positive number, got -0.1."]),
+        ("--learning-rate nan", ["--learning-rate must be a positive number, got nan."]),
+        ("--learning-rate inf", ["--learning-rate must be a positive number, got inf."]),
+        ("--learning-rate 1e999", ["--learning-rate must be a positive number, got inf."]),
+        ("--momentum 1", ["--momentum must be at least 0 and below 1, got 1.0."]),
+        ("--momentum -0.5", ["--momentum must be at least 0 and below 1, got -0.5."]),
+        ("--momentum nan", ["--momentum must be at least 0 and below 1, got nan."]),
+        ("--seed -1", ["--seed must be between 0 and 2147483647, got -1."]),
+        ("--seed 2147483648", ["--seed must be between 0 and 2147483647, got 2147483648."]),
+        ("--val-fraction 1", ["--val-fraction must be at least 0 and below 1, got 1.0."]),
+        ("--val-fraction -0.1", ["--val-fraction must be at least 0 and below 1, got -0.1."]),
         ("--val-fraction 1e-9", ["--val-fraction 1e-09 of 128 training images holds out 0"]),
         ("--val-fraction 0.999", ["--val-fraction 0.999 of 128 training images holds out 128"]),
-        ("--hidden 0", ["--hidden 0 cannot be"]),
-        ("--hidden 16 -4", ["--hidden 16 -4 cannot be"]),
-        ("--hidden wide", ["--hidden", "wide"]),
-        ("--image-size 100", ["--image-size 100 cannot be", "a multiple of 32"]),
-        ("--image-size 0", ["--image-size 0 cannot be"]),
-        ("--image-size -32", ["--image-size -32 cannot be"]),
-        ("--image-size 1024000000", ["--image-size 1024000000 cannot be", "at most 4096"]),
-        ("--hidden 99999999", ["--hidden 99999999 cannot be"]),
+        ("--hidden 0", ["--hidden must be widths between 1 and 1048576, got 0."]),
+        ("--hidden 16 -4", ["--hidden must be widths between 1 and 1048576, got 16 -4."]),
+        ("--hidden 99999999", ["--hidden must be widths between 1 and 1048576, got 99999999."]),
+        ("--image-size 100", ["--image-size must be a multiple of 32, at most 4096, got 100."]),
+        ("--image-size 0", ["--image-size must be", "got 0."]),
+        ("--image-size -32", ["--image-size must be", "got -32."]),
+        ("--image-size 1024000000", ["--image-size must be", "at most 4096, got 1024000000."]),
         ("--train-examples 1000001", ["--train-examples 1000001 is more than the 1000000 images that are drawn"]),
-        ("--train-examples 0", ["--train-examples 0 cannot be"]),
-        ("--test-examples -1", ["--test-examples -1 cannot be"]),
-        ("--extract-batch-size 0", ["--extract-batch-size 0 cannot be"]),
-        ("--mode eager", ["--mode", "'eager'", "'cached', 'live'"]),
-        ("--precision float16", ["--precision", "'float16'", "'float32', 'bfloat16'"]),
-        ("--preset imagenet", ["--preset 'imagenet' is not known", "cifar10, demo"]),
-        ("--preset=", ["--preset '' is not known"]),
-        ("--preset", ["--preset", "Missing value"]),
-        ("--learning_rate", ["Missing value"]),
-        ("--lr 0.1", ["--lr"]),
-        ("--epoch 3", ["--epoch"]),
-        ("--no-progress=maybe", ["maybe"]),
-        ("stray words", ["stray", "words"]),
+        ("--train-examples 0", ["--train-examples must be at least 1, got 0."]),
+        ("--test-examples -1", ["--test-examples must be at least 1, got -1."]),
+        ("--extract-batch-size 0", ["--extract-batch-size must be at least 1, got 0."]),
+        ("--preset imagenet", ["There is no --preset 'imagenet'.", "Choose one of cifar10, demo, finetune, pretrain."]),
+        ("--preset finetuning", ["There is no --preset 'finetuning'. Did you mean finetune?"]),
+        ("--preset=", ["There is no --preset ''. Choose one of cifar10"]),
+        ("--variant timm", ["There is no --variant 'timm'. Did you mean torchvision? Choose one of keras, "]),
+        ("--weights imagenet", ["'imagenet'. Did you mean keras-resnet50?", "one of demo, keras-resnet50, "]),
+        ("--weights ResNet50", ["'ResNet50'. Did you mean keras-resnet50?"]),
+        (
+            "--dataset CIFAR10",
+            ["There is no data set 'CIFAR10' in ", "Did you mean cifar10? --dataset takes "],
+        ),
+        ("--no-progress=maybe", ["--no-progress takes no value, got maybe; leave out =maybe."]),
+        ("--config there --preset demo", ["--config there includes a preset; leave out --preset demo."]),
     ],
 )
-def test_options_that_cannot_be(tmp_path, capsys, typed, parts):
+def test_options_that_are_not_allowed(tmp_path, capsys, typed, parts):
     out = tmp_path / "out"
-    result = command(capsys, "train", *TINY, "--out", out, "--cache-dir", tmp_path / "cache", *typed.split())
+    tiny = TINY[2:] if "--preset" in typed else TINY
+    tiny = tiny if "--variant" not in typed else ("--preset", "demo")
+    result = command(capsys, "train", *tiny, "--out", out, "--cache-dir", tmp_path / "cache", *typed.split())
     is_one_error(result, 2, *parts)
     assert result.out == "" and written_below(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "parts"),
+    [
+        ("--epochs four", ["Error parsing --epochs: it takes a whole number, got four."]),
+        ("--epochs 2.5", ["Error parsing --epochs: it takes a whole number, got 2.5."]),
+        ("--epochs=", ["Error parsing --epochs: it takes a whole number, got nothing."]),
+        ("--train-examples many", ["Error parsing --train-examples: it takes a whole number, got many."]),
+        ("--lr small", ["--learning-rate: it takes a number, got small."]),
+        ("--clip-norm x", ["Error parsing --clip-norm: it takes a number, got x."]),
+        ("--hidden wide", ["Error parsing --hidden: it takes a whole number, got wide."]),
+        ("--hidden 512;256", ["Error parsing --hidden: it takes a whole number, got 512;256."]),
+        ("--hidden=", ["Error parsing --hidden: it takes a whole number, got nothing."]),
+        ("--augment flip,turn", ["Error parsing --augment: it takes any of flip, crop, cutout, got turn."]),
+        ("--epochs", ["Missing value for argument '--epochs'"]),
+        ("--preset", ["Missing value for argument '--preset'"]),
+        ("--learning_rate", ["Missing value for argument", "--learning-rate"]),
+        ("--mode eager", ["invalid choice 'eager' for argument '--mode'", "'cached', 'live', 'finetune'"]),
+        ("--precision float16", ["invalid choice 'float16' for argument '--precision'", "'float32', 'bfloat16'"]),
+        ("--epoch 3", ["Unrecognized options: --epoch, 3", "Perhaps you meant: --epochs INT"]),
+        ("--learning-rates 3", ["Unrecognized options: --learning-rates, 3", "--learning-rate FLOAT"]),
+        ("stray words", ["Unrecognized options: stray, words"]),
+    ],
+)
+def test_what_tyro_does_not_understand_is_shown_in_its_words(tmp_path, capsys, monkeypatch, typed, parts):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = command(capsys, "train", *TINY, "--out", tmp_path / "out", *typed.split())
+    is_tyros_error(result, *parts)
+    assert max(map(len, result.err.splitlines())) <= 80 and files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "value"),
+    [
+        ("--lr 0.5", "learning_rate", 0.5),
+        ("--lr=0.5", "learning_rate", 0.5),
+        ("--learning-rate 0.5", "learning_rate", 0.5),
+        ("--hidden 512,256", "hidden", (512, 256)),
+        ("--hidden=512,256", "hidden", (512, 256)),
+        ("--hidden 512, 256", "hidden", (512, 256)),
+        ("--hidden 512 256", "hidden", (512, 256)),
+        ("--hidden 512", "hidden", (512,)),
+        ("--hidden", "hidden", ()),
+        ("--mode live --augment flip,crop", "augment", ("flip", "crop")),
+        ("--mode live --augment flip crop", "augment", ("flip", "crop")),
+        ("--preset demo --train-examples None", "train_examples", None),
+        ("--train-examples 20", "train_examples", 20),
+        ("--momentum 0", "momentum", 0.0),
+        ("", "preset", "cifar10"),
+    ],
+)
+def test_values_of_options(typed, name, value):
+    config = parse_train(typed.split())
+    assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
+
+
+def test_no_option_at_all_is_the_main_job(tmp_path, capsys, monkeypatch):
+    """Without its weights, its data or a network it ends in a sentence."""
+    assert parse_train([]) == TrainConfig()
+
+    def refuse(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert sum(download.WAITS) < 10
+    monkeypatch.setattr(download, "WAITS", (0.0,))
+    monkeypatch.chdir(tmp_path)
+    is_one_error(command(capsys, "train"), 2, "The weights keras-resnet50 are not on this machine", "no connection")
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize("verb", ["train", "features"])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("CIFAR10", "There is no data set 'CIFAR10'"),
+        ("Cifar_10", "Did you mean cifar10?"),
+        ("shape", "Did you mean shapes?"),
+        ("svhn", "Did you mean svhn_cropped?"),
+        ("Tiny", "Did you mean tiny?"),
+        ("cats", "--dataset takes a name, and cats is a path. Give cifar10, shapes, or another TFDS data set"),
+    ],
+)
+def test_an_unknown_data_set_is_refused_before_any_download(tmp_path, capsys, monkeypatch, verb, name, part):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "tiny" / "1.0.0").mkdir(parents=True)
+    (tmp_path / "data" / "tiny" / "1.0.0" / "dataset_info.json").touch()
+    (tmp_path / "cats").mkdir()
+    arguments = {"train": ["--dataset", name], "features": [name, "--out", "of.npz"]}[verb]
+    monkeypatch.setattr(registry, "download", lambda *_, **__: pytest.fail("a download begins"))
+    is_one_error(command(capsys, verb, *arguments, "--data-dir", "data"), 2, part)
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("photos/cats", "photos/cats is a path. Give cifar10, shapes, or another TFDS data set of 32x32 images"),
+        ("nowhere/cats", "nowhere/cats is a path"),
+        ("./notes.txt", "./notes.txt is a path"),
+        ("data/tiny", "data/tiny is a path; give --dataset tiny --data-dir data."),
+    ],
+)
+def test_a_path_is_no_data_set(tmp_path, capsys, monkeypatch, path, part):
+    monkeypatch.chdir(tmp_path)
+    for directory in ("photos/cats", "data/tiny/1.0.0"):
+        (tmp_path / directory).mkdir(parents=True)
+    for file in ("notes.txt", "data/tiny/1.0.0/dataset_info.json"):
+        (tmp_path / file).touch()
+    is_one_error(command(capsys, "train", "--dataset", path), 2, f"--dataset takes a name, and {part}")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "shapes", "mnist", "cifar10_corrupted/fog_1", "cifar10:3.0.2", "tiny"])
+def test_names_of_data_sets(tmp_path, name):
+    (tmp_path / "tiny" / "1.0.0").mkdir(parents=True)
+    (tmp_path / "tiny" / "1.0.0" / "dataset_info.json").touch()
+    check_name(name, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("variant", "part"),
+    [
+        ("timm", "There is no --variant 'timm'. Did you mean torchvision?"),
+        ("keras-2016", "--variant keras-2016 does not fit keras-resnet50, whose tensors have the names of keras"),
+    ],
+)
+def test_a_variant_that_does_not_fit_is_refused_before_any_download(monkeypatch, capsys, variant, part):
+    monkeypatch.setattr(registry, "download", lambda *_, **__: pytest.fail("a download begins"))
+    is_one_error(command(capsys, "train", "--variant", variant), 2, part)
 
 
 def written_below(directory):
@@ -106,24 +240,109 @@ def written_below(directory):
 @pytest.mark.parametrize(
     ("typed", "parts"),
     [
-        (["trian"], ["There is no command 'trian'", "train, evaluate, predict, features, info"]),
+        (["trian"], ["There is no command 'trian'. Did you mean train?", "train, evaluate, predict, features, info"]),
+        (["help", "Evaluate"], ["There is no command 'Evaluate'. Did you mean evaluate?"]),
         (["--epochs", "3"], ["There is no command '--epochs'"]),
         ([""], ["There is no command ''"]),
-        (["evaluate"], ["Missing", "the run directory"]),
-        (["predict"], ["Missing", "the run directory"]),
         (["predict", "run"], ["predict needs images"]),
-        (["evaluate", "run", "another"], ["another"]),
-        (["info", "--verbose"], ["--verbose"]),
     ],
 )
-def test_commands_that_cannot_be(capsys, typed, parts):
+def test_commands_that_are_not_there(capsys, typed, parts):
     is_one_error(command(capsys, *typed), 2, *parts)
 
 
-def test_no_command_shows_how_it_is_used(capsys):
+@pytest.mark.parametrize(
+    ("typed", "parts"),
+    [
+        (["evaluate"], ["Missing", "the run directory"]),
+        (["predict"], ["Missing", "the run directory"]),
+        (["evaluate", "run", "another"], ["Unrecognized options: another"]),
+        (["info", "--verbose"], ["Unrecognized options: --verbose"]),
+    ],
+)
+def test_arguments_of_other_commands(capsys, typed, parts):
+    is_tyros_error(command(capsys, *typed), *parts)
+
+
+def test_no_command_shows_how_it_is_used(capsys, monkeypatch):
     result = command(capsys)
     assert result.code == 2 and result.out == "" and result.err.startswith("usage: python -m cifar_jax COMMAND")
-    assert command(capsys, "--help") == (0, result.err, "")
+    for name in (*COMMANDS, "help COMMAND", "--version"):
+        assert f"\n  {name}" in result.err
+    assert max(map(len, result.err.splitlines())) <= 80
+    for typed in (["--help"], ["-h"], ["help"], ["help", "--help"]):
+        assert command(capsys, *typed) == (0, result.err, "")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/cifar-jax"])
+    assert command(capsys, "--help").out.startswith("usage: cifar-jax COMMAND")
+    assert command(capsys, "train", "--help").out.startswith("usage: cifar-jax train [")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_the_options_of_a_command(capsys, name):
+    result = command(capsys, name, "--help")
+    assert result.code == 0 and result.err == "" and result.out.startswith(f"usage: python -m cifar_jax {name} [")
+    assert command(capsys, "help", name) == result
+
+
+def test_the_version(capsys):
+    for typed in ([], ["train"]):  # train.py puts the command in front
+        assert command(capsys, *typed, "--version") == (0, f"cifar-jax {cifar_jax.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("platforms", "message"),
+    [
+        ("cuda", "JAX finds no CUDA device here. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS."),
+        ("gpu", "JAX finds no CUDA device here. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS."),
+        (
+            "cpu,kuda",
+            "JAX knows no platform 'kuda' here. Did you mean cuda? Set JAX_PLATFORMS to cpu, cuda or tpu, or ",
+        ),
+    ],
+)
+def test_a_platform_without_a_device(tmp_path, platforms, message):
+    away = environment(tmp_path) | {"JAX_PLATFORMS": platforms}
+    arguments = ["train", *TINY, "--out", tmp_path / "out"] if platforms == "cuda" else ["info"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar_jax", *arguments], cwd=tmp_path, env=away, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith(f"Error: {message}") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("platforms", "error", "message"),
+    [
+        (
+            "tpu",
+            "Unable to initialize backend 'tpu': INTERNAL: Failed to open libtpu.so: x",
+            "JAX finds no TPU here. Run",
+        ),
+        (
+            "tpu,cpu",
+            "Unable to initialize backend 'tpu': ABORTED: in use by 7 (set JAX_PLATFORMS='' to automatically choose)",
+            "JAX finds no TPU here (ABORTED: in use by 7). Run pip install '.[tpu]' in the checkout, or unset",
+        ),
+        (
+            "",
+            "Unable to initialize backend 'tpu': ABORTED: in use",
+            "JAX cannot use the devices of this machine (A",
+        ),
+    ],
+)
+def test_what_jax_says_of_a_platform(monkeypatch, platforms, error, message):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert missing_platform(RuntimeError(error)).startswith(message)
+    assert missing_platform(RuntimeError("another")) is None and missing_platform(AssertionError()) is None
+
+
+def test_a_run_directory_is_a_configuration(run, tmp_path, capsys):
+    config = parse_train(["--config", str(run), "--epochs", "7"])
+    assert config == parse_train(["--config", str(run / "config.json"), "--epochs", "7"])
+    assert (config.epochs, config.hidden, config.out) == (7, (8,), None)
+    (tmp_path / "empty").mkdir()
+    result = command(capsys, "train", "--config", tmp_path / "empty")
+    is_one_error(result, 2, f"{tmp_path}/empty/config.json cannot be read", "name a run directory or its config.json")
 
 
 def test_a_strange_file_name_keeps_the_error_on_one_line(tmp_path, capsys):
@@ -133,7 +352,7 @@ def test_a_strange_file_name_keeps_the_error_on_one_line(tmp_path, capsys):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(UserError, match="--epochs 0 cannot be"):
+    with pytest.raises(UserError, match="--epochs must be at least 1"):
         main(["train", *TINY, "--epochs", "0", "--debug"])
     main(["info"])  # without it, NaNs are not looked for any more
     assert not jax.config.jax_debug_nans

@@ -1,20 +1,69 @@
 """From the name of a data set to its arrays, cut down to what was asked for."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from cifar_jax.data import shapes
 from cifar_jax.data.dataset import Dataset, Splits, balanced_subset
-from cifar_jax.data.tfds import load_tfds
+from cifar_jax.data.tfds import data_root, find_prepared, known_to_tfds, load_tfds, prepared_names
 from cifar_jax.errors import UserError
 from cifar_jax.keys import stream_key
+from cifar_jax.suggest import did_you_mean
 
 # Drawn images cost nothing to keep apart: as many as CIFAR-10 has, unless fewer are asked for.
 SHAPES_TRAIN, SHAPES_TEST = 50_000, 10_000
 SHAPES_VERSION = "1.0.0"
 MOST_SHAPES = 1_000_000  # 3 GB: of drawn images there is no end
+
+# The sets of 32x32 images that TFDS has, which need not be looked up.
+OF_TFDS = ("cifar10", "cifar100", "svhn_cropped", "cifar10_corrupted", "cmaterdb")
+TAKES = "cifar10, shapes, or another TFDS data set of 32x32 images"
+
+
+def check_name(name: str, data_dir: str | None = None) -> None:
+    """Refuses what is not the name of a data set, at once: nothing is downloaded and TensorFlow is not imported.
+
+    Args:
+      name: `shapes`, a set that is prepared below the data directory, or one that TFDS knows, as `svhn_cropped`,
+        `cifar10_corrupted/fog_1` or `cifar10:3.0.2`.
+      data_dir: where TFDS keeps its sets.
+
+    Raises:
+      UserError: when it is a path, or there is no such set, with the name that was probably meant.
+    """
+    if name in ("shapes", *OF_TFDS) or name in (prepared := prepared_names(data_dir)):
+        return
+    has_separator = "/" in name or os.sep in name
+    if has_separator and os.path.exists(os.path.expanduser(name)):
+        raise UserError(_not_a_path(name))
+    known = known_to_tfds()
+    # Without TFDS nobody knows, and names with a colon may be of its community: they are for TFDS to judge.
+    if not known or ":" in name or name.partition("/")[0] in known:
+        return
+    if has_separator or os.path.lexists(name):
+        raise UserError(_not_a_path(name))
+    # A name of the sets that fit goes first: `cifar-10` is nearer to cifar10 than to any other of TFDS's hundreds.
+    meant = did_you_mean(name, ["shapes", *OF_TFDS, *prepared]) or did_you_mean(name, known)
+    raise UserError(
+        f"There is no data set {name!r} in {data_root(data_dir)} or TFDS.{meant} --dataset takes {TAKES}; --data-dir "
+        "says where TFDS prepared a set of your own."
+    )
+
+
+def _not_a_path(name: str) -> str:
+    path = Path(os.path.expanduser(name))
+    if found := find_prepared(path.name, str(path.parent)):
+        return (
+            f"--dataset takes a name, and {name} is a path; give --dataset {path.name} --data-dir {found.parents[1]}."
+        )
+    return (
+        f"--dataset takes a name, and {name} is a path. Give {TAKES}; --data-dir says where TFDS prepared a set of "
+        "your own."
+    )
 
 
 def load_splits(
@@ -39,10 +88,11 @@ def load_splits(
       say: is called with each sentence that the user should see.
 
     Raises:
-      UserError: when the set cannot be had, is damaged, or has fewer examples than asked for.
+      UserError: when there is no such set, it is damaged, or it has fewer examples than asked for.
     """
     if name == "shapes":
         return _draw_splits(train_examples or SHAPES_TRAIN, test_examples or SHAPES_TEST, seed)
+    check_name(name, data_dir)
     splits = load_tfds(name, data_dir, cache_dir, say)
     return splits._replace(
         train=_subset(splits.train, train_examples, stream_key(seed, "train_subset"), "training"),

@@ -35,10 +35,29 @@ def data_root(data_dir: str | None) -> Path:
 
 def find_prepared(name: str, data_dir: str | None) -> Path | None:
     """The newest prepared version of a data set below the data directory, or None."""
-    found = [info.parent for info in (data_root(data_dir) / name).glob("*/dataset_info.json")]
-    # What TFDS left unfinished has another name: 1.0.0.incompleteXXXXXX, incomplete.XXXXXX_1.0.0.
-    versions = [path for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+    versions = _versions(data_root(data_dir) / name, "*")
     return max(versions, key=lambda path: [int(number) for number in path.name.split(".")], default=None)
+
+
+def prepared_names(data_dir: str | None) -> set[str]:
+    """The names of all prepared data sets below the data directory, as `--dataset` takes them."""
+    root = data_root(data_dir)
+    return {str(path.parent.relative_to(root)) for depth in ("*/*", "*/*/*") for path in _versions(root, depth)}
+
+
+def _versions(root: Path, depth: str) -> list[Path]:
+    found = [info.parent for info in root.glob(f"{depth}/dataset_info.json")]
+    # What TFDS left unfinished has another name: 1.0.0.incompleteXXXXXX, incomplete.XXXXXX_1.0.0.
+    return [path for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+
+
+def known_to_tfds() -> list[str]:
+    """The names of all data sets that TFDS can prepare, without TensorFlow or a network; none without TFDS."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        return []
+    return list(tfds.list_builders(with_community_datasets=False))
 
 
 def load_tfds(

@@ -164,6 +164,7 @@ def _bring(session: requests.Session, place: str, part: _Part, say: Say, sleep: 
             furthest = max(furthest, part.end)
             if failure.wait is None or tries > len(WAITS):
                 raise
-            wait = max(WAITS[tries - 1], failure.wait)
+            # Where there is no network at all, who waits for it should hear of it soon.
+            wait = WAITS[0] if isinstance(failure, Unreachable) else max(WAITS[tries - 1], failure.wait)
             say(f"Trying again in {wait:.0f} s: {failure}")
             sleep(wait)

@@ -14,6 +14,8 @@ from cifar_jax.pretrained.keras_h5 import read_keras_archive, read_keras_h5
 from cifar_jax.pretrained.reading import Reading, backbone_of
 from cifar_jax.pretrained.torch_file import Checkpoint, read_torch, without_prefixes
 from cifar_jax.pretrained.untrained import UNTRAINED
+from cifar_jax.pretrained.variants import VARIANTS, check_variant
+from cifar_jax.suggest import did_you_mean
 
 # What the name of a file ends in that was meant as one, even if it is not there.
 SUFFIXES = (".h5", ".hdf5", ".keras", ".pth", ".pt", ".bin", ".safetensors")
@@ -66,12 +68,18 @@ def read_weights(
         raise WeightsError(
             f"{path_or_name} is an untrained network, which is made from images, not loaded: use `random_backbone`."
         )
-    if str(path_or_name) in registry.entries() and not os.path.isfile(path):
+    entry = None if os.path.isfile(path) else registry.entries().get(str(path_or_name))
+    # Before a download, which a variant typed wrong should not cost.
+    known = VARIANTS.get(entry.variant) if entry else None
+    check_variant(variant, known.family if known else None, str(path_or_name))
+    if entry is not None:
         path = registry.fetch(str(path_or_name), cache_dir, say, progress)
     elif not os.path.exists(path) and path.suffix not in SUFFIXES and path.parent == Path():
+        names = [*registry.entries(), *UNTRAINED]
         raise WeightsError(
-            f"There is no file and no known name {str(path_or_name)!r}; --weights takes a path or one of "
-            f"{', '.join([*registry.entries(), *UNTRAINED])}."
+            f"There is no file and no known name {str(path_or_name)!r}."
+            f"{did_you_mean(str(path_or_name), names, registry.ALIASES)} --weights takes a path or one of "
+            f"{', '.join(names)}."
         )
     return _from_file(weights_in(path) if os.path.isdir(path) else path, variant, say)
 

@@ -12,8 +12,16 @@ from cifar_jax.errors import RunError
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained.download import NotDownloaded, Say, download, has_digest
 from cifar_jax.pretrained.errors import WeightsError
+from cifar_jax.suggest import no_such
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+# What the libraries that publish the weights call them.
+ALIASES = {
+    **dict.fromkeys(("imagenet", "keras"), "keras-resnet50"),
+    **dict.fromkeys(("imagenet1k_v1", "v1"), "torchvision-resnet50-v1"),
+    **dict.fromkeys(("imagenet1k_v2", "v2", "torchvision", "pytorch", "default"), "torchvision-resnet50-v2"),
+}
 
 
 def no_progress(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -146,9 +154,7 @@ def fetch(name: str, cache_dir: str | None = None, say: Say = lambda _: None, pr
     """
     entry = entries().get(name)
     if entry is None:
-        raise WeightsError(
-            f"There is no file and no known name {name!r}; --weights takes a path or one of {', '.join(entries())}."
-        )
+        raise WeightsError(no_such("known weights file", name, entries(), ALIASES))
     found, notes = find_local(entry, cache_dir)
     if found is not None:
         return found

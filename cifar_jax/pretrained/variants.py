@@ -12,6 +12,7 @@ from typing import Any
 from cifar_jax.preprocess import CAFFE, TORCH, Preprocessing
 from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.resnet import ResNetConfig
+from cifar_jax.suggest import no_such
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ VARIANTS = {
     )
 }
 
+# What people call them by the library that a file is from.
+ALIASES = {
+    **dict.fromkeys(("tensorflow", "tf", "caffe"), "keras"),
+    **dict.fromkeys(("timm", "torch", "pytorch"), "torchvision"),
+    **dict.fromkeys(("transformers", "hf", "hugging-face"), "huggingface"),
+}
+
 # The networks that are published, by the blocks of their stages.
 DEPTHS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "ResNet50", (3, 4, 23, 3): "ResNet101", (3, 8, 36, 3): "ResNet152"}
 
@@ -71,6 +79,27 @@ def check_depth(stage_sizes: tuple[int, ...], what: str) -> None:
         raise WeightsError(f"{what} holds a ResNet with {stage_sizes} blocks, not {known}; give one of these.")
 
 
+def check_variant(asked: str | None, family: str | None = None, what: str = "") -> None:
+    """Refuses an unknown variant, or one of other weights than those at hand.
+
+    Args:
+      asked: the user's `--variant`.
+      family: of the weights' tensor names, where it is known.
+      what: the weights, for the error.
+
+    Raises:
+      WeightsError: which says what to give instead.
+    """
+    if asked is None:
+        return
+    if asked not in VARIANTS:
+        raise WeightsError(no_such("--variant", asked, VARIANTS, ALIASES))
+    if family is not None and VARIANTS[asked].family != family:
+        raise WeightsError(
+            f"--variant {asked} does not fit {what}, whose tensors have the names of {family}; leave the option out."
+        )
+
+
 def choose_variant(
     family: str, by_hash: str | None, describe: Callable[[Variant], Variant] | None, asked: str | None, what: str
 ) -> tuple[Variant, str]:
@@ -87,14 +116,9 @@ def choose_variant(
       The variant, and what decided it, in words.
 
     Raises:
-      WeightsError: when `asked` is not known or contradicts the file.
+      WeightsError: when `asked` is unknown or contradicts the file.
     """
-    if asked is not None and asked not in VARIANTS:
-        raise WeightsError(f"--variant {asked} is not known; choose one of {', '.join(VARIANTS)}.")
-    if asked is not None and VARIANTS[asked].family != family:
-        raise WeightsError(
-            f"--variant {asked} does not fit {what}, whose tensors have the names of {family}; leave the option out."
-        )
+    check_variant(asked, family, what)
     default = VARIANTS[by_hash or family]
     if describe is not None:
         described = describe(default)

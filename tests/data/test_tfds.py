@@ -228,8 +228,8 @@ def test_no_data_and_no_network_is_explained(tmp_path, capsys, offline):
     [
         ("cifar11", "There is no data set 'cifar11' in"),
         ("shape", "There is no data set 'shape' in"),
-        ("../cifar10", "'../cifar10' is not in"),
-        ("no such set", "'no such set' is not in"),
+        ("../cifar10", "--dataset takes a name, and ../cifar10 is a path"),
+        ("no such set", "There is no data set 'no such set' in"),
     ],
 )
 def test_an_unknown_name_is_explained(tmp_path, capsys, name, part):

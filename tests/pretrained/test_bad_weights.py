@@ -356,7 +356,7 @@ def test_model_descriptions_that_describe_no_resnet(tmp_path, description):
 @pytest.mark.parametrize(
     ("family", "variant", "parts"),
     [
-        ("keras", "resnet", ["--variant resnet is not known", "keras, keras-2016, keras-2016-unpadded"]),
+        ("keras", "resnet", ["There is no --variant 'resnet'.", "keras, keras-2016, keras-2016-unpadded"]),
         ("keras", "torchvision", ["--variant torchvision does not fit", "the names of keras;"]),
         ("keras", "keras-2016", ["--variant keras-2016 does not fit", "the names of keras;"]),
         ("keras-2016", "keras", ["--variant keras does not fit", "the names of keras-2016;"]),

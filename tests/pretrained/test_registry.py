@@ -242,7 +242,7 @@ def test_an_unknown_name_lists_the_known_ones():
         with pytest.raises(WeightsError, match="no known name") as caught:
             load_backbone(name)
         assert all(known_name in str(caught.value) for known_name in [*registry.entries(), "random", "random-w16"])
-    with pytest.raises(WeightsError, match="no known name 'keras-resnet'"):
+    with pytest.raises(WeightsError, match=r"no known weights file 'keras-resnet'\. Did you mean keras-resnet50\?"):
         registry.fetch("keras-resnet")
 
 
