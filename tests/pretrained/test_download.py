@@ -250,7 +250,7 @@ def test_a_download_goes_on_where_it_broke_off(target):
     assert outcome.error is None and len(starts) == 3
     assert all(a + CHUNK <= b for a, b in itertools.pairwise(starts)), starts  # less than a chunk is lost
     assert outcome.bar == sorted(outcome.bar) and outcome.bar[-1] == SIZE
-    assert outcome.slept == [WAITS[0]] * 3 * 2
+    assert outcome.slept == [WAITS[0]] * 2
 
 
 def test_what_brings_something_new_is_tried_as_often_as_it_takes(target):
