@@ -26,7 +26,6 @@ NOT_TYPED = {
     "make parity-all": LONG,
     "make bench": LONG,
     "make torture": LONG,
-    "make coverage": LONG,
     "make mutations": LONG,
     "make tpu-report": LONG,
     "make demo-weights": "takes two hours and CIFAR-100",
