@@ -1,4 +1,4 @@
-"""The command line: finds the command, and makes an exit code and one sentence of whatever goes wrong in it."""
+"""The command line: finds the command, and turns whatever goes wrong in it into an exit code and a plain message."""
 
 import contextlib
 import io

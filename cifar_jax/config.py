@@ -1,4 +1,4 @@
-"""What a run is told: one small frozen dataclass, its checks, and the named presets."""
+"""The configuration of a run: one frozen dataclass, its checks, and the named presets."""
 
 import dataclasses
 import math
@@ -50,7 +50,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     """share of every kernel that is added to its gradient; biases and BatchNorm are left out"""
     schedule: Literal["constant", "cosine"] = "constant"
-    """how the learning rate goes on: constant, or to zero along a cosine over all steps"""
+    """learning rate schedule: constant, or a cosine that falls to zero over all steps"""
     warmup_epochs: float = 0.0
     """epochs over which --schedule cosine first rises to the learning rate; below --epochs"""
     label_smoothing: float = 0.0

@@ -17,7 +17,7 @@ from cifar_jax.parsing import REGISTRY, program
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """What every command may be told."""
+    """Options of every command."""
 
     json: bool = False
     """print JSON"""
@@ -198,7 +198,7 @@ def _reason(error: Exception) -> str:
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
     for argument, following in pairwise([*arguments, ""]):
-        if argument == option and following:
+        if argument == option and following and not following.startswith("-"):
             return following
         if argument.startswith(f"{option}="):
             return argument.removeprefix(f"{option}=")

@@ -73,10 +73,13 @@ def test_what_is_typed_goes_before_the_config_and_what_was_of_the_command_is_not
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        ("{}", "is not what `train` writes"),
-        ("[]", "is not what `train` writes"),
-        ('{"preset": "demo", "dataset": "shapes", "weights": "demo", "colour": 1}', "not known: colour"),
-        ('{"preset": "demo", "dataset": "shapes", "weights": "demo", "epochs": "4"}', "--epochs '4' cannot be"),
+        ("{}", "was not written by `train`"),
+        ("[]", "was not written by `train`"),
+        ('{"preset": "demo", "dataset": "shapes", "weights": "demo", "colour": 1}', "unknown fields: colour"),
+        (
+            '{"preset": "demo", "dataset": "shapes", "weights": "demo", "epochs": "4"}',
+            "--epochs must be a whole number, got '4'",
+        ),
     ],
 )
 def test_a_config_that_is_none_is_refused(tmp_path, capsys, content, part):
@@ -84,7 +87,7 @@ def test_a_config_that_is_none_is_refused(tmp_path, capsys, content, part):
     result = command(capsys, "train", "--config", tmp_path / "config.json", "--out", tmp_path / "run")
     is_one_error(result, 2, f"--config {tmp_path / 'config.json'}", part)
     twice = command(capsys, "train", f"--config={tmp_path / 'config.json'}", "--preset", "demo")
-    is_one_error(twice, 2, "says the preset as well; leave out --preset demo")
+    is_one_error(twice, 2, "includes a preset; leave out --preset demo")
 
 
 def test_what_else_decides_the_bits_is_in_the_summary(tmp_path_factory):

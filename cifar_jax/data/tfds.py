@@ -82,7 +82,7 @@ def load_tfds(
     except FileNotFoundError:
         arrays, about = _decode_and_keep(name, source, kept, fingerprint, say)
     except ValueError as error:
-        say(f"{error}: it is removed and made again from {source}.")
+        say(f"{error}: decoding {source} again.")
         shutil.rmtree(kept, ignore_errors=True)
         arrays, about = _decode_and_keep(name, source, kept, fingerprint, say)
     return _splits(arrays, about)
