@@ -4,9 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
-
-from tyro.conf import arg
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cifar_jax.errors import UserError
 from cifar_jax.suggest import no_such
@@ -41,8 +39,8 @@ class TrainConfig:
     """passes over the training images"""
     batch_size: int = 64
     """examples a step; the last step of an epoch takes what is left"""
-    learning_rate: Annotated[float, arg(aliases=("--lr",))] = 0.01
-    """step size of SGD; with --schedule cosine its peak"""
+    learning_rate: float = 0.01
+    """step size of SGD, also --lr; with --schedule cosine its peak"""
     momentum: float = 0.0
     """momentum of SGD, 0 to below 1"""
     nesterov: bool = False

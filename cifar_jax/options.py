@@ -1,6 +1,7 @@
 """The options of each command, as dataclasses that tyro reads."""
 
 import os
+import re
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -163,6 +164,8 @@ def parse_train(arguments: list[str]) -> TrainConfig:
       UserError: for a value that is not allowed, or an unknown data set.
       SystemExit: when tyro has shown what is wrong, or the help.
     """
+    # Here and not as tyro's alias, which would have the library import tyro for its configuration.
+    arguments = [re.sub(r"^--lr(?==|$)", "--learning-rate", argument) for argument in arguments]
     # They set the defaults of the rest, so they must be known before that can be parsed.
     name, file = _value_of("--preset", arguments), _value_of("--config", arguments)
     if file is not None and name is not None:
