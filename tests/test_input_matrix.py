@@ -81,11 +81,21 @@ TRAIN = {
     "debug": NO_FLAG,
 }
 OTHERS = {
-    "evaluate": (EvaluateOptions, ["RUN"], {"json": NO_FLAG, "debug": NO_FLAG, "weights": ["", "no-such-network"]}),
+    "evaluate": (
+        EvaluateOptions,
+        ["RUN"],
+        {"json": NO_FLAG, "debug": NO_FLAG, "allow_incomplete": NO_FLAG, "weights": ["", "no-such-network"]},
+    ),
     "predict": (
         PredictOptions,
         ["RUN", "IMAGE"],
-        {"json": NO_FLAG, "debug": NO_FLAG, "direct": NO_FLAG, "weights": ["", "no-such-network"]},
+        {
+            "json": NO_FLAG,
+            "debug": NO_FLAG,
+            "direct": NO_FLAG,
+            "allow_incomplete": NO_FLAG,
+            "weights": ["", "no-such-network"],
+        },
     ),
     "info": (InfoOptions, [], {"json": NO_FLAG, "debug": NO_FLAG, "clear": [*NO_FLAG, None]}),
     "convert": (
