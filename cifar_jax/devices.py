@@ -4,7 +4,9 @@ import contextlib
 import ctypes
 import os
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import jax
 
@@ -77,14 +79,27 @@ def _is_of_jax(error: RuntimeError | AssertionError) -> bool:
     return False
 
 
+def accelerator() -> tuple[str, str] | None:
+    """An accelerator of this machine, whether JAX can use it or not, and the extra that brings the JAX for it."""
+    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+        return "an NVIDIA GPU", "cuda"
+    if Path("/dev/accel0").exists() or os.environ.get("TPU_NAME") or os.environ.get("TPU_ACCELERATOR_TYPE"):
+        return "a TPU", "tpu"
+    return None
+
+
 def keep_freed_memory() -> None:
     """Has the C library keep large blocks that are freed, where it is glibc, for the next one to ask.
 
     XLA:CPU asks for the memory of a call's intermediate values at its start and frees it at its end. By default glibc
     gives blocks of that size back to the system, which clears them page by page when they are asked for again: 9 % of
     the time that the features of an image take (four pairs of runs, ResNet50 at 224 pixels on two cores).
+
+    Does nothing where JAX may use an accelerator: what it does serves XLA:CPU alone, and with the one arena that it
+    leaves the many threads that compile for a GPU would wait for each other.
     """
-    if not sys.platform.startswith("linux"):
+    uses_accelerator = os.environ.get("JAX_PLATFORMS", "") != "cpu" and accelerator()
+    if not sys.platform.startswith("linux") or uses_accelerator:
         return
     # `M_MMAP_THRESHOLD`, `M_TRIM_THRESHOLD` and `M_ARENA_MAX` of malloc.h; another C library has no such function.
     with contextlib.suppress(OSError, AttributeError):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from cifar_jax.devices import accelerator
 from cifar_jax.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "safetensors", "tensorflow-datasets", "numpy")
@@ -53,12 +54,9 @@ def unused_accelerator() -> str | None:
     """A sentence to warn with when this machine has an accelerator that JAX does not use, else None."""
     if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS", "") == "cpu":
         return None
-    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
-        kind, extra = "an NVIDIA GPU", "cuda"
-    elif Path("/dev/accel0").exists() or os.environ.get("TPU_NAME") or os.environ.get("TPU_ACCELERATOR_TYPE"):
-        kind, extra = "a TPU", "tpu"
-    else:
+    if (found := accelerator()) is None:
         return None
+    kind, extra = found
     return (
         f"This machine has {kind}, but JAX runs on the CPU: `pip install '.[{extra}]'` in the checkout brings the JAX "
         "that uses it; JAX_PLATFORMS=cpu silences this."
