@@ -2,6 +2,9 @@
 
 import sys
 
-from cifar_jax.cli import run
+try:
+    from cifar_jax.cli import run
+except KeyboardInterrupt:  # imports take a second or two
+    sys.exit(130)
 
 run(["train", *sys.argv[1:]])

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,12 +144,17 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted((path for path in found if _NAME.fullmatch(path.name) and path.is_dir()), key=position_of)
 
 
-def newest_whole(directory: Path, say: Callable[[str], None]) -> tuple[Position, dict[str, Any]] | None:
+def newest_whole(
+    directory: Path,
+    say: Callable[[str], None],
+    needed: Callable[[dict[str, Any]], Iterable[Position]] = lambda _: (),
+) -> tuple[Position, dict[str, Any]] | None:
     """The newest checkpoint that is not corrupt, and the progress stored in it; None if there is no checkpoint at all.
 
     Args:
       directory: the run's checkpoints.
       say: told of each corrupt one.
+      needed: from a checkpoint's progress to the positions of other checkpoints without which it is of no use.
 
     Raises:
       UserError: if all of them are corrupt, or the newest has another format.
@@ -157,12 +162,13 @@ def newest_whole(directory: Path, say: Callable[[str], None]) -> tuple[Position,
     found = list_checkpoints(directory)
     for path in reversed(found):
         try:
-            about = _read_about(path)
-            _read(path, about["arrays"])
+            progress = _checked(path)
+            for position in needed(progress):
+                _checked(directory / position.name)
         except Corrupt as error:
-            say(f"{error}; using the one before it.")
+            say(f"{error}; using the one before it." if path != found[0] else f"{error}.")
         else:
-            return position_of(path), about["progress"]
+            return position_of(path), progress
     if found:
         raise UserError(f"No checkpoint in {directory} can be used. Start the run again with --overwrite.")
     return None
@@ -184,7 +190,8 @@ def load_checkpoint(directory: Path, like: PyTree, at: Position | None = None) -
     """
     checkpoints = [path for path in list_checkpoints(directory) if at in (None, position_of(path))]
     if not checkpoints:
-        raise UserError(f"There is no checkpoint in {directory}. Train first, or give another run directory.")
+        which = f"no checkpoint {at.name}" if at and list_checkpoints(directory) else "no checkpoint"
+        raise UserError(f"There is {which} in {directory}. Train first, or give another run directory.")
     chosen, wanted = checkpoints[-1], named_leaves(like)
     try:
         described = _read_about(chosen)["arrays"]
@@ -200,6 +207,14 @@ def load_checkpoint(directory: Path, like: PyTree, at: Position | None = None) -
     except Corrupt as error:
         raise UserError(f"{error}. Train again.") from error
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+
+def _checked(checkpoint: Path) -> dict[str, Any]:
+    """The progress stored in a checkpoint, all of whose arrays are as they were written."""
+    about = _read_about(checkpoint)
+    _read(checkpoint, about["arrays"])
+    progress: dict[str, Any] = about["progress"]
+    return progress
 
 
 class Corrupt(Exception):

@@ -42,8 +42,8 @@ COMMANDS = {
     "convert": commands.convert,
     "verify-weights": commands.verify_weights,
 }
-OUT_OF_MEMORY = "The memory is full: a smaller --image-size, --extract-batch-size, --batch-size or --hidden needs less"
-DEVICE_FAILED = "A device failed or is gone; once it is back, `train` with --resume and --out goes on"
+OUT_OF_MEMORY = "Out of memory. A smaller --image-size, --extract-batch-size, --batch-size or --hidden needs less"
+DEVICE_FAILED = "Device lost. Continue with --resume --out DIR once it is back"
 # What shells give to a command that Ctrl-C or SIGTERM ended.
 INTERRUPTED = (130, 143)
 
@@ -84,7 +84,7 @@ def _outcome(arguments: list[str]) -> int:
         except KeyboardInterrupt as stop:
             if "--debug" in arguments:
                 raise
-            print("Interrupted; nothing was written.", file=sys.stderr)
+            print("Interrupted.", file=sys.stderr)
             return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
@@ -96,7 +96,9 @@ def _command(arguments: list[str]) -> int:
         jax.config.update("jax_debug_nans", debug)
         return COMMANDS[arguments[0]](arguments[1:])
     except SystemExit as stop:  # of tyro, which has shown the help or what it does not understand
-        return stop.code if isinstance(stop.code, int) else 0
+        if isinstance(stop.code, str):
+            return _say_error(stop.code, 1)
+        return stop.code or 0
     except (UserError, RunError) as error:
         if debug:
             raise

@@ -45,9 +45,15 @@ def train(arguments: list[str]) -> int:
     try:
         out = job.train(config, reporter)
     except job.Interrupted as stop:
+        epoch, step = stop.saved
+        if step:
+            where = f"in epoch {epoch + 1} of {config.epochs}, after step {step}; progress is saved"
+        else:
+            where = f"after epoch {epoch} of {config.epochs}; progress is saved" if epoch else "before the first step"
+        instead = "in place of --overwrite " * config.overwrite
         reporter.say(
-            f"Interrupted after {stop.saved.words} of {config.epochs} epochs; all of it is saved. Continue with the "
-            f"same command and --resume --out {stop.path}."
+            f"Interrupted {where}. Continue with the same command and --resume {instead}--out "
+            f"{shlex.quote(str(stop.path))}."
         )
         for note in getattr(stop, "__notes__", ()):
             reporter.say(note)

@@ -151,6 +151,8 @@ class TrainConfig:
         _require(self, "hidden", lambda v: all(1 <= width <= 2**20 for width in v), "widths between 1 and 1048576")
         for name in ("dataset", "weights"):
             _require(self, name, str.strip, "a name")
+        for name in ("data_dir", "cache_dir", "out", "config", "profile"):
+            _require(self, name, lambda v: v is None or v.strip(), "a path")
         sides = range(32, 4097, 32)  # the images' own side is 32
         _require(self, "image_size", lambda v: v is None or v in sides, "a multiple of 32, at most 4096")
         if self.preset not in PRESETS:

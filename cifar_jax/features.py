@@ -103,8 +103,8 @@ def make_extractor(
                     raise
                 at_once = round_up(mesh, size // 2)
                 say(
-                    f"The memory is too small for {size} images at a time: it goes on with {at_once}, which may change "
-                    f"the last bits of features; --extract-batch-size {at_once} begins so."
+                    f"Out of memory at batch size {size}; retrying with {at_once}, which may change the last bits of "
+                    f"features. Pass --extract-batch-size {at_once} to start there."
                 )
         return features
 

@@ -1,5 +1,6 @@
 """The loop over epochs: steps, evaluation, and what is handed out to be kept."""
 
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,10 @@ class Diverged(RunError):
         """The same, with the learning rate of the step and how to continue from the newest checkpoint."""
         rate = f"The learning rate was {learning_rate:.3g}."
         kept = f"The checkpoint after {saved.words} is kept. " if saved > (0, 0) else ""
-        more = f"{rate} {kept}Continue with a lower --learning-rate and --resume --out {out}."
+        more = (
+            f"{rate} {kept}Continue with a lower --learning-rate and --resume --out {shlex.quote(str(out))}, or start "
+            "again with --overwrite."
+        )
         return Diverged(self.state, self.epoch, self.step, self.fault, more)
 
 
@@ -102,6 +106,8 @@ def fit(
         except KeyboardInterrupt:
             keep(state, metrics)
             raise
+        if not np.isfinite(result.loss):  # as of statistics that grew out of bounds: no state to save or continue from
+            raise Diverged(state, epoch + 1, runner.steps_per_epoch, "the loss after the epoch")
         count = metrics.num.sum()
         row = EpochRow(
             epoch=epoch + 1,

@@ -16,15 +16,18 @@ LONG = 600.0  # seconds: of longer ones people like to know a faster way
 class Forecast:
     """Says once how long the job takes."""
 
-    def __init__(self, say: Callable[[str], None], now: Callable[[], float], faster: str = "") -> None:
+    def __init__(
+        self, say: Callable[[str], None], now: Callable[[], float], faster: str = "", what: str = "This job"
+    ) -> None:
         """Nothing is known yet.
 
         Args:
           say: is called with the sentence, if at all.
           now: seconds since the job began.
           faster: a sentence that follows where the job is long.
+          what: the work that is meant.
         """
-        self._say, self._now, self._faster = say, now, faster
+        self._say, self._now, self._faster, self._what = say, now, faster, what
         self._first: tuple[float, float] | None = None
         self._batches, self._done = 0, False
 
@@ -49,15 +52,17 @@ class Forecast:
         total = now + left * seconds / done
         if total >= WORTH_SAYING:
             faster = f" {self._faster}" if self._faster and total > LONG else ""
-            self._say(f"This job will take about {in_words(total)} in all.{faster}")
+            self._say(f"{self._what} will take about {in_words(total)} in all.{faster}")
 
 
 def forecast_of(
     config: TrainConfig, backbone: Backbone, image_size: int, clock: Clock, say: Callable[[str], None]
 ) -> Forecast:
     """A forecast of a job that began with the clock, and on a CPU names what makes it shorter."""
-    on_cpu = jax.default_backend() == "cpu"
-    return Forecast(say, lambda: clock.total, faster_ways(config, backbone, image_size) if on_cpu else "")
+    faster = faster_ways(config, backbone, image_size) if jax.default_backend() == "cpu" else ""
+    # On cached features an epoch takes seconds, which are not known yet.
+    what = "Extracting the features" if config.mode == "cached" else "This job"
+    return Forecast(say, lambda: clock.total, faster, what)
 
 
 def faster_ways(config: TrainConfig, backbone: Backbone, image_size: int) -> str:

@@ -14,7 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Collection, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 
 class Terminated(KeyboardInterrupt):
@@ -60,10 +60,15 @@ class Signals:
         finally:
             self._held -= 1
 
+    @property
+    def is_held(self) -> bool:
+        """Whether what runs goes to its end before a signal has any effect."""
+        return self._held > 0
+
     def came(self, number: int, frame: FrameType | None = None) -> None:
         """The handler. Files appear whole or not at all, so the process may end at any moment."""
         if self.requested:
-            os._exit(128 + number)
+            _quit(number)
         self.requested = signal.Signals(number)
         if not self._alone:
             signal.raise_signal(signal.SIGTERM)
@@ -74,14 +79,25 @@ class Signals:
         return Terminated() if self.requested == signal.SIGTERM else KeyboardInterrupt()
 
 
+def _quit(number: int) -> NoReturn:
+    """Ends the process at once, with the cursor that a progress bar may have hidden."""
+    with contextlib.suppress(OSError):
+        if os.isatty(2):
+            os.write(2, b"\x1b[?25h\n")
+    os._exit(128 + number)
+
+
 @contextlib.contextmanager
-def listening(alone: bool = True, on_request: Callable[[signal.Signals], None] | None = None) -> Iterator[Signals]:
+def listening(
+    alone: bool = True, on_request: Callable[[signal.Signals, bool], None] | None = None
+) -> Iterator[Signals]:
     """Listens to Ctrl-C and SIGTERM until the block ends; outside of the main thread, which alone can, to nothing.
 
     Args:
       alone: whether this is the only process of a run. If not, JAX listens to SIGTERM and tells the others; Ctrl-C is
         handed on to it.
-      on_request: called with the first signal, at once and in a thread of its own.
+      on_request: called with the first signal, and whether what runs goes to its end first; at once and in a thread of
+        its own.
     """
     signals = Signals(alone)
     usual: dict[int, Any] = {}
@@ -92,7 +108,7 @@ def listening(alone: bool = True, on_request: Callable[[signal.Signals], None] |
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     usual[number] = signal.signal(number, signals.came)
             if on_request:
-                stack.enter_context(_watched(usual, on_request))
+                stack.enter_context(_watched(usual, lambda number: on_request(number, signals.is_held)))
         try:
             yield signals
         finally:
@@ -111,7 +127,7 @@ def _watched(numbers: Collection[int], on_request: Callable[[signal.Signals], No
         while received := receiver.recv(1):
             if received[0] in numbers:
                 if requested:
-                    os._exit(128 + received[0])
+                    _quit(received[0])
                 requested = True
                 on_request(signal.Signals(received[0]))
 

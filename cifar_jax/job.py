@@ -51,7 +51,7 @@ class Interrupted(Exception):
     def __init__(self, path: Path, saved: Position, exit_code: int):
         """Takes the run directory, the position of its newest checkpoint, and what the process should end with."""
         self.path, self.saved, self.exit_code = path, saved, exit_code
-        super().__init__(f"{saved.words} are saved in {path}")
+        super().__init__(f"interrupted after {saved.words}, saved in {path}")
 
 
 def load_problem_and_backbone(config: TrainConfig, reporter: Reporter, clock: Clock) -> tuple[Problem, Backbone]:
@@ -111,9 +111,9 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
     """
     reporter = reporter if reporter and is_first() else Silent()
 
-    def acknowledge(number: signal.Signals) -> None:
+    def acknowledge(number: signal.Signals, is_held: bool) -> None:
         again = "; press Ctrl-C again to quit at once" if number == signal.SIGINT else " (SIGTERM)"
-        reporter.say(f"Stopping after this step{again}.")
+        reporter.say(f"Stopping{' after this step' if is_held else ''}{again}.")
 
     alone = jax.process_count() == 1
     with profiled(config.profile, reporter.say), listening(alone, acknowledge) as signals:
@@ -146,7 +146,7 @@ def _train(config: TrainConfig, reporter: Reporter, signals: Signals) -> Path:
     resumes = found["progress"] is not None
     with claimed(out) if is_first() else contextlib.nullcontext():
         if is_first():
-            check_run_dir(out, config, resumes)  # another run may have come and gone while this one loaded
+            _check_again(out, config, found["progress"])
         return _run(job, progress, resumes, signals)
 
 
@@ -164,6 +164,8 @@ def _run(job: Job, progress: Progress, resumes: bool, signals: Signals) -> Path:
             with clock("evaluation"):
                 val = route.evaluate_val(trained.params, trained.batch_stats)
                 test = route.evaluate_test(trained.params, trained.batch_stats) if job.problem.held_out else val
+            if job.stopping():
+                raise KeyboardInterrupt
         with clock("pictures"):
             state = jax.device_get(trained)
             writer.pictures(
@@ -173,22 +175,22 @@ def _run(job: Job, progress: Progress, resumes: bool, signals: Signals) -> Path:
             writer.finish("complete", val, test)
     except KeyboardInterrupt:
         stopped = Interrupted(writer.out, writer.saved, signals.exit_code)
-        with signals.noted():
-            _finish_after(stopped, writer, "interrupted")
+        _finish_after(stopped, writer, "interrupted", signals)
         raise stopped from None
     except Diverged as error:
-        _finish_after(error, writer, "diverged")
+        _finish_after(error, writer, "diverged", signals)
         raise
     except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:
-        _finish_after(error, writer, "failed")
+        _finish_after(error, writer, "failed", signals)
         raise
     return writer.out
 
 
-def _finish_after(error: Exception, writer: RunWriter, status: str) -> None:
+def _finish_after(error: Exception, writer: RunWriter, status: str, signals: Signals) -> None:
     """Writes the summary of a run that ended early. What goes wrong there is a note on the error, which comes first."""
     try:
-        writer.finish(status)
+        with signals.noted():
+            writer.finish(status)
     except Exception as second:
         reason = str(second) if isinstance(second, UserError | RunError) else f"{type(second).__name__}: {second}"
         error.add_note(f"Writing the summary failed too: {reason}")
@@ -207,6 +209,20 @@ def _find_run(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     if not finished:
         check_run_dir(out, config, resumes=progress is not None)
     return {"out": str(out), "progress": progress and progress.to_json(), "finished": finished}
+
+
+def _check_again(out: Path, config: TrainConfig, progress: dict[str, Any] | None) -> None:
+    """Checks the directory once more, now that no other process writes it: one may have while this one loaded.
+
+    Raises:
+      UserError: if the directory is not what it was when `_find_run` looked.
+    """
+    check_run_dir(out, config, resumes=progress is not None)
+    if progress is None:
+        return
+    now = find_progress(out, config, lambda _: None)
+    if now is None or now.to_json() != progress:
+        raise UserError(f"Another process continued the run in {out} meanwhile. Run the command again.")
 
 
 def _is_to_go_on(out: Path, config: TrainConfig, reporter: Reporter) -> bool:
@@ -253,10 +269,11 @@ def _fit(job: Job, route: Route, progress: Progress) -> TrainState:
     def restored(position: Position) -> TrainState:
         return arrays_from_first(load_state(checkpoints, route.state, position) if is_first() else route.state)
 
-    if writer.selected_epoch:
-        best = [restored(Position(writer.selected_epoch))]
     if progress.position > (0, 0):
         state = restored(progress.position)
+        best = [state]  # without held-out images the newest; the end of an epoch replaces it
+    if job.problem.held_out and writer.selected_epoch:
+        best = [restored(Position(writer.selected_epoch))]
 
     def on_epoch(row: EpochRow, state: TrainState) -> None:
         writer.epoch(row)

@@ -200,12 +200,14 @@ def _reason(error: Exception) -> str:
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The value that an option is given, the last one if there are several, as tyro has it."""
+    found = None
     for argument, following in pairwise([*arguments, ""]):
         if argument == option and following and not following.startswith("-"):
-            return following
+            found = following
         if argument.startswith(f"{option}="):
-            return argument.removeprefix(f"{option}=")
-    return None
+            found = argument.removeprefix(f"{option}=")
+    return found
 
 
 def parse(options: Any, arguments: list[str], command: str, **how: Any) -> Any:
@@ -218,6 +220,10 @@ def parse(options: Any, arguments: list[str], command: str, **how: Any) -> Any:
     for argument in arguments:
         flag, given, value = argument.partition("=")
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if given and any(field.name == name and field.type is bool for field in fields(options)):
+        if (
+            given
+            and flag.startswith("--")
+            and any(field.name == name and field.type is bool for field in fields(options))
+        ):
             raise UserError(f"{flag} takes no value, got {value or 'an empty one'}; leave out ={value}.")
     return tyro.cli(options, args=arguments, prog=f"{program()} {command}", registry=REGISTRY, **how)

@@ -33,7 +33,9 @@ def make_mesh(devices: int | None = 1) -> Mesh:
         devices = 1 if platform == "cpu" else len(here)
     if devices > len(here):
         how = "; set JAX_NUM_CPU_DEVICES to divide the CPU into more" if platform == "cpu" else ""
-        raise UserError(f"--devices {devices} cannot be: JAX has {len(here)} {platform} device(s) here{how}.")
+        raise UserError(
+            f"--devices must be at most {len(here)}, the {platform} devices of JAX here, got {devices}{how}."
+        )
     of_process = [[d for d in jax.devices() if d.process_index == process] for process in range(jax.process_count())]
     return mesh_of([device for theirs in of_process for device in theirs[:devices]])
 

@@ -59,7 +59,7 @@ def listed(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def _items(args: list[str]) -> list[str]:
-    return re.split(r"[,\s]+", re.sub(r",\s*$", "", " ".join(args).strip())) if args else []
+    return re.split(r"\s*,\s*|\s+", re.sub(r",\s*$", "", " ".join(args).strip())) if args else []
 
 
 def _reader(kind: type) -> Callable[[str], Any]:

@@ -1,7 +1,7 @@
 """Resuming a run: what a checkpoint stores of a state, and the progress that a run directory holds."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +89,14 @@ class Progress(NamedTuple):
 NO_PROGRESS = Progress()
 
 
+def selected_epoch(rows: Sequence[EpochRow], held_out: bool) -> int:
+    """The last epoch, or if images were held out for it the best one; 0 before the first."""
+    if not held_out:
+        return len(rows)
+    best = max(rows, key=lambda row: (row.val_accuracy, -row.val_loss), default=None)
+    return best.epoch if best else 0
+
+
 def checkpoint_tree(state: TrainState) -> dict[str, PyTree]:
     """The tree that a checkpoint stores of a state: `params` always holds `head`, and `backbone` where it trains.
 
@@ -145,17 +153,22 @@ def find_progress(out: Path, config: TrainConfig, say: Callable[[str], None]) ->
     """
     if not (out.is_dir() and is_run(out)):
         return None
+    if status(out) == "diverged" and config.learning_rate >= (tried := _last_rate(out)):
+        raise UserError(
+            f"The run in {out} diverged and would diverge again. Resume it with a --learning-rate below {tried:g}, or "
+            "start again with --overwrite."
+        )
     if others := differing(out, config):
         about = ", ".join(
             f"--{name.replace('_', '-')} ({theirs} there, {ours} here)" for name, (theirs, ours) in others.items()
         )
         raise UserError(f"Cannot resume the run in {out}: it differs in {about}. Give its options, or another --out.")
-    if status(out) == "diverged" and config.learning_rate >= read_json(out / CONFIG)["learning_rate"]:
-        raise UserError(
-            f"The run in {out} diverged and would diverge again. Resume it with a --learning-rate below "
-            f"{config.learning_rate:g}, or start again with --overwrite."
-        )
-    newest = newest_whole(out / CHECKPOINTS, say)
+
+    def needed(progress: dict[str, Any]) -> list[Position]:
+        selected = selected_epoch(Progress.from_json(progress).rows, config.val_fraction > 0)
+        return [Position(selected)] if config.val_fraction and selected else []
+
+    newest = newest_whole(out / CHECKPOINTS, say, needed)
     if newest is None:
         return NO_PROGRESS
     progress = Progress.from_json(newest[1])
@@ -167,6 +180,14 @@ def find_progress(out: Path, config: TrainConfig, say: Callable[[str], None]) ->
     if not _are_in(out / METRICS, progress.rows):
         say(f"{out / METRICS} is missing or corrupt; writing it again from the checkpoint.")
     return progress
+
+
+def _last_rate(out: Path) -> float:
+    """The learning rate that a run diverged with."""
+    try:
+        return float(read_json(out / SUMMARY)["learning_rates"][-1]["learning_rate"])
+    except (UserError, KeyError, IndexError, TypeError, ValueError):
+        return float(read_json(out / CONFIG)["learning_rate"])
 
 
 def require_same_inputs(out: Path, progress: Progress, inputs: dict[str, str]) -> None:

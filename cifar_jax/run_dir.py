@@ -80,6 +80,8 @@ def _check_run_dir(path: Path, config: TrainConfig, resumes: bool) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--out {path} cannot be written, as {existing} is read-only; choose another directory.")
     if path.is_dir() and (entries := sorted(entry.name for entry in path.iterdir() if not _is_leftover(entry.name))):
+        if (path / CONFIG).exists() and (path / CHECKPOINTS).is_dir():
+            read_json(path / CONFIG)  # which says that it is damaged
         if not is_run(path):
             raise UserError(f"--out {path} holds other files ({entries[0]}, ...); choose an empty or a new directory.")
         if resumes:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from cifar_jax.checkpoint import Position, load_checkpoint, prune, save_checkpoint
+from cifar_jax.checkpoint import Position, list_checkpoints, load_checkpoint, position_of, prune, save_checkpoint
 from cifar_jax.clock import Clock
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Problem
@@ -23,7 +23,7 @@ from cifar_jax.fit import EpochPart, EpochRow
 from cifar_jax.keys import stream_key
 from cifar_jax.parallel import make_mesh
 from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
-from cifar_jax.resume import NO_PROGRESS, Progress, checkpoint_tree
+from cifar_jax.resume import NO_PROGRESS, Progress, checkpoint_tree, selected_epoch
 from cifar_jax.run_dir import (
     BACKBONE,
     CHECKPOINTS,
@@ -62,15 +62,16 @@ class RunWriter:
         self._images, self._seconds = 0, 0.0
 
     def start(self, resumes: bool) -> None:
-        """Makes the directory, or makes that of a stopped run ready to go on.
+        """Creates the directory, or prepares that of a stopped run for more.
 
         A backbone that no file can bring back is kept in the run itself.
         """
         if resumes:
-            clear_leftovers(self.out)
-            position, last = self._progress.position, self.config.keep_checkpoints
-            prune(self.out / CHECKPOINTS, position, [Position(self.selected_epoch)], last)
+            # Before the summary goes: it says that a run diverged, which is why the learning rate may be another.
             write_config(self.out, self.config)
+            with _or_run_error(self.out):
+                clear_leftovers(self.out)
+                prune(self.out / CHECKPOINTS, self.saved, self._needed(self.saved), self.config.keep_checkpoints)
             self._write_metrics()
         else:
             start_run_dir(self.out, self.config)
@@ -88,11 +89,15 @@ class RunWriter:
 
     @property
     def selected_epoch(self) -> int:
-        """The last epoch, or where images were held out for it the best one; 0 before the first."""
-        if not self.problem.held_out:
-            return len(self.history)
-        best = max(self.history, key=lambda row: (row.val_accuracy, -row.val_loss), default=None)
-        return best.epoch if best else 0
+        """The last epoch that has a checkpoint, or with held-out images the best one; 0 before the first."""
+        return selected_epoch(self.history[: self.saved.epoch], self.problem.held_out)
+
+    def _needed(self, newest: Position) -> list[Position]:
+        """The checkpoints that others need beside themselves: of each that is kept, the epoch selected until then."""
+        found = {position_of(path) for path in list_checkpoints(self.out / CHECKPOINTS)}
+        last = sorted(position for position in found | {newest} if position <= newest)[-self.config.keep_checkpoints :]
+        kept = last if self.problem.held_out else [newest]
+        return [Position(selected_epoch(self.history[: at.epoch], self.problem.held_out)) for at in kept]
 
     def epoch(self, row: EpochRow) -> None:
         """Adds a line to metrics.jsonl."""
@@ -104,16 +109,16 @@ class RunWriter:
             write_metrics(self.out, [row._asdict() | {"val_split": self.problem.val_split} for row in self.history])
 
     def checkpoint(self, state: TrainState, part: EpochPart | None = None) -> None:
-        """Keeps the state, from which the run can go on, the ones before, and that of the selected epoch.
+        """Saves the state, to resume from, and removes older ones but the last few and those they need.
 
         Args:
           state: after the last epoch.
-          part: of the next one, that it has behind it too.
+          part: the steps of the next one that it includes.
         """
         position = Position(len(self.history), len(part.metrics.num) if part else 0)
         progress = Progress(position, tuple(self.history), part, self.inputs, self._rates)
         tree, directory = jax.device_get(checkpoint_tree(state)), self.out / CHECKPOINTS
-        keep, last = [Position(self.selected_epoch)], self.config.keep_checkpoints
+        keep, last = self._needed(position), self.config.keep_checkpoints
         save_checkpoint(directory, position, tree, progress.to_json(), keep, last)
         self.saved = position
 
@@ -196,7 +201,9 @@ class RunWriter:
             self._keep_trained_backbone()
         except Exception:
             if status != "complete":
-                self._write_summary(status, val, test)  # it says more about the run than the backbone
+                # It says more about the run than the backbone, whose digest then belongs to no file.
+                self.backbone = self.backbone.replace(sha256="")
+                self._write_summary(status, val, test)
             raise
         self._write_summary(status, val, test)
 
@@ -207,7 +214,7 @@ class RunWriter:
         summary: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "status": status,
-            "epochs": len(self.history),
+            "epochs": self.saved.epoch,
             "selected_epoch": selected,
             "learning_rates": [rate._asdict() for rate in self._rates],
             "val_split": problem.val_split,
@@ -236,7 +243,7 @@ class RunWriter:
             "images_per_second": per_second and round(per_second, 2),  # null: the features came from the cache, or live
             "backbone": {
                 "source": str(Path(backbone.source).absolute()) if Path(backbone.source).is_file() else backbone.source,
-                "sha256": backbone.sha256,
+                "sha256": backbone.sha256 or None,
                 "variant": backbone.variant,
                 "config": asdict(backbone.config),
                 "preprocessing": asdict(backbone.preprocessing),

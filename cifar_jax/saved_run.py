@@ -92,9 +92,11 @@ def load_run(
     _require_complete(path, config, summary, allow_incomplete, warn)
     try:
         class_names = tuple(map(str, summary["dataset"]["class_names"]))
-        about = {name: str(summary["backbone"][name]) for name in ("sha256", "source")}
+        about = {name: str(summary["backbone"][name] or "") for name in ("sha256", "source")}
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / SUMMARY} is not as `train` wrote it; name another run directory.") from error
+    if not about["sha256"]:
+        raise UserError(f"The run in {path} has no trained backbone: writing it failed. Continue it with --resume.")
     backbone = _find_backbone(path, config, about, weights)
     _check_run_as_before(path, backbone, summary["backbone"])
     # What the head was trained on, which need not be the size of the backbone's own training.

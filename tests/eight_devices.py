@@ -205,6 +205,7 @@ def test_job(tmp_path, monkeypatch):
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (eight, one)
     )
     for row, row_1 in zip(rows, rows_1, strict=True):
+        assert row.pop("val_split") == row_1.pop("val_split")
         assert row | {"seconds": 0} == pytest.approx(row_1 | {"seconds": 0}, rel=1e-4)
     summary = json.loads((eight / "summary.json").read_text())
     assert summary["status"] == "complete" and summary["device"].endswith("8 of 8 devices")

@@ -15,9 +15,10 @@ from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from cifar_jax import checkpoint, extraction, files, job, run_dir
+from cifar_jax.checkpoint import newest_whole
 from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.data import balanced_subset, epoch_batches, hold_out
 from cifar_jax.errors import UserError
@@ -181,6 +182,13 @@ def test_a_run_is_replaced_only_when_asked_to(tmp_path, capsys, quick, run):
     assert not (run / "curves.png").exists()  # of the run that was there
 
 
+def test_a_run_whose_configuration_is_damaged_is_told_from_other_files(run, capsys):
+    (run / CONFIG).write_text("")
+    before = files_below(run)
+    is_one_error(try_to_train(capsys, run, "--resume"), 2, f"{run / CONFIG} cannot be read")
+    assert files_below(run) == before
+
+
 def test_a_link_to_a_directory_is_followed_and_stays(tmp_path, capsys, quick):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
@@ -192,7 +200,7 @@ def test_a_link_to_a_directory_is_followed_and_stays(tmp_path, capsys, quick):
 # Disks that fill up, losses that are no numbers
 
 
-@pytest.mark.parametrize(("room", "code", "left"), [(100, 2, []), (2_000, 1, [CONFIG, SUMMARY])])
+@pytest.mark.parametrize(("room", "code", "left"), [(100, 2, []), (2_600, 1, [CONFIG, SUMMARY])])
 def test_a_disk_that_fills_up_fails_the_run_in_one_sentence(tmp_path, capsys, quick, room, code, left):
     """While config.json is written, and while the backbone is."""
     with full_disk(at=room):
@@ -259,7 +267,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys, narrow, mode):
         1,
         "Loss or gradient was not finite in epoch 1, step 1 (first the norm of the",
         "The learning rate was 1e+30.",
-        f"Continue with a lower --learning-rate and --resume --out {out}.",
+        f"Continue with a lower --learning-rate and --resume --out {out}, or start again",
     )
     summary = json.loads((out / SUMMARY).read_text())
     assert (summary["status"], summary["epochs"], summary["val_accuracy"]) == ("diverged", 0, None)
@@ -337,11 +345,21 @@ def test_damaged_runs(run, picture, capsys, damage, parts):
 def test_any_damaged_file_of_a_checkpoint_is_noticed(run):
     files = sorted(path for path in (run / CHECKPOINTS / "0002").rglob("*") if path.is_file() and path.stat().st_size)
     assert [path.name for path in files] == ["arrays.safetensors", "checkpoint.json"]
+    with safe_open(files[0], "numpy") as arrays:
+        head = {name: arrays.get_tensor(name) for name in arrays.keys() if name.startswith("params/head/")}  # noqa: SIM118
     for path in files:
-        whole = path.read_bytes()
-        flip(path)
+        whole, said = path.read_bytes(), []
+        # What is read is checked: of the arrays the head's, which lie between others.
+        at = whole.find(head["params/head/0/kernel"].tobytes()) if path == files[0] else len(whole) // 2
+        assert at > 0
+        flip(path, at)
         with pytest.raises(UserError, match="checkpoints/0002"):
             load_run(run)
+        # To go on from it, all of it is.
+        path.write_bytes(whole)
+        flip(path, -1)
+        newest_whole(run / CHECKPOINTS, said.append)
+        assert any("0002" in text and "using the one before it" in text for text in said), (path, said)
         path.write_bytes(whole)
     assert load_run(run).class_names[0] == "disc"
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import NARROW, TINY, command, files_below, is_one_error, is_tyros_error, tiny_run
+from helpers import NARROW, TINY, command, files_below, is_one_error, is_refused, is_tyros_error, tiny_run
 from PIL import Image
 
 import cifar_jax
 from cifar_jax import job
 from cifar_jax.checkpoint import load_checkpoint
 from cifar_jax.cli import COMMANDS, main
-from cifar_jax.config import TrainConfig
+from cifar_jax.config import TrainConfig, preset
 from cifar_jax.data.load import check_name
 from cifar_jax.devices import missing_platform
 from cifar_jax.errors import UserError
@@ -156,6 +156,26 @@ def test_what_tyro_does_not_understand_is_shown_in_its_words(tmp_path, capsys, m
 def test_values_of_options(typed, name, value):
     config = parse_train(typed.split())
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
+
+
+def test_the_last_of_several_presets_counts_as_a_whole():
+    assert parse_train(["--preset", "demo", "--preset=finetune"]) == preset("finetune")
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache-dir", "--data-dir", "--profile"])
+def test_an_empty_path_is_refused(capsys, option):
+    """As a shell makes of an unset variable."""
+    is_one_error(command(capsys, "train", "--preset", "demo", f"{option}="), 2, f"{option} must be a path, got ''.")
+
+
+def test_a_comma_too_many_is_refused(capsys):
+    is_refused(command(capsys, "train", "--preset", "demo", "--hidden", "512,,256"), "--hidden", "a whole number")
+
+
+def test_an_image_may_be_named_like_a_flag(run, capsys, tmp_path, picture):
+    strange = tmp_path / "debug=1.png"
+    shutil.copy(picture, strange)
+    assert command(capsys, "predict", run, strange).code == 0
 
 
 def test_no_option_at_all_is_the_main_job(tmp_path, capsys, monkeypatch):
@@ -361,12 +381,12 @@ def test_debug_shows_the_traceback(tmp_path):
 @pytest.mark.parametrize(
     ("error", "code", "parts"),
     [
-        (KeyboardInterrupt(), 130, ["Interrupted; nothing was written."]),
-        (MemoryError(), 1, ["Error: The memory is full", "--extract-batch-size"]),
+        (KeyboardInterrupt(), 130, ["Interrupted."]),
+        (MemoryError(), 1, ["Error: Out of memory. A smaller --image-size", "--extract-batch-size"]),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nmore"),
             1,
-            ["Error: The memory is full", "allocating 7 bytes"],
+            ["Error: Out of memory. A smaller --image-size", "allocating 7 bytes"],
         ),
     ],
 )
@@ -507,11 +527,12 @@ def test_ctrl_c_ends_a_live_run_cleanly(tmp_path):
                 process.send_signal(signal.SIGINT)
         code, err = process.wait(), process.stderr.read()
     assert code == 130, err
-    assert err.splitlines()[-1].startswith("Interrupted after ") and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("Interrupted ") and "Traceback" not in err
     summary = json.loads((out / "summary.json").read_text())
     epochs = len((out / "metrics.jsonl").read_text().splitlines())
     assert summary["status"] == "interrupted" and summary["epochs"] == epochs >= 1
-    assert re.search(rf"^Interrupted after {epochs} epochs?( and \d+ steps?)? of 1000 epochs;", err, re.MULTILINE)
+    where = rf"(after epoch {epochs} of 1000|in epoch {epochs + 1} of 1000, after step \d+)"
+    assert re.search(rf"^Interrupted {where}; progress is saved\.", err, re.MULTILINE), err
     assert f"Continue with the same command and --resume --out {out}." in err
     like = {"params": {"head": jax.eval_shape(lambda: init_head(jax.random.key(0), NARROW.features, (8,), 10))}}
     assert np.isfinite(load_checkpoint(out / "checkpoints", like)["params"]["head"][0]["kernel"]).all()

@@ -74,7 +74,9 @@ def alone(tmp_path_factory):
 
 
 def rows_of(run):
-    return [json.loads(line) | {"seconds": 0} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) | {"seconds": 0} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {row.pop("val_split") for row in rows} == {"test"}
+    return rows
 
 
 def test_processes_agree(together):

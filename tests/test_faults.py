@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import TINY, Heard, command, files_below, flip_bit, full_disk, is_one_error
 
-from cifar_jax import extraction, features, job
+from cifar_jax import extraction, features, job, load_run
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
 from cifar_jax.errors import RunError
@@ -135,6 +135,9 @@ def test_a_disk_that_fills_up_in_the_midst_of_a_run_fails_it_and_more_room_goes_
     run = tmp_path / "run"
     assert json.loads((run / SUMMARY).read_text())["status"] == "failed"
     assert [path.name for path in (run / CHECKPOINTS).iterdir()] == ["0001"]
+    warned = []
+    assert load_run(run, allow_incomplete=True, warn=warned.append).summary["selected_epoch"] == 1
+    assert len(warned) == 1 and "failed after 1 of 3 epochs" in warned[0]
     assert rows_of(train(plain)) == undisturbed
 
 
@@ -219,8 +222,8 @@ def test_extraction_goes_on_with_half_as_many_images_where_the_memory_is_too_sma
     np.testing.assert_allclose(extractor(shapes.images, done.append), expected, rtol=1e-5, atol=1e-6)
     assert sizes[:3] == [64, 32, 16] and set(sizes[2:]) == {16} and done[-1] == len(shapes.images)
     assert said[0] == (
-        "The memory is too small for 64 images at a time: it goes on with 32, which may change the last bits of "
-        "features; --extract-batch-size 32 begins so."
+        "Out of memory at batch size 64; retrying with 32, which may change the last bits of features. Pass "
+        "--extract-batch-size 32 to start there."
     )
     assert len(said) == 2
     extractor(shapes.images[:30])
@@ -247,9 +250,12 @@ def test_features_that_were_made_before_the_memory_was_full_are_kept(monkeypatch
 @pytest.mark.parametrize(
     ("message", "part"),
     [
-        ("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.", "The memory is full: a smaller --image-size"),
-        ("INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE: the device is lost", "A device failed or is gone; once it is back"),
-        ("UNAVAILABLE: The TPU worker was preempted", "`train` with --resume and --out goes on"),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.", "Out of memory. A smaller --image-size"),
+        (
+            "INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE: the device is lost",
+            "Device lost. Continue with --resume",
+        ),
+        ("UNAVAILABLE: The TPU worker was preempted", "Continue with --resume --out DIR"),
     ],
 )
 def test_a_device_that_fails_ends_the_run_in_one_sentence(tmp_path, capsys, monkeypatch, message, part):

@@ -1,6 +1,7 @@
 """Training of all layers: statistics, frozen stages, pieces, recomputation, precision, and what is refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 from helpers import NARROW, TINY, command, is_one_error, is_refused
 
+from cifar_jax.checkpoint import Position
 from cifar_jax.config import TrainConfig, preset
 from cifar_jax.finetune import (
     finetune_evaluator,
@@ -202,10 +204,12 @@ def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(backbone, shapes):
 
 
 def test_divergence_names_the_step_and_keeps_what_was_good(backbone, shapes):
-    with pytest.raises(Diverged, match=r"epoch 1, step \d \(first the [a-z ]+.*\);") as raised:
+    with pytest.raises(Diverged, match=r"epoch 1, step \d \(first the [a-z ]+.*\)\.") as raised:
         train(backbone, config(learning_rate=1e30), shapes)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(raised.value.state.params))
-    assert "the learning rate was 0.25, and" in str(raised.value.at(0.25))
+    more = str(raised.value.at(0.25, Position(1, 4), Path("a run")))
+    assert "The learning rate was 0.25. The checkpoint after 1 epoch and 4 steps is kept." in more
+    assert "--resume --out 'a run'" in more
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,7 @@ def test_predictions_tell_right_from_wrong() -> None:
     assert texts_of(figure) == ["✓ dog 90%", "✗ dog 50%\ntrue: cat", "✓ emu 100%"]
     for axes, colour in zip(figure.axes, (plots.RIGHT, plots.WRONG, plots.RIGHT), strict=True):
         assert same_color(axes.title.get_color(), colour)
-    assert [text.get_text() for text in figure.texts] == ["2 of 3 right"]
+    assert [text.get_text() for text in figure.texts] == ["2 of 3 images right"]
     green, red = (matplotlib.colors.to_rgb(colour) for colour in (plots.RIGHT, plots.WRONG))
     assert max(green) == green[1] and max(red) == red[0]
 
@@ -329,7 +329,7 @@ def test_predictions_agree_with_their_arrays() -> None:
         assert axes.get_title().split("\n")[0][2:] == f"{NAMES[probs[i].argmax()]} {probs[i].max():.0%}"
         assert ("true: " in axes.get_title()) == (not right[i])
         assert same_color(axes.title.get_color(), plots.RIGHT if right[i] else plots.WRONG)
-    assert figure.texts[0].get_text() == f"{right[:32].sum()} of 32 right"
+    assert figure.texts[0].get_text() == f"{right[:32].sum()} of 32 images right"
 
 
 def test_confusion_says_its_counts() -> None:
@@ -339,7 +339,7 @@ def test_confusion_says_its_counts() -> None:
     matrix = next(axes for axes in figure.axes if axes.images)
     written = {text.get_position(): text.get_text() for text in matrix.texts}
     assert written == {(column, row): str(confusion[row, column]) for row in range(3) for column in range(3)}
-    assert matrix.get_title() == "Accuracy 87.50% (105 of 120)"
+    assert matrix.get_title() == "Accuracy 87.50% (105 of 120 images)"
     shares = np.asarray(matrix.images[0].get_array())
     np.testing.assert_allclose(shares, [[90, 10, 0], [25, 75, 0], [0, 0, 0]])
     for labels in (matrix.get_xticklabels(), matrix.get_yticklabels()):

@@ -15,8 +15,10 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.data import shapes
 from cifar_jax.errors import UserError
 from cifar_jax.files import write_json
+from cifar_jax.fit import EpochRow
 from cifar_jax.job import train
 from cifar_jax.predict import evaluate_run
+from cifar_jax.resume import selected_epoch
 from cifar_jax.run_dir import CHECKPOINTS, SUMMARY
 from cifar_jax.run_writer import RunWriter
 
@@ -71,7 +73,7 @@ def config(tmp_path, way, out, **more):
 
 def rows_of(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in ("seconds", "val_split")} for row in rows]
 
 
 def same_bits(a, b):
@@ -129,7 +131,10 @@ def test_goes_on_to_the_same_bits(tmp_path, monkeypatch, way, position, before_c
     steps = 1 if way == "cached" else 2  # of the last epoch, before its last one
     before = Position(2, steps if every else 0)
     selected = Position(load_run(resumed).summary["selected_epoch"])
-    assert newest == sorted({before, Position(3), selected})
+    # With held-out images a checkpoint is of no use without that of the epoch selected until then.
+    rows = [EpochRow(**row, seconds=0) for row in rows_of(resumed)]
+    needed = {Position(selected_epoch(rows[:2], True))} if load_run(resumed).config.val_fraction else set()
+    assert newest == sorted({before, Position(3), selected} | needed)
 
 
 @pytest.mark.parametrize("way", ["live", "finetune"])
@@ -149,6 +154,37 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, monke
     same_bits(train(stopped, said), undisturbed)
     assert any("0002 is corrupt" in text and "using the one before it" in text for text in said.sentences)
     assert any("Resuming the run" in text and "after 1 epoch." in text for text in said.sentences)
+
+
+@pytest.mark.parametrize(
+    ("way", "more"), [("cached", {}), ("cached", {"val_fraction": 0.0, "checkpoint_every": 1}), ("finetune", {})]
+)
+def test_a_finished_run_goes_on_from_the_checkpoint_before_a_corrupt_one(tmp_path, way, more):
+    """Whatever that one needs was kept as well, and nothing was removed before that was known."""
+    longer = {"epochs": 4} if way == "cached" else {"schedule": "constant", "warmup_epochs": 0.0, "epochs": 4}
+    undisturbed = train(config(tmp_path, way, "undisturbed", **more | longer))
+    run = train(config(tmp_path, way, "run", **more | longer | {"epochs": 3}))
+    flip_bit(run / CHECKPOINTS / "0003" / "arrays.safetensors")
+    said = Heard()
+    same_bits(train(config(tmp_path, way, "run", **more | longer, resume=True), said), undisturbed)
+    assert any("0003 is corrupt" in text for text in said.sentences)
+
+
+def test_a_run_that_another_process_continued_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    revive = kill_at(monkeypatch, (1, 0))
+    stopped = config(tmp_path, "cached", "run", resume=True)
+    with pytest.raises(Killed):
+        train(stopped)
+    revive()
+
+    class Overtaken(Heard):
+        def header(self, rows):
+            train(stopped)  # between the look at the directory and the first file
+
+    with pytest.raises(UserError, match="Another process continued the run in"):
+        train(stopped, Overtaken())
+    run = tmp_path / "run"
+    assert len(rows_of(run)) == 3 and load_run(run).summary["status"] == "complete"
 
 
 @pytest.mark.parametrize("content", ["", "{}\n", "not JSON\n", None])

@@ -65,6 +65,10 @@ def test_what_a_run_replaces_is_the_link_and_not_what_it_points_to(tmp_path, cap
     assert not (out / name).is_symlink()
 
 
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
 def test_leftovers_that_are_links_go_and_what_they_point_to_stays(tmp_path, capsys, narrow, monkeypatch):
     out, outside = tmp_path / "run", tmp_path / "outside"
     outside.mkdir()
@@ -73,11 +77,11 @@ def test_leftovers_that_are_links_go_and_what_they_point_to_stays(tmp_path, caps
 
     def killed(self, state, part=None):
         usual(self, state, part)
-        raise SystemExit(9)
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(RunWriter, "checkpoint", killed)
-        with pytest.raises(SystemExit):
+        with pytest.raises(Killed):
             command(capsys, "train", *TINY, "--epochs", 2, "--out", out)
     (out / CHECKPOINTS / ".0002.abc").symlink_to(outside)
     (out / ".metrics.jsonl.abc").symlink_to(outside / "precious")

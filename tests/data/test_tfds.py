@@ -88,7 +88,7 @@ def test_a_damaged_cache_is_noticed_and_made_again(load, tmp_path, damage):
     damage(kept)
     second, said = load()
     assert second.train.fingerprint() == first.train.fingerprint()
-    assert len(said) == 1 and str(kept) in said[0] and "made again" in said[0]
+    assert len(said) == 1 and str(kept) in said[0] and said[0].endswith(" again.")
     assert load()[1] == [] and list(kept.parent.iterdir()) == [kept]
 
 

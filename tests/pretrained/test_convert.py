@@ -18,6 +18,7 @@ from helpers import (
     files_below,
     full_disk,
     is_one_error,
+    is_refused,
     keras_tensors,
     narrow_networks,
     torch_tensors,
@@ -142,7 +143,7 @@ def test_weights_are_named_and_ordered_as_keras_writes_them(tmp_path):
 
 def refused(capsys, *arguments):
     result = command(capsys, "convert", *arguments)
-    is_one_error(result, 2)
+    is_refused(result)
     return result.err
 
 
