@@ -439,11 +439,12 @@ def test_a_configuration_that_cannot_be_is_refused(fields):
 optional = st.none() | st.integers(1, 10**6)
 texts = st.none() | st.text()
 names = st.text().filter(str.strip)
+paths = st.none() | names
 configs = st.builds(
     TrainConfig,
     preset=st.sampled_from(sorted(PRESETS)),
     dataset=names,
-    data_dir=texts,
+    data_dir=paths,
     weights=names,
     variant=texts,
     image_size=st.none() | st.integers(1, 100).map(lambda n: 32 * n),
@@ -460,7 +461,7 @@ configs = st.builds(
     shuffle=st.booleans(),
     precision=st.sampled_from(["float32", "bfloat16"]),
     extract_batch_size=optional,
-    out=texts,
+    out=paths,
     overwrite=st.booleans(),
 )
 
