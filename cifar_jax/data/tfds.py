@@ -200,16 +200,20 @@ def _tensorflow(place: Path) -> Iterator[Any]:
     for kind in ("GPU", "TPU"):
         with contextlib.suppress(RuntimeError):  # raised where TensorFlow already runs on them: the caller's choice
             tf.config.set_visible_devices([], kind)
-    loggers = [logging.getLogger(name) for name in ("absl", "urllib3")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    theirs = [logging.getLogger(name) for name in ("absl", "urllib3")]
+    levels = [other.level for other in theirs]
+    for other in theirs:
+        other.setLevel(logging.ERROR)
+    handlers = list(logging.root.handlers)
     tfds.disable_progress_bar()
     try:
         yield tfds
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for other, level in zip(theirs, levels, strict=True):
+            other.setLevel(level)
+        # absl, which TFDS logs by, gives the root logger a handler where it has none; all logs would be shown by it.
+        for handler in set(logging.root.handlers).difference(handlers):
+            logging.root.removeHandler(handler)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Prepared data sets: decoded once and kept, damage noticed, and a sentence where there is none to be had."""
 
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -59,6 +60,13 @@ def test_reads_what_was_written(load):
         order = [next(i for i, image in enumerate(written) if (image == read).all()) for read in dataset.images]
         assert sorted(order) == list(range(count))
         np.testing.assert_array_equal(dataset.labels, np.array(order) % 10)
+
+
+def test_logging_is_left_as_it_was(load, monkeypatch):
+    """What TFDS logs by gives the root logger a handler where it has none, which would show all that is logged here."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    load()
+    assert logging.root.handlers == []
 
 
 def test_a_second_load_needs_no_tensorflow_and_maps_memory(load, monkeypatch):
