@@ -2,14 +2,17 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 from cifar_jax.feature_store import ABOUT, locked
+
+logger = logging.getLogger(__name__)
 
 FEATURES, DATA, XLA, WEIGHTS = "features", "data", "xla", "weights"
 # What can be made again: the files of each folder, and the directories that may be empty, as paths below the folder.
@@ -45,10 +48,10 @@ def contents(root: Path) -> list[Kept]:
     return kept
 
 
-def clear(root: Path, say: Callable[[str], None] = lambda _: None) -> int:
+def clear(root: Path) -> int:
     """Removes what can be made again: features, decoded images and compiled functions, but no downloaded weights.
 
-    What another process is using stays, and what the cache did not write; either is said.
+    What another process is using stays, and what the cache did not write; either is logged.
 
     Returns:
       How many bytes that was.
@@ -59,25 +62,22 @@ def clear(root: Path, say: Callable[[str], None] = lambda _: None) -> int:
             freed += _remove_features(path)
         except BlockingIOError:
             in_use.append(path)
-            say(f"{path} stays, as another process is using it.")
+            logger.info(f"{path} stays, as another process is using it.")
     freed += _remove(root / DATA, root / DATA, _OWN[DATA]) + _remove(root / XLA, root / XLA, _OWN[XLA])
     for folder in (root / kind for kind in _OWN):
         others = [folder] if folder.is_symlink() else sorted(set(folder.glob("*")).difference(in_use))
         if others:
-            say(f"{others[0]} stays, as the cache did not write it, or not all that is in it.")
+            logger.info(f"{others[0]} stays, as the cache did not write it, or not all that is in it.")
     return freed
 
 
-def limit_features(
-    root: Path, limit: float, in_use: Collection[str], say: Callable[[str], None] = lambda _: None
-) -> None:
+def limit_features(root: Path, limit: float, in_use: Collection[str]) -> None:
     """Removes the features that were used least recently, as long as there are more than `limit` bytes of them.
 
     Args:
       root: of the cache.
       limit: in bytes.
       in_use: names of entries that stay, as do those that another process is using.
-      say: is called with the sentence that the user should see.
     """
     kept = sorted((_features(path) for path in _removable(root)), key=lambda entry: entry.used)
     total, freed = sum(entry.size for entry in kept), 0
@@ -86,7 +86,9 @@ def limit_features(
             with contextlib.suppress(OSError):
                 freed += _remove_features(entry.path)
     if freed:
-        say(f"{freed / 1e9:.2f} GB of features that were used least recently left the cache, as --cache-limit says.")
+        logger.info(
+            f"{freed / 1e9:.2f} GB of features that were used least recently left the cache, as --cache-limit says."
+        )
 
 
 def _removable(root: Path) -> list[Path]:

@@ -7,6 +7,7 @@ A checkpoint is written beside its final place, read back and compared with what
 its directory exists, it is complete. Any subset of its arrays can be read without the others.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from safetensors.numpy import save_file
 
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.files import read_sealed, sha256_of_arrays, write_sealed
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 4
 ABOUT, ARRAYS = "checkpoint.json", "arrays.safetensors"
@@ -146,15 +149,15 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 def newest_whole(
     directory: Path,
-    say: Callable[[str], None],
     needed: Callable[[dict[str, Any]], Iterable[Position]] = lambda _: (),
+    level: int = logging.INFO,
 ) -> tuple[Position, dict[str, Any]] | None:
     """The newest checkpoint that is not corrupt, and the progress stored in it; None if there is no checkpoint at all.
 
     Args:
       directory: the run's checkpoints.
-      say: told of each corrupt one.
       needed: from a checkpoint's progress to the positions of other checkpoints without which it is of no use.
+      level: at which corrupt ones are logged.
 
     Raises:
       UserError: if all of them are corrupt, or the newest has another format.
@@ -166,7 +169,7 @@ def newest_whole(
             for position in needed(progress):
                 _checked(directory / position.name)
         except Corrupt as error:
-            say(f"{error}; using the one before it." if path != found[0] else f"{error}.")
+            logger.log(level, f"{error}; using the one before it." if path != found[0] else f"{error}.")
         else:
             return position_of(path), progress
     if found:

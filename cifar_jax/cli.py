@@ -11,6 +11,7 @@ from typing import NoReturn
 import jax
 
 from cifar_jax import commands
+from cifar_jax.console import ConsoleReporter
 from cifar_jax.devices import is_gone, is_out_of_memory, keep_freed_memory, missing_platform, use_all_cores
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.interruption import Terminated, listening
@@ -94,7 +95,9 @@ def _command(arguments: list[str]) -> int:
         if arguments[0] not in COMMANDS:
             raise UserError(no_such("command", arguments[0], COMMANDS))
         jax.config.update("jax_debug_nans", debug)
-        return COMMANDS[arguments[0]](arguments[1:])
+        reporter = ConsoleReporter()
+        with reporter.logged():
+            return COMMANDS[arguments[0]](arguments[1:], reporter)
     except SystemExit as stop:  # of tyro, which has shown the help or what it does not understand
         if isinstance(stop.code, str):
             return _say_error(stop.code, 1)

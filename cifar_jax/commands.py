@@ -1,9 +1,10 @@
-"""The commands: each parses what it is told, calls the library, and shows what came of it.
+"""The commands: each parses what it is told, calls the library, and shows by a reporter what came of it.
 
 What only one of them needs is imported inside of it, so that `--help` need not wait for all of it.
 """
 
 import json
+import logging
 import os
 import shlex
 from pathlib import Path
@@ -24,24 +25,27 @@ from cifar_jax.options import (
 )
 from cifar_jax.text import printable
 
+logger = logging.getLogger(__name__)
 
-def train(arguments: list[str]) -> int:
+
+def train(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Trains; 0, or after Ctrl-C or SIGTERM what shells give then."""
     from cifar_jax import job
     from cifar_jax.devices import use_deterministic_algorithms
     from cifar_jax.environment import unused_accelerator
     from cifar_jax.processes import is_first, join
-    from cifar_jax.reporter import Silent
     from cifar_jax.run_dir import SUMMARY, read_json
 
     config = parse_train(arguments)
     if config.deterministic:
         use_deterministic_algorithms()
     join()
-    reporter = ConsoleReporter(config.progress) if is_first() else Silent()
-    use_compile_cache(config.cache_dir, reporter.say)
+    if not is_first():
+        reporter.mute()
+    reporter.bars &= config.progress
+    use_compile_cache(config.cache_dir)
     if warning := unused_accelerator():
-        reporter.warn(warning)
+        logger.warning(warning)
     try:
         out = job.train(config, reporter)
     except job.Interrupted as stop:
@@ -51,25 +55,24 @@ def train(arguments: list[str]) -> int:
         else:
             where = f"after epoch {epoch} of {config.epochs}; progress is saved" if epoch else "before the first step"
         instead = "in place of --overwrite " * config.overwrite
-        reporter.say(
+        logger.info(
             f"Interrupted {where}. Continue with the same command and --resume {instead}--out "
             f"{shlex.quote(str(stop.path))}."
         )
         for note in getattr(stop, "__notes__", ()):
-            reporter.say(note)
+            logger.info(note)
         return stop.exit_code
-    if isinstance(reporter, ConsoleReporter):
+    if is_first():
         reporter.closing(out, read_json(out / SUMMARY))
     return 0
 
 
-def evaluate(arguments: list[str]) -> int:
+def evaluate(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Scores a run again."""
     from cifar_jax.predict import evaluate_run
 
     options = parse(EvaluateOptions, arguments, "evaluate")
-    reporter = ConsoleReporter()
-    use_compile_cache(say=reporter.say)
+    use_compile_cache()
     scores = evaluate_run(options.run, options.data_dir, options.weights, reporter, options.allow_incomplete)
     if options.json:
         print(json.dumps(without_nan(scores)))
@@ -79,7 +82,7 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def predict(arguments: list[str]) -> int:
+def predict(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Says what is in image files, a row each; 0 only where all could be read, else 1."""
     from cifar_jax.images import image_files
     from cifar_jax.predict import predict_files
@@ -90,9 +93,9 @@ def predict(arguments: list[str]) -> int:
         raise UserError("predict needs images; give the paths of PNG or JPEG files behind the run directory.")
     _check_order(options)
     paths = image_files(options.images)
-    reporter, failed = ConsoleReporter(), 0
-    use_compile_cache(say=reporter.say)
-    run = load_run(options.run, options.weights, allow_incomplete=options.allow_incomplete, warn=reporter.warn)
+    failed = 0
+    use_compile_cache()
+    run = load_run(options.run, options.weights, allow_incomplete=options.allow_incomplete)
     for prediction in predict_files(run, paths, options.direct):
         failed += bool(prediction.error)
         if options.json:
@@ -120,21 +123,20 @@ def _check_order(options: PredictOptions) -> None:
         )
 
 
-def info(arguments: list[str]) -> int:
+def info(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Says what is on this machine."""
     from cifar_jax.environment import unused_accelerator
     from cifar_jax.info import collect
 
     options = parse(InfoOptions, arguments, "info")
     if options.clear:
-        return _clear_cache(options)
+        return _clear_cache(options, reporter)
     about = collect(options.topic, options.data_dir, options.cache_dir)
     if options.json:
         print(json.dumps(about))
         return 0
-    reporter = ConsoleReporter()
     if warning := unused_accelerator():
-        reporter.warn(warning)
+        logger.warning(warning)
     for number, part in enumerate(about.values()):
         if number:
             reporter.out.print()
@@ -145,14 +147,14 @@ def info(arguments: list[str]) -> int:
     return 0
 
 
-def _clear_cache(options: InfoOptions) -> int:
+def _clear_cache(options: InfoOptions, reporter: ConsoleReporter) -> int:
     from cifar_jax.cache_contents import clear
     from cifar_jax.files import cache_root
 
     if options.topic != "cache":
         raise UserError("--clear goes with `info cache`; say so, or leave it out.")
-    reporter, root = ConsoleReporter(), cache_root(options.cache_dir)
-    freed = clear(root, reporter.say)
+    root = cache_root(options.cache_dir)
+    freed = clear(root)
     if options.json:
         print(json.dumps({"cache": str(root), "freed_bytes": freed}))
     else:
@@ -160,7 +162,7 @@ def _clear_cache(options: InfoOptions) -> int:
     return 0
 
 
-def features(arguments: list[str]) -> int:
+def features(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Writes features to a file."""
     from cifar_jax.feature_files import is_data_set, write_features
     from cifar_jax.profiling import profiled
@@ -171,10 +173,9 @@ def features(arguments: list[str]) -> int:
     of_data_set = is_data_set(options.src)
     if of_data_set and options.direct:
         raise UserError(f"--direct is for image files, and {options.src[0]} is a data set; leave it out.")
-    reporter = ConsoleReporter()
-    use_compile_cache(options.cache_dir, reporter.say)
+    use_compile_cache(options.cache_dir)
     images = () if of_data_set else options.src
-    with profiled(options.profile, reporter.say):
+    with profiled(options.profile):
         about = write_features(
             options.config(), options.out, images, direct=options.direct, overwrite=options.overwrite, reporter=reporter
         )
@@ -185,14 +186,13 @@ def features(arguments: list[str]) -> int:
     return 0
 
 
-def convert(arguments: list[str]) -> int:
+def convert(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Writes weights in another form."""
     from cifar_jax.pretrained.convert import convert as convert_weights
 
     options = parse(ConvertOptions, arguments, "convert")
-    reporter = ConsoleReporter()
     more = {"overwrite": options.overwrite, "cache_dir": options.cache_dir, "progress": reporter.progress}
-    about = convert_weights(options.src, options.dst, options.to, options.variant, say=reporter.say, **more)
+    about = convert_weights(options.src, options.dst, options.to, options.variant, **more)
     if options.json:
         print(json.dumps(about))
     else:
@@ -200,12 +200,11 @@ def convert(arguments: list[str]) -> int:
     return 0
 
 
-def verify_weights(arguments: list[str]) -> int:
+def verify_weights(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Says what a weights file is and all that is wrong with it; 0 only where nothing is, else 1."""
     from cifar_jax.verify import verify
 
     options = parse(VerifyOptions, arguments, "verify-weights")
-    reporter = ConsoleReporter()
     more = {"cache_dir": options.cache_dir, "progress": reporter.progress}
     found = verify(options.file, options.variant, options.against, **more)
     if options.json:

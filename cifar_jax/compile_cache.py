@@ -7,8 +7,9 @@ entry is one file that appears whole; it begins with the digest of the rest, and
 
 import contextlib
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,18 +21,18 @@ MAX_BYTES = 2**30
 _SUFFIX = ".xla"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
-def use_compile_cache(cache_dir: str | None = None, say: Say = lambda _: None) -> None:
+def use_compile_cache(cache_dir: str | None = None) -> None:
     """Keeps what JAX compiles from now on, below the project's cache, and takes from there what is there already.
 
     Commands call this; importing the library does not. Where JAX_COMPILATION_CACHE_DIR names a place, JAX's own cache
-    is used, there; JAX_ENABLE_COMPILATION_CACHE=false turns either off.
+    is used, there; JAX_ENABLE_COMPILATION_CACHE=false turns either off. Where nothing can be
+    kept, that is logged, once.
 
     Args:
       cache_dir: of the project; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax.
-      say: is told, once, when nothing can be kept.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
@@ -39,9 +40,9 @@ def use_compile_cache(cache_dir: str | None = None, say: Say = lambda _: None) -
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_usable(path)
-        _give_to_jax(path, CheckedCache(path, say=say))
+        _give_to_jax(path, CheckedCache(path))
     except (OSError, ImportError, AttributeError) as error:
-        say(_not_kept(path, error))
+        logger.info(_not_kept(path, error))
 
 
 def _give_to_jax(path: Path, cache: "CheckedCache") -> None:
@@ -71,9 +72,9 @@ def _not_kept(path: Path, error: Exception) -> str:
 class CheckedCache:
     """Compiled functions by key, each in a file, all of them within a limit; what JAX calls a `CacheInterface`."""
 
-    def __init__(self, path: Path, max_bytes: int = MAX_BYTES, say: Say = lambda _: None):
-        """Takes the directory, which exists, and who is told if it cannot be written."""
-        self._path, self._max_bytes, self._say = path, max_bytes, say
+    def __init__(self, path: Path, max_bytes: int = MAX_BYTES):
+        """Takes the directory, which exists."""
+        self._path, self._max_bytes = path, max_bytes
         self._size = self._make_room(0)
 
     def get(self, key: str) -> bytes | None:
@@ -93,7 +94,7 @@ class CheckedCache:
         return value
 
     def put(self, key: str, value: bytes) -> None:
-        """Keeps a compiled function. If that fails, it is said, and nothing more is kept."""
+        """Keeps a compiled function. If that fails, it is logged, and nothing more is kept."""
         content = hashlib.sha256(value).digest() + value
         if len(content) > self._max_bytes:
             return
@@ -108,7 +109,7 @@ class CheckedCache:
             self._size += len(content)
         except OSError as error:
             self._max_bytes = 0
-            self._say(_not_kept(self._path, error))
+            logger.info(_not_kept(self._path, error))
 
     def _make_room(self, num_bytes: int) -> int:
         """Removes what was used least recently, until so many bytes fit in. Returns how many there are then."""

@@ -1,6 +1,7 @@
 """What the commands show: on a terminal bars and tables, elsewhere plain lines that a program can read."""
 
 import contextlib
+import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,34 +43,61 @@ class _TimeLeft(TimeRemainingColumn):
         return Text("compiling" if task.fields["compiling"] else "starting", style="cyan")
 
 
+class ConsoleHandler(logging.Handler):
+    """Shows what is logged for the user, a sentence each, above the bars of the same console."""
+
+    def __init__(self, console: Console) -> None:
+        """Takes the console that the bars are on."""
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows a record: what the user should not miss, from a warning on, in another colour."""
+        try:
+            is_warning = record.levelno >= logging.WARNING
+            lines = [printable("Warning: " * is_warning + record.getMessage())]
+            if self._console.is_terminal:
+                lines = sentence_lines(lines[0], self._console.width)
+            self._console.print("\n".join(lines), style="bold yellow" if is_warning else None, markup=False)
+        except Exception:  # as handlers do: a sentence that cannot be shown ends no run
+            self.handleError(record)
+
+
 class ConsoleReporter:
     """Tells a person, or a log."""
 
-    def __init__(self, progress: bool = True) -> None:
-        """With `progress`, bars are shown where the output is a terminal."""
+    def __init__(self) -> None:
+        """Takes the standard streams as they are whenever something is shown."""
         # Warnings and bars go to stderr, results to stdout, so that `train.py > log` keeps a clean log.
         self.out = Console(highlight=False, soft_wrap=True, emoji=False)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-        self.bars = progress and self.err.is_terminal
+        self.bars = self.err.is_terminal
         self._epochs_begun = False
 
-    def say(self, text: str) -> None:
-        """A sentence the user should see."""
-        self._sentence(text)
+    @contextlib.contextmanager
+    def logged(self) -> Iterator[None]:
+        """Shows what the library logs, until the block ends. A command around this one shows none of it meanwhile."""
+        library, handler = logging.getLogger("cifar_jax"), ConsoleHandler(self.err)
+        level, others = library.level, [other for other in library.handlers if isinstance(other, ConsoleHandler)]
+        for other in others:
+            library.removeHandler(other)
+        library.addHandler(handler)
+        library.setLevel(min(library.getEffectiveLevel(), logging.INFO))
+        try:
+            yield
+        finally:
+            library.setLevel(level)
+            library.removeHandler(handler)
+            for other in others:
+                library.addHandler(other)
+
+    def mute(self) -> None:
+        """Shows nothing from now on, as in the processes of a run that are not the first."""
+        self.out.quiet = self.err.quiet = True
 
     def print(self, text: str) -> None:
         """A line of what the command was asked for."""
         self.out.print(printable(text), markup=False)
-
-    def warn(self, text: str) -> None:
-        """A sentence the user should not miss."""
-        self._sentence(f"Warning: {text}", style="bold yellow")
-
-    def _sentence(self, text: str, style: str | None = None) -> None:
-        lines = [printable(text)]
-        if self.err.is_terminal:
-            lines = sentence_lines(lines[0], self.err.width)
-        self.err.print("\n".join(lines), style=style, markup=False)
 
     def confirm(self, question: str) -> bool:
         """Asks for a yes; False where nobody sits at a terminal."""

@@ -29,7 +29,6 @@ def dataset_features(
     image_size: int,
     datasets: Mapping[str, Dataset],
     *,
-    say: Callable[[str], None] = lambda _: None,
     progress: Progress = NO_BARS,
     timed: Callable[[int], AbstractContextManager[Any]] = nullcontext,
     on_batch: Callable[[int], None] = lambda _: None,
@@ -41,7 +40,6 @@ def dataset_features(
       backbone: that extracts them.
       image_size: side in pixels that the images are upsampled to.
       datasets: by what they are called, such as `training images`.
-      say: is called with each sentence that the user should see.
       progress: makes the bar that shows how far a data set is.
       timed: a context for each piece of work, given the number of its images.
       on_batch: is called after each batch with the number of images that are left, those of other data sets included.
@@ -50,9 +48,7 @@ def dataset_features(
       RunError: when the backbone or its features have values that cannot be, or all features are the same.
     """
     # Made when the first image needs it: where all features are kept, the network is not even put on the devices.
-    make = functools.cache(
-        partial(make_extractor, backbone, image_size, config.precision, config.extract_batch_size, say=say)
-    )
+    make = functools.cache(partial(make_extractor, backbone, image_size, config.precision, config.extract_batch_size))
     root, features = cache_root(config.cache_dir), {}
     about = {"backbone": backbone.source, "image_size": image_size, "precision": config.precision}
     how = (config.precision, config.feature_dtype)
@@ -69,11 +65,10 @@ def dataset_features(
                 backbone.config.features,
                 dtype=config.feature_dtype,
                 about={"data": f"{config.dataset} {name}", **about},
-                say=say,
                 on_images=partial(_tell, bar, on_batch, len(dataset.images) + sum(absent.values())),
             )
         _require_different(features[name], dataset.images, f"{backbone.source} gives the same features for all {name}")
-    limit_features(root, config.cache_limit * 1e9, [key[:32] for key in keys.values()], say)
+    limit_features(root, config.cache_limit * 1e9, [key[:32] for key in keys.values()])
     return features
 
 

@@ -6,6 +6,7 @@ They lie in a directory named by all that they depend on. A chunk that is missin
 import hashlib
 import importlib.metadata
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ _ALIGNMENT = 64  # bytes
 # Who changes one of these wants features of the changed network, not those in the cache.
 _CODE = ("features.py", "inference.py", "preprocess.py", "resnet.py")
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 def features_key(
@@ -67,7 +68,6 @@ def cached_features(
     *,
     dtype: str = "float32",
     about: Mapping[str, Any] | None = None,
-    say: Say = lambda _: None,
     on_images: Callable[[int], None] = lambda _: None,
 ) -> Float32[np.ndarray, "n features"]:
     """Features from the cache, every chunk checked; what it lacks is computed and kept there.
@@ -84,7 +84,6 @@ def cached_features(
       num_features: how many features an image has.
       dtype: what they are kept in: `float32`, `float16` or `bfloat16`. They come rounded to it, also the first time.
       about: JSON values kept beside them for whoever looks at the cache.
-      say: is called with each sentence that the user should see.
       on_images: is called with the number of images that are done.
 
     Returns:
@@ -95,11 +94,11 @@ def cached_features(
     """
     features = _empty(len(images_u8), num_features)
     chunks = chunks_of(len(features))
-    with open_entry(directory / key[:32], features.shape, dtype, about or {}, say) as entry:
+    with open_entry(directory / key[:32], features.shape, dtype, about or {}) as entry:
         missing = entry.read(features, chunks)
         done = len(features) - num_rows(missing)
         if done:
-            say(_what_is_reused(entry.path, len(features), done, missing))
+            logger.info(_what_is_reused(entry.path, len(features), done, missing))
 
         for rows in missing:
             values = extractor(images_u8[rows], _counted_from(done, on_images))

@@ -101,9 +101,8 @@ def _of_data_set(config: TrainConfig, reporter: Reporter) -> tuple[Backbone, dic
     problem, backbone = load_problem_and_backbone(config, reporter, clock)
     datasets = {"training images": problem.train, "test images": problem.test}
     image_size = network_image_size(config, backbone)
-    how: dict[str, Any] = {"say": reporter.say, "progress": reporter.progress}
-    on_batch = forecast_of(config, backbone, image_size, clock, reporter.say).note
-    features = dataset_features(config, backbone, image_size, datasets, on_batch=on_batch, **how)
+    on_batch = forecast_of(config, backbone, image_size, clock).note
+    features = dataset_features(config, backbone, image_size, datasets, progress=reporter.progress, on_batch=on_batch)
     return backbone, {
         "train_features": features["training images"],
         "train_labels": np.asarray(problem.train.labels),
@@ -118,8 +117,7 @@ def _of_images(
 ) -> tuple[Backbone, dict[str, np.ndarray]]:
     if config.weights in UNTRAINED:
         raise UserError(f"--weights {config.weights} is made from the images of a data set; name one, or others.")
-    how: dict[str, Any] = {"cache_dir": config.cache_dir, "say": reporter.say, "progress": reporter.progress}
-    backbone = load_backbone(config.weights, config.variant, **how)
+    backbone = load_backbone(config.weights, config.variant, cache_dir=config.cache_dir, progress=reporter.progress)
     image_size = network_image_size(config, backbone)
     side = image_size if direct else TRAINED_SIDE
     extractor = make_extractor(backbone, image_size, config.precision, config.extract_batch_size)

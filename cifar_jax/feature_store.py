@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cifar_jax.files import lock, remove_leftovers, write_json
 CHUNK_ROWS = 1024
 ABOUT, METADATA, LOCK = "about.json", "zarr.json", "lock"
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 def chunks_of(num: int) -> list[slice]:
@@ -38,27 +39,26 @@ def num_absent(path: Path, num: int) -> int:
 
 
 @contextlib.contextmanager
-def open_entry(path: Path, shape: tuple[int, int], dtype: str, about: Mapping[str, Any], say: Say) -> Iterator["Entry"]:
-    """The chunks in a directory, locked until the block ends; where they cannot be kept that is said.
+def open_entry(path: Path, shape: tuple[int, int], dtype: str, about: Mapping[str, Any]) -> Iterator["Entry"]:
+    """The chunks in a directory, locked until the block ends; where they cannot be kept that is logged.
 
     Args:
       path: of the directory, which is made if need be.
       shape: images and features of an image.
       dtype: what they are kept in.
       about: JSON values kept beside them for people.
-      say: is called with each sentence that the user should see.
     """
     with contextlib.ExitStack() as stack:
         array = None
         try:
-            if stack.enter_context(locked(path, say)):
+            if stack.enter_context(locked(path, waits=True)):
                 remove_leftovers(path, f".{ABOUT}.*")
                 remove_leftovers(path, "**/*.__lock")
-            array = _open_array(path, shape, dtype, say)
+            array = _open_array(path, shape, dtype)
             _describe(path, {"images": shape[0], "features": shape[1], "dtype": dtype, **about})
         except (OSError, ValueError) as error:
-            say(_not_kept(path, error))
-        entry = Entry(path, array, say)
+            logger.info(_not_kept(path, error))
+        entry = Entry(path, array)
         try:
             yield entry
         finally:
@@ -66,20 +66,20 @@ def open_entry(path: Path, shape: tuple[int, int], dtype: str, about: Mapping[st
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: Say | None = None) -> Iterator[bool]:
+def locked(path: Path, waits: bool = False) -> Iterator[bool]:
     """Holds the lock of an entry, whose directory is made if need be. The kernel frees it when a process ends.
 
     Its value is whether it holds, as some file systems have no locks.
 
     Args:
       path: of the entry.
-      wait: is told when the lock is another's and waited for; without it, that raises BlockingIOError.
+      waits: for a lock that is another's, which is logged; without it, that raises BlockingIOError.
     """
 
     def on_waiting() -> None:
-        if wait is None:
+        if not waits:
             raise BlockingIOError(f"another process is using {path}")
-        wait(f"Another process is computing the features in {path}; waiting for it.")
+        logger.info(f"Another process is computing the features in {path}; waiting for it.")
 
     while True:
         path.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def locked(path: Path, wait: Say | None = None) -> Iterator[bool]:
             return
 
 
-def _open_array(path: Path, shape: tuple[int, int], dtype: str, say: Say) -> Any:
+def _open_array(path: Path, shape: tuple[int, int], dtype: str) -> Any:
     """Opens the zarr array or makes it. Metadata that are damaged are written again, as they say nothing new."""
     import tensorstore
 
@@ -117,7 +117,7 @@ def _open_array(path: Path, shape: tuple[int, int], dtype: str, say: Say) -> Any
     except ValueError as error:
         if not (path / METADATA).exists():
             raise
-        say(f"{path / METADATA} is damaged ({_reason(error)}): it is written again.")
+        logger.info(f"{path / METADATA} is damaged ({_reason(error)}): it is written again.")
         (path / METADATA).unlink()
         return tensorstore.open(spec, open=True, create=True).result()
 
@@ -137,9 +137,9 @@ def _describe(path: Path, about: Mapping[str, Any]) -> None:
 class Entry:
     """The chunks of one feature matrix on disk; without an array it holds none and takes none."""
 
-    def __init__(self, path: Path, array: Any, say: Say):
+    def __init__(self, path: Path, array: Any):
         """Takes what `_open_array` returned, or None."""
-        self.path, self._array, self._say = path, array, say
+        self.path, self._array = path, array
         self._pending: Any = None
 
     def read(self, features: Float32[np.ndarray, "n features"], chunks: Sequence[slice]) -> list[slice]:
@@ -165,11 +165,11 @@ class Entry:
         if damaged:
             again = num_rows([rows for rows in left if rows.start in damaged])
             first = _reason(next(iter(damaged.values())))
-            self._say(f"The cache is damaged ({first}): the features of {again:,} images are computed again.")
+            logger.info(f"The cache is damaged ({first}): the features of {again:,} images are computed again.")
         return left
 
     def write(self, rows: slice, values: Float[np.ndarray, "rows features"]) -> None:
-        """Starts to write a chunk. If that fails, it is said, and nothing more is kept."""
+        """Starts to write a chunk. If that fails, it is logged, and nothing more is kept."""
         self.flush()
         if self._array is not None:
             self._pending = self._array[rows].write(values)
@@ -181,7 +181,7 @@ class Entry:
             if pending is not None:
                 pending.result()
         except ValueError as error:
-            self._say(_not_kept(self.path, error))
+            logger.info(_not_kept(self.path, error))
             self._array = None
 
 

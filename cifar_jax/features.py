@@ -1,5 +1,6 @@
 """Pooled features of a frozen backbone: the plain reference, and an extractor for any number of images."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from cifar_jax.parallel import mesh_of, replicate, round_up, shard
 from cifar_jax.preprocess import preprocess, require_images
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.resnet import ResNet
+
+logger = logging.getLogger(__name__)
 
 
 class Extractor(Protocol):
@@ -57,8 +60,6 @@ def make_extractor(
     precision: str = "float32",
     batch_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
-    *,
-    say: Callable[[str], None] = lambda _: None,
 ) -> Extractor:
     """Prepares `extract` for many images: folded, compiled once, fed batch by batch, any number of images.
 
@@ -66,9 +67,9 @@ def make_extractor(
       backbone: from `load_backbone`; what is made of it goes to the devices once.
       image_size: side in pixels that the images are upsampled to; the backbone's own if None.
       precision: `float32` or `bfloat16`.
-      batch_size: images a compiled call, divided between the devices; chosen by platform and image size if None.
+      batch_size: images a compiled call, divided between the devices; chosen by platform and image size if None. Where
+        the devices' memory is too small for that many, half of them are tried, which is logged.
       devices: of one platform; all of this process if None.
-      say: is told when the devices' memory is too small for that many images; half of them are tried then.
 
     Raises:
       RunError: when the backbone has a value that is not finite, folded or not; the extractor, when features are not.
@@ -102,7 +103,7 @@ def make_extractor(
                 if not is_out_of_memory(error) or size == mesh.size:
                     raise
                 at_once = round_up(mesh, size // 2)
-                say(
+                logger.info(
                     f"Out of memory at batch size {size}; retrying with {at_once}, which may change the last bits of "
                     f"features. Pass --extract-batch-size {at_once} to start there."
                 )

@@ -1,5 +1,6 @@
-"""How long a job takes in all, said once its first batches show how fast it goes."""
+"""How long a job takes in all, logged once its first batches show how fast it goes."""
 
+import logging
 from collections.abc import Callable
 
 import jax
@@ -12,22 +13,21 @@ MIN_BATCHES, MIN_SECONDS = 3, 2.0  # that the speed is measured over
 WORTH_SAYING = 60.0  # seconds: shorter jobs are over before anybody wonders
 LONG = 600.0  # seconds: of longer ones people like to know a faster way
 
+logger = logging.getLogger(__name__)
+
 
 class Forecast:
-    """Says once how long the job takes."""
+    """Logs once how long the job takes."""
 
-    def __init__(
-        self, say: Callable[[str], None], now: Callable[[], float], faster: str = "", what: str = "This job"
-    ) -> None:
+    def __init__(self, now: Callable[[], float], faster: str = "", what: str = "This job") -> None:
         """Nothing is known yet.
 
         Args:
-          say: is called with the sentence, if at all.
           now: seconds since the job began.
           faster: a sentence that follows where the job is long.
           what: the work that is meant.
         """
-        self._say, self._now, self._faster, self._what = say, now, faster, what
+        self._now, self._faster, self._what = now, faster, what
         self._first: tuple[float, float] | None = None
         self._batches, self._done = 0, False
 
@@ -52,17 +52,15 @@ class Forecast:
         total = now + left * seconds / done
         if total >= WORTH_SAYING:
             faster = f" {self._faster}" if self._faster and total > LONG else ""
-            self._say(f"{self._what} will take about {in_words(total)} in all.{faster}")
+            logger.info(f"{self._what} will take about {in_words(total)} in all.{faster}")
 
 
-def forecast_of(
-    config: TrainConfig, backbone: Backbone, image_size: int, clock: Clock, say: Callable[[str], None]
-) -> Forecast:
+def forecast_of(config: TrainConfig, backbone: Backbone, image_size: int, clock: Clock) -> Forecast:
     """A forecast of a job that began with the clock, and on a CPU names what makes it shorter."""
     faster = faster_ways(config, backbone, image_size) if jax.default_backend() == "cpu" else ""
     # On cached features an epoch takes seconds, which are not known yet.
     what = "Extracting the features" if config.mode == "cached" else "This job"
-    return Forecast(say, lambda: clock.total, faster, what)
+    return Forecast(lambda: clock.total, faster, what)
 
 
 def faster_ways(config: TrainConfig, backbone: Backbone, image_size: int) -> str:

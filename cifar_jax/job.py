@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import signal
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,8 @@ from cifar_jax.run_dir import CHECKPOINTS, check_run_dir, claimed, default_run_d
 from cifar_jax.run_writer import NoWriter, RunWriter
 from cifar_jax.training import TrainState
 
+logger = logging.getLogger(__name__)
+
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM came; what was done until then is in the run directory."""
@@ -69,19 +72,18 @@ def load_problem_and_backbone(config: TrainConfig, reporter: Reporter, clock: Cl
     with clock("weights"):
         loaded = None if untrained else _load_backbone(config, reporter)
     with clock("data"):
-        problem = load_problem(config, reporter.say)
+        problem = load_problem(config)
     with clock("weights"):
-        return problem, loaded or make_untrained(config, problem.train, reporter)
+        return problem, loaded or make_untrained(config, problem.train)
 
 
 def _load_backbone(config: TrainConfig, reporter: Reporter) -> Backbone:
-    cache_dir, say, progress = config.cache_dir, reporter.say, reporter.progress
-    return load_backbone(config.weights, config.variant, cache_dir=cache_dir, say=say, progress=progress)
+    return load_backbone(config.weights, config.variant, cache_dir=config.cache_dir, progress=reporter.progress)
 
 
-def make_untrained(config: TrainConfig, train: Dataset, reporter: Reporter) -> Backbone:
-    """A random backbone calibrated on the training images, which is said loudly."""
-    reporter.warn(
+def make_untrained(config: TrainConfig, train: Dataset) -> Backbone:
+    """A random backbone calibrated on the training images, of which a warning is logged."""
+    logger.warning(
         f"--weights {config.weights} is an UNTRAINED network: random kernels, BatchNorm statistics calibrated on "
         "training images. Its accuracy is a baseline, not transfer learning."
     )
@@ -113,10 +115,10 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
 
     def acknowledge(number: signal.Signals, is_held: bool) -> None:
         again = "; press Ctrl-C again to quit at once" if number == signal.SIGINT else " (SIGTERM)"
-        reporter.say(f"Stopping{' after this step' if is_held else ''}{again}.")
+        logger.info(f"Stopping{' after this step' if is_held else ''}{again}.")
 
     alone = jax.process_count() == 1
-    with profiled(config.profile, reporter.say), listening(alone, acknowledge) as signals:
+    with profiled(config.profile), listening(alone, acknowledge) as signals:
         return _train(config, reporter, signals)
 
 
@@ -126,19 +128,19 @@ def _train(config: TrainConfig, reporter: Reporter, signals: Signals) -> Path:
     found = from_first(lambda: _find_run(config, reporter))
     out, progress = Path(found["out"]), found["progress"] and Progress.from_json(found["progress"])
     if found["finished"]:
-        reporter.say(f"The run in {out} is finished; there is nothing to resume.")
+        logger.info(f"The run in {out} is finished; there is nothing to resume.")
         return out
     clock = Clock()
     problem, backbone = load_problem_and_backbone(config, reporter, clock)
     _require_same(config, problem, backbone)
     if shared := images_in_both(problem.train, problem.val):
         of = f"{shared:,} of {len(problem.val.labels):,} {problem.val_name} images"
-        reporter.warn(f"{of} are training images too, bit by bit: the accuracy on them says little.")
+        logger.warning(f"{of} are training images too, bit by bit: the accuracy on them says little.")
     image_size = network_image_size(config, backbone)
     reporter.header(_header(config, problem, backbone, image_size, out, mesh.size))
     progress = progress or NO_PROGRESS
     if progress.position > (0, 0):
-        reporter.say(f"Resuming the run in {out} after {progress.position.words}.")
+        logger.info(f"Resuming the run in {out} after {progress.position.words}.")
     writer_class = RunWriter if is_first() else NoWriter
     writer = writer_class(out, config, problem, backbone, image_size, clock, progress)
     require_same_inputs(out, progress, writer.inputs)
@@ -204,7 +206,7 @@ def _find_run(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     """
     out = Path(config.out) if config.out else default_run_dir(config)
     resume = config.resume or (not config.overwrite and _is_to_go_on(out, config, reporter))
-    progress = find_progress(out, config, reporter.say) if resume else None
+    progress = find_progress(out, config) if resume else None
     finished = is_finished(out, config, progress)
     if not finished:
         check_run_dir(out, config, resumes=progress is not None)
@@ -220,7 +222,7 @@ def _check_again(out: Path, config: TrainConfig, progress: dict[str, Any] | None
     check_run_dir(out, config, resumes=progress is not None)
     if progress is None:
         return
-    now = find_progress(out, config, lambda _: None)
+    now = find_progress(out, config, logging.DEBUG)  # logged already
     if now is None or now.to_json() != progress:
         raise UserError(f"Another process continued the run in {out} meanwhile. Run the command again.")
 

@@ -113,9 +113,9 @@ def evaluate_run(
       UserError: when the run, its backbone or its data cannot be had, or the data are others than then.
     """
     reporter = reporter or Silent()
-    run = load_run(path, weights, allow_incomplete=allow_incomplete, warn=reporter.warn)
+    run = load_run(path, weights, allow_incomplete=allow_incomplete)
     config = replace(run.config, data_dir=data_dir or run.config.data_dir)
-    problem = load_problem(config, reporter.say)
+    problem = load_problem(config)
     if problem.test.fingerprint() != run.summary["dataset"].get("test_sha256"):
         raise UserError(
             f"The test images of {config.dataset} are not those that the run {run.path} was scored on; name the "

@@ -1,17 +1,20 @@
 """A trace of what ran when, on the host and on the devices."""
 
 import contextlib
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from cifar_jax.errors import RunError, UserError
 
+logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
-def profiled(directory: str | None, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+def profiled(directory: str | None) -> Iterator[None]:
     """Writes a JAX profiler trace of the block to a directory, for XProf or https://ui.perfetto.dev; nothing for None.
 
     Raises:
@@ -33,4 +36,4 @@ def profiled(directory: str | None, say: Callable[[str], None] = lambda _: None)
         yield
     if not (traces := set(path.rglob("*.xplane.pb")) - before):
         raise RunError(f"The profiler wrote no trace to {path}; make room or choose another --profile.")
-    say(f"The trace is in {traces.pop().parent}.")
+    logger.info(f"The trace is in {traces.pop().parent}.")

@@ -1,4 +1,4 @@
-"""Who is told what a job does. The library prints nothing itself."""
+"""Who is shown what a job does. The library prints nothing itself, and logs its sentences by `logging`."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,12 +20,6 @@ class Progress(Protocol):
 class Reporter(Protocol):
     """Who is told what the job does; `cifar_jax.console` shows it to a person, `Silent` to nobody."""
 
-    def say(self, text: str) -> None:
-        """A sentence the user should see."""
-
-    def warn(self, text: str) -> None:
-        """A sentence the user should not miss."""
-
     def header(self, rows: dict[str, str]) -> None:
         """What is about to be done, and with what."""
 
@@ -46,12 +40,6 @@ class Reporter(Protocol):
 
 class Silent:
     """A reporter that tells nobody."""
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def warn(self, text: str) -> None:
-        """Nothing."""
 
     def header(self, rows: dict[str, str]) -> None:
         """Nothing."""

@@ -1,7 +1,8 @@
 """Resuming a run: what a checkpoint stores of a state, and the progress that a run directory holds."""
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from cifar_jax.fit import EpochPart, EpochRow
 from cifar_jax.pretrained import UNTRAINED
 from cifar_jax.run_dir import CHECKPOINTS, CONFIG, METRICS, SUMMARY, is_run, read_json, recorded
 from cifar_jax.training import StepMetrics, TrainState
+
+logger = logging.getLogger(__name__)
 
 # Options that may differ between a run and the command that resumes it. Places are not content: digests tell whether
 # images and weights are the same. Where the learning rate follows a schedule, the number of epochs must not differ;
@@ -139,13 +142,13 @@ def differing(out: Path, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     return {name: (theirs[name], ours[name]) for name in ours if name not in may_differ and ours[name] != theirs[name]}
 
 
-def find_progress(out: Path, config: TrainConfig, say: Callable[[str], None]) -> Progress | None:
+def find_progress(out: Path, config: TrainConfig, level: int = logging.INFO) -> Progress | None:
     """Progress of the run in a directory; None if there is no run.
 
     Args:
       out: the run directory.
       config: of the run.
-      say: told of corrupt checkpoints and files.
+      level: at which corrupt checkpoints and files are logged.
 
     Raises:
       UserError: if `config` does not describe the run in `out`, the run would diverge again, or its checkpoints are
@@ -168,7 +171,7 @@ def find_progress(out: Path, config: TrainConfig, say: Callable[[str], None]) ->
         selected = selected_epoch(Progress.from_json(progress).rows, config.val_fraction > 0)
         return [Position(selected)] if config.val_fraction and selected else []
 
-    newest = newest_whole(out / CHECKPOINTS, say, needed)
+    newest = newest_whole(out / CHECKPOINTS, needed, level)
     if newest is None:
         return NO_PROGRESS
     progress = Progress.from_json(newest[1])
@@ -178,7 +181,7 @@ def find_progress(out: Path, config: TrainConfig, say: Callable[[str], None]) ->
             "--epochs, or another --out."
         )
     if not _are_in(out / METRICS, progress.rows):
-        say(f"{out / METRICS} is missing or corrupt; writing it again from the checkpoint.")
+        logger.log(level, f"{out / METRICS} is missing or corrupt; writing it again from the checkpoint.")
     return progress
 
 

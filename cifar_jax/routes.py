@@ -94,7 +94,7 @@ def make_route(job: Job) -> Route:
 
 def _cached(job: Job) -> Route:
     """Every image passes the backbone once; the head trains on the features."""
-    config, problem, backbone, image_size, reporter, writer, mesh, _ = job
+    config, problem, backbone, image_size, _, writer, mesh, _ = job
     datasets = {
         "training images": problem.train,
         f"{problem.val_name} images": problem.val,
@@ -106,7 +106,6 @@ def _cached(job: Job) -> Route:
             backbone,
             image_size,
             {name: own_part(dataset) for name, dataset in datasets.items()},
-            say=reporter.say,
             progress=partial(_bar, job),
             timed=writer.extracting,
             on_batch=_forecast(job).note,
@@ -231,7 +230,7 @@ class _Plan:
 
 
 def _forecast(job: Job) -> Forecast:
-    return forecast_of(job.config, job.backbone, job.image_size, job.writer.clock, job.reporter.say)
+    return forecast_of(job.config, job.backbone, job.image_size, job.writer.clock)
 
 
 @contextlib.contextmanager

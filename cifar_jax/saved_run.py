@@ -1,8 +1,9 @@
 """A run that is read back: its configuration, its head, and the backbone it needs, wherever that lies now."""
 
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.errors import UserError
 from cifar_jax.files import sha256_of_file
 from cifar_jax.head import HeadParams, init_head
-from cifar_jax.pretrained import Backbone, load_backbone, registry
+from cifar_jax.pretrained import Backbone, registry
 from cifar_jax.pretrained.canonical import is_ours
+from cifar_jax.pretrained.load import read_weights
+from cifar_jax.pretrained.reading import backbone_of
 from cifar_jax.run_dir import BACKBONE, CHECKPOINTS, CONFIG, FORMAT_VERSION, SUMMARY, is_run, read_json
+
+logger = logging.getLogger(__name__)
 
 MOST_WEIGHTS_BYTES = 2**32  # a ResNet152 in float64 has 0.5 GB: what is larger is no backbone, and is not hashed
 
@@ -62,7 +67,6 @@ def load_run(
     weights: str | None = None,
     *,
     allow_incomplete: bool = False,
-    warn: Callable[[str], None] = lambda _: None,
 ) -> Run:
     """Reads a run back: its configuration, its head, and the backbone it needs, found by hash.
 
@@ -70,8 +74,7 @@ def load_run(
       path: of the run directory.
       weights: a file or name to take the backbone from, where it is not found by itself.
       allow_incomplete: whether a run that was interrupted, failed or diverged may be read. Its head is that of the last
-        completed epoch, or with held-out images of the best one.
-      warn: told of a run that is incomplete.
+        completed epoch, or with held-out images of the best one, and a warning is logged.
 
     Raises:
       UserError: if it is not a run, is incomplete or damaged, or its backbone is not on this machine.
@@ -89,7 +92,7 @@ def load_run(
         config = TrainConfig.from_json(fields)
     except UserError as error:
         raise UserError(f"{path / CONFIG} is not as `train` wrote it ({error}); name another run directory.") from error
-    _require_complete(path, config, summary, allow_incomplete, warn)
+    _require_complete(path, config, summary, allow_incomplete)
     try:
         class_names = tuple(map(str, summary["dataset"]["class_names"]))
         about = {name: str(summary["backbone"][name] or "") for name in ("sha256", "source")}
@@ -109,9 +112,7 @@ def load_run(
     return Run(path, config, summary, backbone, head_params, class_names)
 
 
-def _require_complete(
-    path: Path, config: TrainConfig, summary: Mapping[str, Any], allow: bool, warn: Callable[[str], None]
-) -> None:
+def _require_complete(path: Path, config: TrainConfig, summary: Mapping[str, Any], allow: bool) -> None:
     status, done = summary.get("status"), summary.get("selected_epoch") or 0
     if status == "complete":
         return
@@ -121,7 +122,7 @@ def _require_complete(
         raise UserError(f"{what} and has no trained head. {how}.")
     if not allow:
         raise UserError(f"{what}. {how}, or pass --allow-incomplete to use the head of epoch {done}.")
-    warn(f"{what}; using the head of epoch {done}.")
+    logger.warning(f"{what}; using the head of epoch {done}.")
 
 
 def _check_run_as_before(path: Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
@@ -147,7 +148,8 @@ def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], we
             continue
         if (reason := _why_not(candidate, about["sha256"])) is None:
             # A file of the project's own says itself how it is run, whatever the one it was made from was told.
-            return load_backbone(candidate, None if is_ours(candidate) else config.variant)
+            # What had to be assumed of it was logged when it was trained on.
+            return backbone_of(read_weights(candidate, None if is_ours(candidate) else config.variant))
         if str(candidate) in named:
             other = other or f" ({candidate} {reason})"
     raise UserError(

@@ -89,8 +89,7 @@ def verify(
       WeightsError: when the file cannot be read, or is so far from any known network that no tensor can be named.
       UserError: when the library is not there, or has no such network.
     """
-    said: list[str] = []
-    reading = read_weights(path_or_name, variant, **how | {"say": said.append})
+    reading = read_weights(path_or_name, variant, **how)
     found = match(reading.tensors, reading.names, reading.config, [*reading.ignored, *reading.top], reading.layout)
     rows = tensor_rows(reading, found)
     problems = [f"{row.name}: {row.problem}." for row in rows if row.problem]
@@ -110,7 +109,7 @@ def verify(
         if against is not None:
             differences = peers.differences(against, reading, backbone.replace(image_size=side))
         problems += _of_features(fingerprint, against, differences)
-    return Verification(_about(reading, registered, said), rows, fingerprint, differences, problems)
+    return Verification(_about(reading, registered), rows, fingerprint, differences, problems)
 
 
 def _of_features(fingerprint: dict[str, Any], against: str | None, differences: dict[str, float]) -> list[str]:
@@ -120,7 +119,7 @@ def _of_features(fingerprint: dict[str, Any], against: str | None, differences: 
     return dead + [f"{against} computes another {name}: it differs by {value:.2g}." for name, value in far.items()]
 
 
-def _about(reading: Reading, registered: registry.Entry | None, said: list[str]) -> dict[str, str]:
+def _about(reading: Reading, registered: registry.Entry | None) -> dict[str, str]:
     config, preprocessing = reading.config, reading.preprocessing
     counts = f"{sum(np.size(tensor) for tensor in reading.tensors.values()):,} numbers"
     return {
@@ -131,7 +130,7 @@ def _about(reading: Reading, registered: registry.Entry | None, said: list[str])
         "network": network_words(config),
         "tensors": f"{len(reading.tensors)} of the family {reading.family}, {counts}",
         "variant": reading.variant,
-        "assumed": " ".join(said) or "nothing",
+        "assumed": " ".join(reading.notes) or "nothing",
         "stride": f"in the {'first 1x1' if config.stride_in_1x1 else '3x3'} convolution of a stage's first block",
         "conv bias": "yes" if config.conv_bias else "no",
         "BatchNorm epsilon": f"{config.bn_epsilon:g}",

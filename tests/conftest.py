@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import narrow_networks
+from helpers import hearing, narrow_networks
 from jax._src import compilation_cache
 
 from cifar_jax import commands
@@ -80,6 +80,14 @@ def _keep_compiled_in(directory: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if directory else 1.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1 if directory else 0)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The sentences that the library logs for the user during the test."""
+    sentences: list[str] = []
+    with hearing(sentences.append):
+        yield sentences
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 import functools
 import io
+import logging
 import re
 import resource
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -33,22 +34,38 @@ TINY = (
 
 
 class Heard(Silent):
-    """A reporter that keeps what it is told, and gives one answer to all questions."""
+    """A reporter that gives one answer to all questions, and keeps them."""
 
     def __init__(self, answer: bool = False) -> None:
-        self.sentences: list[str] = []
         self.questions: list[str] = []
         self.answer = answer
-
-    def say(self, text: str) -> None:
-        self.sentences.append(text)
-
-    def warn(self, text: str) -> None:
-        self.sentences.append(text)
 
     def confirm(self, question: str) -> bool:
         self.questions.append(question)
         return self.answer
+
+
+class _Hearing(logging.Handler):
+    def __init__(self, hears: Callable[[str], object]) -> None:
+        super().__init__(logging.INFO)
+        self._hears = hears
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._hears(record.getMessage())
+
+
+@contextmanager
+def hearing(hears: Callable[[str], object]) -> Iterator[None]:
+    """Calls a function with each sentence that the library logs for the user, at once, until the block ends."""
+    library, handler = logging.getLogger("cifar_jax"), _Hearing(hears)
+    level = library.level
+    library.addHandler(handler)
+    library.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
+        library.removeHandler(handler)
 
 
 class Result(NamedTuple):

@@ -342,13 +342,14 @@ def test_damaged_runs(run, picture, capsys, damage, parts):
     assert files_below(run) == before
 
 
-def test_any_damaged_file_of_a_checkpoint_is_noticed(run):
+def test_any_damaged_file_of_a_checkpoint_is_noticed(run, said):
     files = sorted(path for path in (run / CHECKPOINTS / "0002").rglob("*") if path.is_file() and path.stat().st_size)
     assert [path.name for path in files] == ["arrays.safetensors", "checkpoint.json"]
     with safe_open(files[0], "numpy") as arrays:
         head = {name: arrays.get_tensor(name) for name in arrays.keys() if name.startswith("params/head/")}  # noqa: SIM118
     for path in files:
-        whole, said = path.read_bytes(), []
+        whole = path.read_bytes()
+        said.clear()
         # What is read is checked: of the arrays the head's, which lie between others.
         at = whole.find(head["params/head/0/kernel"].tobytes()) if path == files[0] else len(whole) // 2
         assert at > 0
@@ -358,7 +359,7 @@ def test_any_damaged_file_of_a_checkpoint_is_noticed(run):
         # To go on from it, all of it is.
         path.write_bytes(whole)
         flip(path, -1)
-        newest_whole(run / CHECKPOINTS, said.append)
+        newest_whole(run / CHECKPOINTS)
         assert any("0002" in text and "using the one before it" in text for text in said), (path, said)
         path.write_bytes(whole)
     assert load_run(run).class_names[0] == "disc"

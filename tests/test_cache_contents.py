@@ -44,10 +44,10 @@ def kept(root):
         (0, [2, 3], [2, 3]),
     ],
 )
-def test_what_was_used_least_recently_goes_first(tmp_path, entries, in_use, left):
+def test_what_was_used_least_recently_goes_first(tmp_path, said, entries, in_use, left):
     keep(tmp_path, 3, 1, 4, 2)
-    said = []
-    limit_features(tmp_path, entries * ENTRY_BYTES, [name_of(number) for number in in_use], said.append)
+    said.clear()
+    limit_features(tmp_path, entries * ENTRY_BYTES, [name_of(number) for number in in_use])
     assert kept(tmp_path) == left
     assert len(said) == (len(left) < 4) and all("used least recently left the cache" in text for text in said)
 
@@ -59,13 +59,13 @@ def test_what_is_read_was_used(tmp_path):
     assert kept(tmp_path) == [1]
 
 
-def test_what_another_process_uses_stays(tmp_path):
+def test_what_another_process_uses_stays(tmp_path, said):
     keep(tmp_path, 1, 2)
-    said = []
     with locked(tmp_path / FEATURES / name_of(1)):
         limit_features(tmp_path, 0, [])
         assert kept(tmp_path) == [1]
-        assert clear(tmp_path, said.append) == 0
+        said.clear()
+        assert clear(tmp_path) == 0
     assert kept(tmp_path) == [1] and "another process is using it" in said[0] and len(said) == 1
 
 
@@ -96,7 +96,7 @@ def test_contents_tell_what_things_are(tmp_path):
     assert contents(tmp_path / "nothing") == []
 
 
-def test_clear_removes_what_is_ours_and_nothing_else(tmp_path):
+def test_clear_removes_what_is_ours_and_nothing_else(tmp_path, said):
     root, outside = tmp_path / "cache", tmp_path / "outside"
     keep(root, 1, 2, 3)
     keep(outside, 4)
@@ -119,8 +119,9 @@ def test_clear_removes_what_is_ours_and_nothing_else(tmp_path):
     (root / "features" / name_of(5)).symlink_to(outside / FEATURES / name_of(4))
     (root / "features" / name_of(3) / "c" / "7").symlink_to(outside / FEATURES / name_of(4) / "c" / "0")
     (root / "data" / "linked").symlink_to(outside)
-    before, said = files_below(outside), []
-    assert clear(root, said.append) > 3 * ENTRY_BYTES
+    before = files_below(outside)
+    said.clear()
+    assert clear(root) > 3 * ENTRY_BYTES
     assert files_below(outside) == before
     assert all(path.read_text() == "mine" for path in theirs)
     left = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
@@ -129,13 +130,14 @@ def test_clear_removes_what_is_ours_and_nothing_else(tmp_path):
     assert all("stays, as the cache did not write it" in text for text in said)
 
 
-def test_a_folder_that_is_a_link_is_not_followed(tmp_path):
+def test_a_folder_that_is_a_link_is_not_followed(tmp_path, said):
     root, outside = tmp_path / "cache", tmp_path / "outside"
     keep(outside, 1)
     root.mkdir()
     (root / FEATURES).symlink_to(outside / FEATURES)
-    before, said = files_below(outside), []
-    assert clear(root, said.append) == 0
+    before = files_below(outside)
+    said.clear()
+    assert clear(root) == 0
     limit_features(root, 0, [])
     assert files_below(outside) == before and str(root / FEATURES) in said[0]
 

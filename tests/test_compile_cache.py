@@ -120,21 +120,19 @@ def test_the_least_recently_used_entries_go_beyond_the_limit(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_place_that_cannot_be_used_is_said_once_and_nothing_is_kept(tmp_path):
-    said = []
+def test_a_place_that_cannot_be_used_is_said_once_and_nothing_is_kept(tmp_path, said):
     (tmp_path / "file").write_text("notes")
-    use_compile_cache(str(tmp_path / "file"), said.append)
+    use_compile_cache(str(tmp_path / "file"))
     (tmp_path / "open" / "xla").mkdir(parents=True)
     (tmp_path / "open" / "xla").chmod(0o777)
-    use_compile_cache(str(tmp_path / "open"), said.append)
+    use_compile_cache(str(tmp_path / "open"))
     compile_afresh()
     assert len(said) == 2 and all("Compiled functions cannot be kept in" in text for text in said)
     assert "others can write there" in said[1] and files_below(tmp_path / "open") == ["xla"]
 
 
-def test_a_place_that_goes_is_said_once(tmp_path):
-    said = []
-    use_compile_cache(str(tmp_path), said.append)
+def test_a_place_that_goes_is_said_once(tmp_path, said):
+    use_compile_cache(str(tmp_path))
     (tmp_path / "xla").rmdir()
     (tmp_path / "xla").write_text("in its place")
     for _ in range(2):
@@ -142,10 +140,9 @@ def test_a_place_that_goes_is_said_once(tmp_path):
     assert len(said) == 1 and said[0].startswith(f"Compiled functions cannot be kept in {tmp_path / 'xla'} (")
 
 
-def test_a_jax_that_takes_no_cache_does_without(tmp_path, monkeypatch):
-    said = []
+def test_a_jax_that_takes_no_cache_does_without(tmp_path, monkeypatch, said):
     monkeypatch.delattr(compilation_cache, "get_file_cache")
-    use_compile_cache(str(tmp_path), said.append)
+    use_compile_cache(str(tmp_path))
     assert len(said) == 1 and f"JAX {jax.__version__} takes no cache" in said[0]
     assert jax.config.jax_compilation_cache_dir is None
 

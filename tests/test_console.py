@@ -1,6 +1,7 @@
 """What is shown on a terminal of 80 columns: no name and no number is cut or broken, whatever others have named."""
 
 import io
+import logging
 import re
 
 import pytest
@@ -15,6 +16,7 @@ from cifar_jax.tables import table_lines, wrapped
 from cifar_jax.text import printable
 
 WIDTH = 80
+logger = logging.getLogger("cifar_jax.anything")
 
 
 @pytest.fixture
@@ -80,7 +82,8 @@ def test_words_of_a_long_part_are_wrapped_but_no_command():
 def test_sentences_are_broken_between_words_and_a_path_or_command_nowhere(terminal):
     path, command = "/" + "long/" * 20, "`python -m cifar_jax predict runs/first IMAGE...`"
     text = f"The features come from the cache, {path}, which is fine; the next thing to type is this: {command}."
-    terminal.say(text)
+    with terminal.logged():
+        logger.info(text)
     lines = shown(terminal)
     assert " ".join(lines) == text and f"{path}," in lines and lines[-1] == f"{command}."
     assert all(len(line) <= WIDTH for line in lines if path not in line)
@@ -113,15 +116,43 @@ def test_a_bar_says_what_is_waited_for_until_something_is_done(terminal, monkeyp
     assert "64/50000" in after and begins not in after
 
 
+def test_a_sentence_stands_above_the_bar_that_is_shown(terminal):
+    with terminal.logged(), terminal.progress("Features of training images", 50_000) as bar:
+        bar(64)
+        logger.info("The cache is damaged.")
+        lines = shown(terminal)
+    assert "The cache is damaged." in lines[:-1] and "Features of training images" in lines[-1]
+
+
+def test_what_a_command_within_a_command_logs_is_shown_once(terminal):
+    within = ConsoleReporter()
+    within.err = Console(file=io.StringIO())
+    with terminal.logged():
+        with within.logged():
+            logger.info("inner")
+        logger.info("outer")
+    assert within.err.file.getvalue() == "inner\n" and shown(terminal) == ["outer"]
+
+
+def test_muted_it_shows_nothing(terminal):
+    terminal.mute()
+    with terminal.logged(), terminal.progress("Features of training images", 50_000) as bar:
+        bar(64)
+        logger.warning("The cache is damaged.")
+        terminal.header({"run": "runs/first"})
+    assert terminal.screen.getvalue() == ""
+
+
 def test_names_of_others_move_no_cursor(terminal):
     evil = "cat\x1b[31m\n\x07\x9b\u202edog"
     escaped = r"cat\x1b[31m\n\x07\x9b\u202edog"
     assert printable(evil) == escaped and printable("Käfer 猫 😀 :cat:") == "Käfer 猫 😀 :cat:"
     terminal.header({evil: evil})
-    terminal.say(f"{evil} :cat: [red]")
-    terminal.warn(evil)
+    with terminal.logged():
+        logger.info(f"{evil} :cat: [red] %s {{}}")
+        logger.warning(evil)
     terminal.table([{"name": evil, "other": evil}])
     lines = shown(terminal)
-    assert lines[0] == f"{escaped}  {escaped}" and lines[1] == f"{escaped} :cat: [red]"
+    assert lines[0] == f"{escaped}  {escaped}" and lines[1] == f"{escaped} :cat: [red] %s {{}}"
     assert lines[2] == f"Warning: {escaped}" and lines[-1] == f"{escaped}  {escaped}"
     assert "\x9b" not in terminal.screen.getvalue()

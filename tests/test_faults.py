@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import TINY, Heard, command, files_below, flip_bit, full_disk, is_one_error
+from helpers import TINY, command, files_below, flip_bit, full_disk, is_one_error
 
 from cifar_jax import extraction, features, job, load_run
 from cifar_jax.config import TrainConfig
@@ -119,7 +119,7 @@ sys.exit(main(["train", "--preset", "demo", "--out", {str(out)!r}]))
     assert "Traceback" not in found.stderr and files_below(tmp_path / "closed") == []
 
 
-def test_a_disk_that_fills_up_in_the_midst_of_a_run_fails_it_and_more_room_goes_on(tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_in_the_midst_of_a_run_fails_it_and_more_room_goes_on(tmp_path, monkeypatch, said):
     plain = config(tmp_path, resume=True)
     undisturbed = rows_of(train(replace(plain, out=str(tmp_path / "undisturbed"))))
     usual = RunWriter.checkpoint
@@ -135,9 +135,9 @@ def test_a_disk_that_fills_up_in_the_midst_of_a_run_fails_it_and_more_room_goes_
     run = tmp_path / "run"
     assert json.loads((run / SUMMARY).read_text())["status"] == "failed"
     assert [path.name for path in (run / CHECKPOINTS).iterdir()] == ["0001"]
-    warned = []
-    assert load_run(run, allow_incomplete=True, warn=warned.append).summary["selected_epoch"] == 1
-    assert len(warned) == 1 and "failed after 1 of 3 epochs" in warned[0]
+    said.clear()
+    assert load_run(run, allow_incomplete=True).summary["selected_epoch"] == 1
+    assert len(said) == 1 and "failed after 1 of 3 epochs" in said[0]
     assert rows_of(train(plain)) == undisturbed
 
 
@@ -155,14 +155,13 @@ def test_a_clock_that_jumps_back_changes_nothing(tmp_path, monkeypatch):
     assert all(seconds >= 0 for seconds in json.loads((run / SUMMARY).read_text())["seconds"].values())
 
 
-def test_a_flipped_bit_in_a_chunk_of_features_is_said_and_changes_nothing(tmp_path):
+def test_a_flipped_bit_in_a_chunk_of_features_is_said_and_changes_nothing(tmp_path, said):
     plain = config(tmp_path)
     first = rows_of(train(plain))
     chunks = [path for path in (tmp_path / "cache" / "features").glob("*/c/*/*") if path.is_file()]
     flip_bit(chunks[0])
-    heard = Heard()
-    assert rows_of(train(replace(plain, out=str(tmp_path / "again")), heard)) == first
-    assert sum("The cache is damaged" in text for text in heard.sentences) == 1
+    assert rows_of(train(replace(plain, out=str(tmp_path / "again")))) == first
+    assert sum("The cache is damaged" in text for text in said) == 1
 
 
 def test_the_lock_goes_with_the_block_and_so_does_a_directory_that_holds_nothing(tmp_path):
@@ -209,8 +208,8 @@ def backbone(shapes):
     return random_backbone(jax.random.key(0), shapes.images[:64], ResNetConfig(stage_sizes=(1, 1), width=4), 32)
 
 
-def test_extraction_goes_on_with_half_as_many_images_where_the_memory_is_too_small(monkeypatch, backbone, shapes):
-    expected, sizes, said = make_extractor(backbone)(shapes.images), [], []
+def test_extraction_goes_on_with_half_as_many_images_where_the_memory_is_too_small(monkeypatch, backbone, shapes, said):
+    expected, sizes = make_extractor(backbone)(shapes.images), []
 
     def too_small(images):
         sizes.append(len(images))
@@ -218,7 +217,7 @@ def test_extraction_goes_on_with_half_as_many_images_where_the_memory_is_too_sma
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
 
     failing(monkeypatch, too_small)
-    extractor, done = make_extractor(backbone, batch_size=64, say=said.append), []
+    extractor, done = make_extractor(backbone, batch_size=64), []
     np.testing.assert_allclose(extractor(shapes.images, done.append), expected, rtol=1e-5, atol=1e-6)
     assert sizes[:3] == [64, 32, 16] and set(sizes[2:]) == {16} and done[-1] == len(shapes.images)
     assert said[0] == (
@@ -230,8 +229,8 @@ def test_extraction_goes_on_with_half_as_many_images_where_the_memory_is_too_sma
     assert len(said) == 2 and sizes[-1] == 16  # it is remembered
 
 
-def test_features_that_were_made_before_the_memory_was_full_are_kept(monkeypatch, backbone, shapes):
-    calls, said, done = [], [], []
+def test_features_that_were_made_before_the_memory_was_full_are_kept(monkeypatch, backbone, shapes, said):
+    calls, done = [], []
 
     def later(images):
         calls.append(len(images))
@@ -239,7 +238,7 @@ def test_features_that_were_made_before_the_memory_was_full_are_kept(monkeypatch
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     failing(monkeypatch, later)
-    extractor = make_extractor(backbone, batch_size=16, say=said.append)
+    extractor = make_extractor(backbone, batch_size=16)
     monkeypatch.undo()
     np.testing.assert_allclose(
         extractor(shapes.images, done.append), make_extractor(backbone)(shapes.images), rtol=1e-5
@@ -296,7 +295,7 @@ def test_images_that_are_all_the_same_have_the_same_features(tmp_path, backbone)
     assert found["some images"].shape == (5, backbone.config.features)
 
 
-def test_validation_images_that_are_training_images_are_warned_of(tmp_path, monkeypatch):
+def test_validation_images_that_are_training_images_are_warned_of(tmp_path, monkeypatch, said):
     usual = job.load_problem
 
     def overlapping(*args):
@@ -307,9 +306,8 @@ def test_validation_images_that_are_training_images_are_warned_of(tmp_path, monk
         return problem._replace(val=val, test=val)
 
     monkeypatch.setattr(job, "load_problem", overlapping)
-    heard = Heard()
-    train(config(tmp_path, epochs=1), heard)
-    warned = [text for text in heard.sentences if "bit by bit" in text]
+    train(config(tmp_path, epochs=1))
+    warned = [text for text in said if "bit by bit" in text]
     assert warned == ["7 of 20 test images are training images too, bit by bit: the accuracy on them says little."]
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import NARROW, files_below, full_disk
+from helpers import NARROW, files_below, full_disk, hearing
 
 import cifar_jax
 from cifar_jax import feature_cache
@@ -52,11 +52,10 @@ class Extractor:
         return features_of(images_u8)
 
 
-def get(directory, said=None, **how):
+def get(directory, **how):
     """Features from the cache, and where the chunks began that were computed."""
     extractor = how.pop("extractor", None) or Extractor()
-    said = said if said is not None else []
-    features = cached_features(directory, KEY, IMAGES, extractor, WIDTH, say=said.append, **how)
+    features = cached_features(directory, KEY, IMAGES, extractor, WIDTH, **how)
     assert features.dtype == np.float32 and features.shape == (NUM, WIDTH)
     return features, extractor.starts
 
@@ -119,23 +118,23 @@ def test_key_names_all_code_that_computes_features():
 # What is computed, and what is reused
 
 
-def test_each_chunk_is_computed_once(tmp_path):
-    said, done = [], []
-    features, starts = get(tmp_path, said, on_images=done.append)
+def test_each_chunk_is_computed_once(tmp_path, said):
+    done = []
+    features, starts = get(tmp_path, on_images=done.append)
     np.testing.assert_array_equal(features, FEATURES)
     assert starts == STARTS and said == [] and done == [CHUNK_ROWS, 2 * CHUNK_ROWS, NUM]
-    features, starts = get(tmp_path, said)
+    features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
     assert starts == [] and said == [f"The features come from the cache, {entry(tmp_path)}."]
     assert "lock" in os.listdir(entry(tmp_path)) and not list(tmp_path.rglob("*.__lock"))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RunError("the backbone burst")])
-def test_an_extraction_that_was_stopped_goes_on(tmp_path, error):
-    said, done = [], []
+def test_an_extraction_that_was_stopped_goes_on(tmp_path, said, error):
+    done = []
     with pytest.raises(type(error) if isinstance(error, RunError) else error):
         get(tmp_path, extractor=Extractor(stops_at=2, error=error))
-    features, starts = get(tmp_path, said, on_images=done.append)
+    features, starts = get(tmp_path, on_images=done.append)
     np.testing.assert_array_equal(features, FEATURES)
     assert starts == [2 * CHUNK_ROWS] and done == [NUM]
     assert said == [
@@ -144,7 +143,7 @@ def test_an_extraction_that_was_stopped_goes_on(tmp_path, error):
     ]
 
 
-def test_a_killed_process_leaves_whole_chunks_and_no_lock(tmp_path):
+def test_a_killed_process_leaves_whole_chunks_and_no_lock(tmp_path, said):
     code = (
         "import os, signal, sys, pathlib, numpy as np, test_feature_cache as t\n"
         "class Killed(t.Extractor):\n"
@@ -158,8 +157,8 @@ def test_a_killed_process_leaves_whole_chunks_and_no_lock(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests"))), "JAX_PLATFORMS": "cpu"}
     killed = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    said = []
-    features, starts = get(tmp_path, said)
+    said.clear()
+    features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
     # The second chunk was on its way to the disk: it is there, or it is not.
     assert starts in (STARTS[1:], STARTS[2:]) and "goes on at image" in said[0] and len(said) == 1
@@ -212,11 +211,11 @@ def test_features_that_a_type_cannot_hold_are_an_error(tmp_path):
     ],
 )
 @pytest.mark.parametrize(("number", "num"), [(1, "1,024"), (2, "500")])
-def test_a_damaged_chunk_is_said_and_computed_again_alone(tmp_path, damage, number, num):
+def test_a_damaged_chunk_is_said_and_computed_again_alone(tmp_path, said, damage, number, num):
     get(tmp_path)
     damage(chunk(tmp_path, number))
-    said = []
-    features, starts = get(tmp_path, said)
+    said.clear()
+    features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
     assert starts == [STARTS[number]] and len(said) == 2
     assert said[0].startswith("The cache is damaged (") and str(chunk(tmp_path, number)) in said[0]
@@ -225,12 +224,13 @@ def test_a_damaged_chunk_is_said_and_computed_again_alone(tmp_path, damage, numb
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'"zarr.json"', b"\xff\xfe", None])
-def test_damaged_metadata_are_written_again(tmp_path, content):
+def test_damaged_metadata_are_written_again(tmp_path, said, content):
     get(tmp_path)
-    metadata, said = entry(tmp_path) / "zarr.json", []
+    metadata = entry(tmp_path) / "zarr.json"
+    said.clear()
     whole = metadata.read_bytes()
     metadata.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    features, starts = get(tmp_path, said)
+    features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
     assert starts == [] and len(said) == 2 and said[0].startswith(f"{metadata} is damaged (")
     assert metadata.read_bytes() == whole and "\n" not in said[0] and "tensorstore_spec" not in said[0]
@@ -246,7 +246,7 @@ def test_metadata_of_another_matrix_are_not_believed(tmp_path):
         assert metadata.read_text() == whole
 
 
-def test_no_damage_to_any_file_gives_other_features(tmp_path):
+def test_no_damage_to_any_file_gives_other_features(tmp_path, said):
     """A hundred files with one byte changed, or cut short: of the chunks, the metadata, and what is for people."""
     get(tmp_path)
     rng = np.random.default_rng(0)
@@ -258,8 +258,8 @@ def test_no_damage_to_any_file_gives_other_features(tmp_path):
             flip(path, rng.integers(path.stat().st_size), 1 << rng.integers(8))
         else:
             path.write_bytes(path.read_bytes()[: rng.integers(path.stat().st_size)])
-        said = []
-        np.testing.assert_array_equal(get(tmp_path, said)[0], FEATURES)
+        said.clear()
+        np.testing.assert_array_equal(get(tmp_path)[0], FEATURES)
         assert not any("could not be kept" in text for text in said)
     assert get(tmp_path)[1] == []
 
@@ -284,7 +284,8 @@ def test_a_second_process_waits_and_computes_nothing_again(tmp_path):
         first = pool.submit(cached_features, tmp_path, KEY, IMAGES, slow, WIDTH)
         assert inside.wait(10)
         never = Extractor(stops_at=0)
-        features = cached_features(tmp_path, KEY, IMAGES, never, WIDTH, say=second)
+        with hearing(second):
+            features = cached_features(tmp_path, KEY, IMAGES, never, WIDTH)
         np.testing.assert_array_equal(features, first.result())
     assert said[0] == f"Another process is computing the features in {entry(tmp_path)}; waiting for it."
     assert "come from the cache" in said[1]
@@ -294,21 +295,21 @@ def test_a_second_process_waits_and_computes_nothing_again(tmp_path):
 # Places that cannot be written
 
 
-def test_a_place_that_cannot_be_written_is_said_once(tmp_path):
-    place, said = tmp_path / "cache", []
+def test_a_place_that_cannot_be_written_is_said_once(tmp_path, said):
+    place = tmp_path / "cache"
     place.write_text("a file")
     for _ in range(2):
-        features, starts = get(place, said)
+        features, starts = get(place)
         np.testing.assert_array_equal(features, FEATURES)
         assert starts == STARTS
     assert len(said) == 2 and all(text.startswith(f"The features could not be kept in {place} (") for text in said)
     assert place.read_text() == "a file"
 
 
-def test_a_full_disk_is_said_once_and_keeps_what_is_whole(tmp_path):
-    said = []
+def test_a_full_disk_is_said_once_and_keeps_what_is_whole(tmp_path, said):
+    said.clear()
     with full_disk(at=CHUNK_ROWS * WIDTH * 4):  # a chunk has four bytes more
-        features, starts = get(tmp_path, said)
+        features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
     assert starts == STARTS and len(said) == 1 and "could not be kept" in said[0] and "File too large" in said[0]
     assert not [path for path in files_below(tmp_path) if path.endswith(("__lock", "0/0", "1/0", "2/0"))]

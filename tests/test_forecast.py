@@ -1,6 +1,7 @@
 """The forecast of how long a job takes: after the first batches, once, and in plain words."""
 
 import pytest
+from helpers import hearing
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
@@ -15,10 +16,11 @@ from cifar_jax.resnet import ResNetConfig
 def said_of(num, per_batch, seconds, compiling=20.0):
     """What is said of a job of so many images, and how many batches after the first one."""
     said, clock, lefts = [], [compiling], range(num - per_batch, -1, -per_batch)
-    forecast = Forecast(lambda text: said.append((text, lefts.index(left))), lambda: clock[0], "Faster: cake.")
-    for left in lefts:
-        forecast.note(left)
-        clock[0] += seconds
+    forecast = Forecast(lambda: clock[0], "Faster: cake.")
+    with hearing(lambda text: said.append((text, lefts.index(left)))):
+        for left in lefts:
+            forecast.note(left)
+            clock[0] += seconds
     return said
 
 

@@ -181,16 +181,16 @@ def test_a_full_disk_met_while_stopping_does_not_hide_divergence(tmp_path, capsy
     assert second.startswith("Writing the summary failed too: ") and "No space left on device" in second
 
 
-def test_ctrl_c_in_the_first_epoch_tells_its_steps_and_resuming_raises_no_false_alarm(tmp_path, cache, narrow):
+def test_ctrl_c_in_the_first_epoch_tells_its_steps_and_resuming_raises_no_false_alarm(tmp_path, cache, narrow, said):
     job = config(tmp_path, cache, mode="live", schedule="cosine")
     undisturbed = train(replace(job, out=str(tmp_path / "undisturbed")))
     reporter = Disturbing(at_examples=64, happens=lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted, match="interrupted after 0 epochs and 2 steps"):
         train(job, reporter)
-    heard = Heard()
-    resumed = train(replace(job, resume=True), heard)
-    assert f"Resuming the run in {resumed} after 0 epochs and 2 steps." in heard.sentences
-    assert not [text for text in heard.sentences if "metrics.jsonl" in text]
+    said.clear()
+    resumed = train(replace(job, resume=True))
+    assert f"Resuming the run in {resumed} after 0 epochs and 2 steps." in said
+    assert not [text for text in said if "metrics.jsonl" in text]
     figures = [
         [line.partition('"seconds"')[0] for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (resumed, undisturbed)

@@ -142,7 +142,7 @@ def test_where_checkpoints_are_made_changes_no_bit_of_steps(tmp_path, way):
     same_bits(train(config(tmp_path, way, "often", checkpoint_every=2)), train(config(tmp_path, way, "seldom")))
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, said, monkeypatch):
     undisturbed = train(config(tmp_path, "cached", "undisturbed"))
     revive = kill_at(monkeypatch, (2, 0))
     stopped = config(tmp_path, "cached", "stopped", resume=True)
@@ -150,24 +150,24 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, monke
         train(stopped)
     revive()
     flip_bit(tmp_path / "stopped" / CHECKPOINTS / "0002" / "arrays.safetensors")
-    said = Heard()
-    same_bits(train(stopped, said), undisturbed)
-    assert any("0002 is corrupt" in text and "using the one before it" in text for text in said.sentences)
-    assert any("Resuming the run" in text and "after 1 epoch." in text for text in said.sentences)
+    said.clear()
+    same_bits(train(stopped), undisturbed)
+    assert any("0002 is corrupt" in text and "using the one before it" in text for text in said)
+    assert any("Resuming the run" in text and "after 1 epoch." in text for text in said)
 
 
 @pytest.mark.parametrize(
     ("way", "more"), [("cached", {}), ("cached", {"val_fraction": 0.0, "checkpoint_every": 1}), ("finetune", {})]
 )
-def test_a_finished_run_goes_on_from_the_checkpoint_before_a_corrupt_one(tmp_path, way, more):
+def test_a_finished_run_goes_on_from_the_checkpoint_before_a_corrupt_one(tmp_path, said, way, more):
     """Whatever that one needs was kept as well, and nothing was removed before that was known."""
     longer = {"epochs": 4} if way == "cached" else {"schedule": "constant", "warmup_epochs": 0.0, "epochs": 4}
     undisturbed = train(config(tmp_path, way, "undisturbed", **more | longer))
     run = train(config(tmp_path, way, "run", **more | longer | {"epochs": 3}))
     flip_bit(run / CHECKPOINTS / "0003" / "arrays.safetensors")
-    said = Heard()
-    same_bits(train(config(tmp_path, way, "run", **more | longer, resume=True), said), undisturbed)
-    assert any("0003 is corrupt" in text for text in said.sentences)
+    said.clear()
+    same_bits(train(config(tmp_path, way, "run", **more | longer, resume=True)), undisturbed)
+    assert any("0003 is corrupt" in text for text in said)
 
 
 def test_a_run_that_another_process_continued_meanwhile_is_left_alone(tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_a_run_that_another_process_continued_meanwhile_is_left_alone(tmp_path, 
 
 
 @pytest.mark.parametrize("content", ["", "{}\n", "not JSON\n", None])
-def test_damaged_metrics_are_written_again_from_the_checkpoint(tmp_path, monkeypatch, content):
+def test_damaged_metrics_are_written_again_from_the_checkpoint(tmp_path, said, monkeypatch, content):
     revive = kill_at(monkeypatch, (2, 0))
     stopped = config(tmp_path, "cached", "stopped", resume=True)
     with pytest.raises(Killed):
@@ -197,10 +197,10 @@ def test_damaged_metrics_are_written_again_from_the_checkpoint(tmp_path, monkeyp
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text(whole.replace("0", "1", 3) if content is None else content)
-    said = Heard()
-    assert train(stopped, said)
+    said.clear()
+    assert train(stopped)
     assert metrics.read_text().startswith(whole)
-    assert any("metrics.jsonl is missing or corrupt" in text for text in said.sentences)
+    assert any("metrics.jsonl is missing or corrupt" in text for text in said)
 
 
 def test_what_it_was_trained_on_may_not_change_under_the_same_name(tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def test_what_it_was_trained_on_may_not_change_under_the_same_name(tmp_path, mon
     assert list_checkpoints(tmp_path / "stopped" / CHECKPOINTS)
 
 
-def test_an_unfinished_run_is_gone_on_with_when_asked(tmp_path, monkeypatch):
+def test_an_unfinished_run_is_gone_on_with_when_asked(tmp_path, said, monkeypatch):
     revive = kill_at(monkeypatch, (1, 0))
     plain = config(tmp_path, "cached", "run")
     with pytest.raises(Killed):
@@ -229,9 +229,8 @@ def test_an_unfinished_run_is_gone_on_with_when_asked(tmp_path, monkeypatch):
     assert asked.questions == [f"{tmp_path / 'run'} holds this run, unfinished. Resume it?"]
     with pytest.raises(UserError, match="already holds a run"):
         train(replace(plain, seed=1), Heard(answer=True))  # another run: it is not even asked
-    agreed = Heard(answer=True)
-    same_bits(train(plain, agreed), train(config(tmp_path, "cached", "undisturbed")))
-    assert any("Resuming the run" in text and "after 1 epoch." in text for text in agreed.sentences)
+    same_bits(train(plain, Heard(answer=True)), train(config(tmp_path, "cached", "undisturbed")))
+    assert any("Resuming the run" in text and "after 1 epoch." in text for text in said)
 
 
 def test_a_finetuned_run_reads_back_with_its_own_backbone(tmp_path):

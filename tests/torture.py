@@ -36,7 +36,7 @@ from cifar_jax.clock import Clock
 from cifar_jax.files import sha256_of_file
 from cifar_jax.run_dir import BACKBONE, CHECKPOINTS, METRICS, SUMMARY
 from cifar_jax.run_writer import RunWriter
-from tests.helpers import narrow_networks
+from tests.helpers import hearing, narrow_networks
 
 # Imported for the processes that are forked from this one, none of which then takes seconds to begin. JAX itself is not
 # begun in this one: its threads would not be there in the others.
@@ -187,7 +187,8 @@ def outcome(run: Path, cache: Path) -> dict[str, Any]:
     summary = json.loads((run / SUMMARY).read_text())
     kept = list_checkpoints(run / CHECKPOINTS)
     damaged: list[str] = []
-    newest_whole(run / CHECKPOINTS, damaged.append)
+    with hearing(damaged.append):
+        newest_whole(run / CHECKPOINTS)
     leaves = {path.name: json.loads((path / "checkpoint.json").read_text())["arrays"] for path in kept}
     scores = {name: value for name, value in summary.items() if name.startswith(("val_", "test_", "class_", "conf"))}
     chunks = sorted(path for path in (cache / "features").glob("*/c/*/*") if path.is_file())

@@ -1,7 +1,6 @@
 """From the name of a data set to its arrays, cut down to what was asked for."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +73,6 @@ def load_splits(
     train_examples: int | None = None,
     test_examples: int | None = None,
     seed: int = 0,
-    say: Callable[[str], None] = lambda _: None,
 ) -> Splits:
     """Loads the training and test images of a data set.
 
@@ -85,7 +83,6 @@ def load_splits(
       train_examples: size of a balanced random subset of the training images; None for all.
       test_examples: the same for the test images.
       seed: draws the subsets, and the drawn images.
-      say: is called with each sentence that the user should see.
 
     Raises:
       UserError: when there is no such set, it is damaged, or it has fewer examples than asked for.
@@ -93,7 +90,7 @@ def load_splits(
     if name == "shapes":
         return _draw_splits(train_examples or SHAPES_TRAIN, test_examples or SHAPES_TEST, seed)
     check_name(name, data_dir)
-    splits = load_tfds(name, data_dir, cache_dir, say)
+    splits = load_tfds(name, data_dir, cache_dir)
     return splits._replace(
         train=_subset(splits.train, train_examples, stream_key(seed, "train_subset"), "training"),
         test=_subset(splits.test, test_examples, stream_key(seed, "test_subset"), "test"),

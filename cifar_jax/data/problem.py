@@ -1,7 +1,6 @@
 """The images of a job, divided up by what they are used for."""
 
 import hashlib
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +43,7 @@ def images_in_both(train: Dataset, other: Dataset) -> int:
     return sum(hashlib.blake2b(image, digest_size=16).digest() in known for image in images)
 
 
-def load_problem(config: TrainConfig, say: Callable[[str], None] = lambda _: None) -> Problem:
+def load_problem(config: TrainConfig) -> Problem:
     """Loads the data set of a configuration and divides it up.
 
     Raises:
@@ -57,7 +56,6 @@ def load_problem(config: TrainConfig, say: Callable[[str], None] = lambda _: Non
         train_examples=config.train_examples,
         test_examples=config.test_examples,
         seed=config.seed,
-        say=say,
     )
     train, val = splits.train, splits.test
     if config.val_fraction:

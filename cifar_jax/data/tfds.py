@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from cifar_jax.files import cache_root, load_arrays, save_arrays, sha256_of_file
 # TFDS's own ten, each after a longer wait, are three and a half minutes of silence where there is no network.
 DOWNLOAD_RETRIES = 3
 
-Say = Callable[[str], None]  # called with a sentence the user should see
+logger = logging.getLogger(__name__)
 
 
 def data_root(data_dir: str | None) -> Path:
@@ -60,9 +60,7 @@ def known_to_tfds() -> list[str]:
     return list(tfds.list_builders(with_community_datasets=False))
 
 
-def load_tfds(
-    name: str, data_dir: str | None = None, cache_dir: str | None = None, say: Say = lambda _: None
-) -> Splits:
+def load_tfds(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Splits:
     """Reads a TFDS data set with a `train` and a `test` split, an `image` and a `label`.
 
     A set that is prepared below the data directory is read from there; otherwise TFDS downloads and prepares it there.
@@ -71,7 +69,7 @@ def load_tfds(
     Raises:
       UserError: when the set is not there and cannot be downloaded, is damaged, or is not made of 32x32x3 images.
     """
-    source = find_prepared(name, data_dir) or _download(name, data_root(data_dir), say)
+    source = find_prepared(name, data_dir) or _download(name, data_root(data_dir))
     files = sorted(path for path in source.iterdir() if path.is_file())
     fingerprint = hashlib.sha256(
         "".join(f"{path.name} {sha256_of_file(path)}\n" for path in files).encode()
@@ -80,11 +78,11 @@ def load_tfds(
     try:
         arrays, about = load_arrays(kept)
     except FileNotFoundError:
-        arrays, about = _decode_and_keep(name, source, kept, fingerprint, say)
+        arrays, about = _decode_and_keep(name, source, kept, fingerprint)
     except ValueError as error:
-        say(f"{error}: decoding {source} again.")
+        logger.info(f"{error}: decoding {source} again.")
         shutil.rmtree(kept, ignore_errors=True)
-        arrays, about = _decode_and_keep(name, source, kept, fingerprint, say)
+        arrays, about = _decode_and_keep(name, source, kept, fingerprint)
     return _splits(arrays, about)
 
 
@@ -95,7 +93,7 @@ def _splits(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> Splits:
 
 
 def _decode_and_keep(
-    name: str, source: Path, kept: Path, fingerprint: str, say: Say
+    name: str, source: Path, kept: Path, fingerprint: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     splits = _decode(name, source)
     arrays: dict[str, np.ndarray] = {}
@@ -111,7 +109,9 @@ def _decode_and_keep(
     try:
         save_arrays(kept, arrays, about)
     except OSError as error:
-        say(f"The decoded images could not be kept in {kept.parent} ({error}); they will be decoded again next time.")
+        logger.info(
+            f"The decoded images could not be kept in {kept.parent} ({error}); they will be decoded again next time."
+        )
     return arrays, about
 
 
@@ -163,8 +163,8 @@ def _read_split(tfds: Any, builder: Any, split: str) -> Dataset:
     return Dataset(np.concatenate(images), np.concatenate(labels).astype(np.int32))
 
 
-def _download(name: str, root: Path, say: Say) -> Path:
-    say(f"{name} is not prepared in {root}: tensorflow-datasets downloads and prepares it there.")
+def _download(name: str, root: Path) -> Path:
+    logger.info(f"{name} is not prepared in {root}: tensorflow-datasets downloads and prepares it there.")
     with _tensorflow(root) as tfds, _few_retries(), _no_trace(root, name), contextlib.redirect_stdout(sys.stderr):
         try:
             builder = tfds.builder(name, data_dir=root)

@@ -5,6 +5,7 @@ first 1x1 convolutions computes something else with the same numbers than one th
 """
 
 import io
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from cifar_jax.pretrained.keras_h5 import read_keras_h5
 from cifar_jax.pretrained.load import load_backbone
 from cifar_jax.pretrained.variants import VARIANTS, Variant
 from cifar_jax.resnet import ResNetConfig
+
+logger = logging.getLogger(__name__)
 
 Tensors = dict[str, np.ndarray]
 
@@ -68,7 +71,6 @@ def convert(
     variant: str | None = None,
     *,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda _: None,
     **how: Any,
 ) -> dict[str, str]:
     """Writes the weights of one file in another form, whole or not at all, and reads them again to compare.
@@ -79,7 +81,6 @@ def convert(
       to: one of TARGETS.
       variant: how the source is run, where it leaves that open.
       overwrite: replace a file that is there.
-      say: is called with each sentence that the user should see.
       how: goes to `load_backbone`.
 
     Returns:
@@ -91,12 +92,12 @@ def convert(
     """
     path = Path(os.path.expanduser(target))
     to = _checked_target(path, to, overwrite)
-    backbone = load_backbone(source, variant, say=say, **how)
+    backbone = load_backbone(source, variant, **how)
     if os.path.exists(path) and os.path.samefile(path, backbone.source or path):
         raise UserError(f"{path} is the file to convert; give another name for the result.")
     fitting = fitting_variant(backbone.config, to, str(source))
     if fitting and (fitting.preprocessing, fitting.image_size) != (backbone.preprocessing, backbone.image_size):
-        say(
+        logger.info(
             f"The form {to} cannot say what the input of {source} goes through, so remember it: "
             f"{backbone.preprocessing}, {backbone.image_size} pixels."
         )

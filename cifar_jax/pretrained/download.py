@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from cifar_jax.pretrained.places import Failed, Unreachable, connection, opened,
 
 WAITS = (1.0, 2.0, 4.0)  # seconds between tries that bring nothing new
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 class NotDownloaded(Exception):
@@ -45,7 +46,6 @@ def download(
     size: int,
     digest: str,
     *,
-    say: Say = lambda _: None,
     bar: Callable[[int], None] = lambda _: None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
@@ -60,7 +60,6 @@ def download(
       target: appears whole or not at all.
       size: of the file in bytes; no more is ever kept.
       digest: `md5:HEX` or `sha256:HEX`, or the start of it.
-      say: is called with each sentence that the user should see.
       bar: is called with the number of bytes that are here.
       sleep: waits some seconds.
 
@@ -71,7 +70,7 @@ def download(
     target.parent.mkdir(parents=True, exist_ok=True)
     causes: dict[str, str] = {}
     silent: list[list[str]] = []
-    with _alone(part_of(target, digest), say) as file, connection() as session:
+    with _alone(part_of(target, digest)) as file, connection() as session:
         part = _Part(file, size, digest, bar)
         if target.is_file() and part.is_whole(target):
             return  # another process has just brought it
@@ -79,9 +78,9 @@ def download(
             if (server := place.split("/", 3)[:3]) in silent:
                 continue
             here = f", of which {part.end / 1e6:.0f} MB are here already" if part.end else ""
-            say(f"Downloading {size / 1e6:.0f} MB from {without_password(place)}{here}")
+            logger.info(f"Downloading {size / 1e6:.0f} MB from {without_password(place)}{here}")
             try:
-                _bring(session, place, part, say, sleep)
+                _bring(session, place, part, sleep)
             except Failed as failure:
                 causes[without_password(place)] = str(failure)
                 if isinstance(failure, Unreachable):
@@ -125,11 +124,11 @@ class _Part:
 
 
 @contextlib.contextmanager
-def _alone(path: Path, say: Say) -> Iterator[IO[bytes]]:
+def _alone(path: Path) -> Iterator[IO[bytes]]:
     """Opens a part for this process alone, by a lock that ends with the process; an empty one does not stay."""
     while True:
         with open(path, "a+b") as file:
-            lock(file, lambda: say(f"Another process is downloading to {path}: waiting for it"))
+            lock(file, lambda: logger.info(f"Another process is downloading to {path}: waiting for it"))
             try:
                 if not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                     continue
@@ -143,7 +142,7 @@ def _alone(path: Path, say: Say) -> Iterator[IO[bytes]]:
             return
 
 
-def _bring(session: requests.Session, place: str, part: _Part, say: Say, sleep: Callable[[float], None]) -> None:
+def _bring(session: requests.Session, place: str, part: _Part, sleep: Callable[[float], None]) -> None:
     """Tries a place as long as each try brings something new, and a few times more."""
     tries, furthest, others = 0, part.end, 0
     while True:
@@ -166,5 +165,5 @@ def _bring(session: requests.Session, place: str, part: _Part, say: Say, sleep: 
                 raise
             # Where there is no network at all, who waits for it should hear of it soon.
             wait = WAITS[0] if isinstance(failure, Unreachable) else max(WAITS[tries - 1], failure.wait)
-            say(f"Trying again in {wait:.0f} s: {failure}")
+            logger.info(f"Trying again in {wait:.0f} s: {failure}")
             sleep(wait)

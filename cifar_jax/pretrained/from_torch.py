@@ -30,7 +30,6 @@ def reading_of_torch(
     tensors: Mapping[str, np.ndarray],
     by_hash: str | None = None,
     asked: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
 ) -> Reading:
     """Tells what a state dict holds.
 
@@ -39,7 +38,6 @@ def reading_of_torch(
       tensors: the state dict.
       by_hash: the variant that the registry knows the file by, if it does.
       asked: the user's `--variant`.
-      say: is called with what had to be assumed.
 
     Raises:
       WeightsError: when it is another network, or the files beside it say that it is.
@@ -60,8 +58,7 @@ def reading_of_torch(
             f"{beside.stage_sizes}; they do not belong together."
         )
     variant, reason = choose_variant(family, by_hash, _described(beside) if beside else None, asked, str(path))
-    if assumed := _assumed(family, beside, reason):
-        say(f"{path} does not say {assumed}.")
+    assumed = _assumed(family, beside, reason)
     counts = [name for name in named if name.endswith(f".{torch_names.IGNORED}")]
     return Reading(
         path,
@@ -76,6 +73,7 @@ def reading_of_torch(
         ignored=dict.fromkeys(counts, "a count of training steps"),
         layout=layouts.TORCH,
         refusal=beside.other if beside else "",
+        notes=(f"{path} does not say {assumed}.",) if assumed else (),
     )
 
 

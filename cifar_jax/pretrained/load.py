@@ -1,7 +1,9 @@
 """From a file or a known name to a backbone that runs as it was trained, or a refusal that says why not."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from cifar_jax.pretrained import canonical, registry
@@ -12,10 +14,12 @@ from cifar_jax.pretrained.from_keras import reading_of_keras
 from cifar_jax.pretrained.from_torch import family_of, reading_of_torch
 from cifar_jax.pretrained.keras_h5 import read_keras_archive, read_keras_h5
 from cifar_jax.pretrained.reading import Reading, backbone_of
-from cifar_jax.pretrained.torch_file import Checkpoint, read_torch, without_prefixes
+from cifar_jax.pretrained.torch_file import read_torch, without_prefixes
 from cifar_jax.pretrained.untrained import UNTRAINED
 from cifar_jax.pretrained.variants import VARIANTS, check_variant
 from cifar_jax.suggest import did_you_mean
+
+logger = logging.getLogger(__name__)
 
 # What the name of a file ends in that was meant as one, even if it is not there.
 SUFFIXES = (".h5", ".hdf5", ".keras", ".pth", ".pt", ".bin", ".safetensors")
@@ -26,7 +30,6 @@ def load_backbone(
     variant: str | None = None,
     *,
     cache_dir: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
     progress: registry.Progress = registry.no_progress,
 ) -> Backbone:
     """Loads a pretrained ResNet50, 101 or 152 without its top.
@@ -37,7 +40,6 @@ def load_backbone(
         local copy is found by its hash or downloaded.
       variant: how to run it, where the file leaves that open; see `cifar_jax.pretrained.variants`.
       cache_dir: where downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax.
-      say: is called with each sentence that the user should see.
       progress: makes the bar that shows a download.
 
     Returns:
@@ -51,7 +53,9 @@ def load_backbone(
       >>> backbone.config.features, backbone.preprocessing.name  # doctest: +SKIP
       (2048, 'caffe')
     """
-    return backbone_of(read_weights(path_or_name, variant, cache_dir=cache_dir, say=say, progress=progress))
+    reading = read_weights(path_or_name, variant, cache_dir=cache_dir, progress=progress)
+    _log(reading.notes)
+    return backbone_of(reading)
 
 
 def read_weights(
@@ -59,7 +63,6 @@ def read_weights(
     variant: str | None = None,
     *,
     cache_dir: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
     progress: registry.Progress = registry.no_progress,
 ) -> Reading:
     """Tells what weights are, which may still not fit their network; the arguments are those of `load_backbone`."""
@@ -73,7 +76,7 @@ def read_weights(
     known = VARIANTS.get(entry.variant) if entry else None
     check_variant(variant, known.family if known else None, str(path_or_name))
     if entry is not None:
-        path = registry.fetch(str(path_or_name), cache_dir, say, progress)
+        path = registry.fetch(str(path_or_name), cache_dir, progress)
     elif not os.path.exists(path) and path.suffix not in SUFFIXES and path.parent == Path():
         names = [*registry.entries(), *UNTRAINED]
         raise WeightsError(
@@ -81,10 +84,21 @@ def read_weights(
             f"{did_you_mean(str(path_or_name), names, registry.ALIASES)} --weights takes a path or one of "
             f"{', '.join(names)}."
         )
-    return _from_file(weights_in(path) if os.path.isdir(path) else path, variant, say)
+    return _from_file(weights_in(path) if os.path.isdir(path) else path, variant)
 
 
-def _from_file(path: Path, asked: str | None, say: Callable[[str], None]) -> Reading:
+def _from_file(path: Path, asked: str | None) -> Reading:
+    notes: list[str] = []
+    try:
+        reading = _reading_of(path, asked, notes)
+    except WeightsError:
+        _log(notes)  # which may explain the error
+        raise
+    return replace(reading, notes=(*notes, *reading.notes))
+
+
+def _reading_of(path: Path, asked: str | None, notes: list[str]) -> Reading:
+    """What a file holds; adds to the notes what is known of it before all of it is read."""
     form = form_of(path)
     if form == "safetensors":
         safe = canonical.read_safetensors(path)
@@ -95,28 +109,30 @@ def _from_file(path: Path, asked: str | None, say: Callable[[str], None]) -> Rea
                     f"--variant {asked} is not for {path}, which says itself how it is run; leave it out."
                 )
             return canonical.reading_of_ours(path, safe)
-        return reading_of_torch(path, tensors, _known_variant(path, say), asked, say)
-    by_hash = _known_variant(path, say)
+        return reading_of_torch(path, tensors, _known_variant(path, notes), asked)
+    by_hash = _known_variant(path, notes)
     if form == "hdf5":
         return reading_of_keras(path, read_keras_h5(path, known=by_hash is not None), by_hash, asked)
     if form == "zip" and (file := read_keras_archive(path)) is not None:
         return reading_of_keras(path, file, by_hash, asked)
     checkpoint = read_torch(path)
-    _say_which(path, checkpoint, say)
-    return reading_of_torch(path, checkpoint.tensors, by_hash, asked, say)
+    if checkpoint.others:
+        place, others = checkpoint.place, ", ".join(checkpoint.others)
+        notes.append(f"{path} holds {place} and {others}: {place} is loaded.")
+    return reading_of_torch(path, checkpoint.tensors, by_hash, asked)
 
 
-def _known_variant(path: Path, say: Callable[[str], None]) -> str | None:
-    """The variant that the registry knows a file by; says so if the file has the size of a known one and is another."""
+def _known_variant(path: Path, notes: list[str]) -> str | None:
+    """The variant that the registry knows a file by; notes if the file has the size of a known one and is another."""
     entry = registry.entry_of_file(path)
     if entry is None and (twins := registry.entries_of_size(path)):
-        say(
+        notes.append(
             f"{path} has the size of {twins[0].name} and not its digest, {twins[0].digest}: changed weights, or a "
             "damaged copy of them."
         )
     return entry.variant if entry else None
 
 
-def _say_which(path: Path, checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
-    if checkpoint.others:
-        say(f"{path} holds {checkpoint.place} and {', '.join(checkpoint.others)}: {checkpoint.place} is loaded.")
+def _log(notes: Iterable[str]) -> None:
+    for note in notes:
+        logger.info(note)

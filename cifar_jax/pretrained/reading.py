@@ -33,6 +33,7 @@ class Reading:
       variant: how it is run and what decided that, for people.
       layout: the order of the axes in the file.
       refusal: why it must not be used even if it fits; empty where there is no reason.
+      notes: a sentence for each thing that the user should know, such as what had to be assumed.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Reading:
     ignored: Mapping[str, str] = field(default_factory=dict)
     layout: layouts.Layout = layouts.KERAS
     refusal: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def backbone_of(reading: Reading) -> Backbone:

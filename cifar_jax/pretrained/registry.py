@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cifar_jax.errors import RunError
 from cifar_jax.files import cache_root
-from cifar_jax.pretrained.download import NotDownloaded, Say, download, has_digest
+from cifar_jax.pretrained.download import NotDownloaded, download, has_digest
 from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.suggest import no_such
 
@@ -138,13 +138,12 @@ def sources(entry: Entry) -> list[str]:
     return [*copies, *([entry.url] if entry.url else [])]
 
 
-def fetch(name: str, cache_dir: str | None = None, say: Say = lambda _: None, progress: Progress = no_progress) -> Path:
+def fetch(name: str, cache_dir: str | None = None, progress: Progress = no_progress) -> Path:
     """A local copy of a known file, downloaded if there is none, its hash checked either way.
 
     Args:
       name: of the registry's entry.
       cache_dir: where downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax.
-      say: is called with each sentence that the user should see.
       progress: makes the bar that shows a download.
 
     Raises:
@@ -167,7 +166,7 @@ def fetch(name: str, cache_dir: str | None = None, say: Say = lambda _: None, pr
     target = downloaded_to(entry, cache_dir)
     try:
         with progress(f"Downloading {name}", entry.size) as bar:
-            download(sources(entry), target, entry.size, entry.digest, say=say, bar=bar)
+            download(sources(entry), target, entry.size, entry.digest, bar=bar)
     except NotDownloaded as error:
         why = error.causes[entry.url] if list(error.causes) == [entry.url] else error
         kept = f" The {error.kept / 1e6:.1f} MB that came are kept; the next attempt goes on from there." * bool(

@@ -32,12 +32,12 @@ def root(prepared, tmp_path):
 
 
 @pytest.fixture
-def load(root, tmp_path):
-    """Loads the copy and tells what was said."""
+def load(root, tmp_path, said):
+    """Loads the copy and tells what was logged meanwhile."""
 
     def load_it():
-        said = []
-        return load_tfds("tiny", str(root), str(tmp_path / "cache"), said.append), said
+        said.clear()
+        return load_tfds("tiny", str(root), str(tmp_path / "cache")), list(said)
 
     return load_it
 

@@ -30,7 +30,7 @@ from file_server import (
     stalls,
     whole,
 )
-from helpers import files_below, full_disk
+from helpers import files_below, full_disk, hearing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,9 +60,9 @@ class Outcome(NamedTuple):
 
 def bring(target: Path, *where: str, digest: str = DIGEST) -> Outcome:
     outcome = Outcome(None, [], [], [])
-    more = {"say": outcome.said.append, "bar": outcome.bar.append, "sleep": outcome.slept.append}
     try:
-        download(where, target, SIZE, digest, **more)
+        with hearing(outcome.said.append):
+            download(where, target, SIZE, digest, bar=outcome.bar.append, sleep=outcome.slept.append)
     except NotDownloaded as error:
         outcome = outcome._replace(error=error)
     assert target.is_file() == (outcome.error is None)
@@ -497,12 +497,10 @@ def test_of_two_downloads_one_waits_for_the_other(target):
         go_on.wait(30)
         whole(CONTENT)(handler)
 
-    with serving(slow) as server:
+    with serving(slow) as server, hearing(lambda text: go_on.set() if "Another process" in text else None):
         one, two = (
-            threading.Thread(
-                target=lambda said=said: outcomes.append(download([server.url()], target, SIZE, DIGEST, say=said))
-            )
-            for said in (lambda _: None, lambda text: go_on.set() if "Another process" in text else None)
+            threading.Thread(target=lambda: outcomes.append(download([server.url()], target, SIZE, DIGEST)))
+            for _ in range(2)
         )
         one.start()
         assert begun.wait(30)
@@ -531,7 +529,8 @@ def test_one_goes_on_with_what_the_other_left(target, left):
         first = threading.Thread(target=fails)
         first.start()
         assert begun.wait(30)
-        download([server.url()], target, SIZE, DIGEST, say=lambda said: waits.set() if "Another" in said else None)
+        with hearing(lambda text: waits.set() if "Another" in text else None):
+            download([server.url()], target, SIZE, DIGEST)
         first.join(30)
         assert [asked.range for asked in server.asked] == [None, *[f"bytes={left}-" if left else None] * 2]
     assert target.read_bytes() == CONTENT and files_below(target.parent) == [target.name]
@@ -555,7 +554,8 @@ def test_a_killed_process_leaves_a_part_and_no_lock(target):
             while not (part.exists() and part.stat().st_size):
                 assert other.poll() is None
                 time.sleep(0.01)
-            download([server.url()], target, SIZE, DIGEST, say=lambda said: "Another" in said and other.kill())
+            with hearing(lambda text: "Another" in text and other.kill()):
+                download([server.url()], target, SIZE, DIGEST)
         assert other.returncode == -signal.SIGKILL
         assert [asked.range for asked in server.asked] == [None, f"bytes={2 * CHUNK}-"]
     assert target.read_bytes() == CONTENT and files_below(target.parent) == [target.name]

@@ -87,26 +87,26 @@ def assert_filled(backbone, tensors, family):
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.pt", "x.bin", "x.safetensors", "no-suffix"])
-def test_every_form(tmp_path, family, name):
-    tensors, said = torch_tensors(NARROW_TORCH, family), []
+def test_every_form(tmp_path, family, name, said):
+    tensors = torch_tensors(NARROW_TORCH, family)
     path = write(tmp_path / name, tensors)
-    backbone = load_backbone(path, say=said.append)
+    backbone = load_backbone(path)
     assert_filled(backbone, tensors, family)
     assert backbone.config == NARROW_TORCH and backbone.preprocessing == TORCH and backbone.image_size == 224
     assert backbone.variant == f"{family} (by its tensor names)"
     assert len(said) == 1 and f"{path} does not say how it is run" in said[0] and "assumed" in said[0]
-    assert load_backbone(path, family, say=said.append).variant == f"{family} (by --variant)" and len(said) == 1
+    assert load_backbone(path, family).variant == f"{family} (by --variant)" and len(said) == 1
 
 
-def test_wrapped_and_prefixed(tmp_path, family):
+def test_wrapped_and_prefixed(tmp_path, family, said):
     tensors = torch_tensors(NARROW_TORCH, family)
     wrapped = {f"module._orig_mod.{name}": value for name, value in tensors.items()}
     assert_filled(load_backbone(write(tmp_path / "x.safetensors", wrapped)), tensors, family)
     path = write_torch(
         tmp_path / "x.pth", wrapped, wrap=lambda state: {"epoch": 1, "state_dict": state, "model_ema": state}
     )
-    said = []
-    assert_filled(load_backbone(path, say=said.append), tensors, family)
+    said.clear()
+    assert_filled(load_backbone(path), tensors, family)
     assert "holds state_dict and model_ema: state_dict is loaded" in said[0]
 
 
@@ -139,10 +139,10 @@ def described(path, config, pixels=None):
     return path
 
 
-def test_timm_says_its_mean_and_size(tmp_path):
-    path, said = described(write(tmp_path / "model.safetensors", torch_tensors(NARROW_TORCH)), TIMM), []
+def test_timm_says_its_mean_and_size(tmp_path, said):
+    path = described(write(tmp_path / "model.safetensors", torch_tensors(NARROW_TORCH)), TIMM)
     for given in (path, tmp_path, str(tmp_path)):
-        backbone = load_backbone(given, say=said.append)
+        backbone = load_backbone(given)
         assert backbone.preprocessing == replace(TORCH, name="described", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
         assert (backbone.image_size, backbone.source) == (160, str(path)) and backbone.config == NARROW_TORCH
         assert backbone.variant == "torchvision as described (by its description)"
@@ -150,20 +150,20 @@ def test_timm_says_its_mean_and_size(tmp_path):
     described(path, TIMM | {"model_args": {"num_classes": 5, "global_pool": "avg", "in_chans": 3}})
     assert load_backbone(path).image_size == 160
     described(path, {"architecture": "tv_resnet50", "mean": list(TORCH.mean), "std": list(TORCH.std)})
-    assert load_backbone(path, say=said.append).variant == "torchvision (by its description)" and not said
+    assert load_backbone(path).variant == "torchvision (by its description)" and not said
 
 
 @pytest.mark.parametrize("in_1x1", [False, True])
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_transformers_says_where_it_strides(tmp_path, in_1x1, name):
-    path, said = write(tmp_path / name, torch_tensors(NARROW_TORCH, "huggingface")), []
+def test_transformers_says_where_it_strides(tmp_path, in_1x1, name, said):
+    path = write(tmp_path / name, torch_tensors(NARROW_TORCH, "huggingface"))
     described(path, HF | {"downsample_in_bottleneck": in_1x1}, PIXELS | {"do_rescale": True, "rescale_factor": 1 / 255})
-    backbone = load_backbone(tmp_path, say=said.append)
+    backbone = load_backbone(tmp_path)
     assert backbone.config == replace(NARROW_TORCH, stride_in_1x1=in_1x1) and not said
     assert backbone.preprocessing == replace(TORCH, name="described", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     assert backbone.image_size == 160
     (tmp_path / "preprocessor_config.json").unlink()
-    assert load_backbone(tmp_path, say=said.append).preprocessing == TORCH
+    assert load_backbone(tmp_path).preprocessing == TORCH
     assert len(said) == 1 and "preprocessor_config.json is not beside it" in said[0]
 
 
@@ -223,14 +223,14 @@ def test_a_variant_that_contradicts_the_description(tmp_path):
     assert "--variant keras does not fit" in refusal(path, "keras")
 
 
-def test_a_known_hash_decides(tmp_path, monkeypatch):
-    path, said = described(write(tmp_path / "x.pth", torch_tensors(NARROW_TORCH)), TIMM), []
+def test_a_known_hash_decides(tmp_path, monkeypatch, said):
+    path = described(write(tmp_path / "x.pth", torch_tensors(NARROW_TORCH)), TIMM)
     digest, size = f"sha256:{load_backbone(path).sha256[:8]}", path.stat().st_size
     entry = registry.Entry(
         "v1", "x.pth", "https://x/x.pth", digest, size, "torchvision", "BSD-3-Clause", "", "", "A test."
     )
     monkeypatch.setattr(registry, "entries", lambda: {"v1": entry})
-    backbone = load_backbone(path, say=said.append)
+    backbone = load_backbone(path)
     assert (backbone.variant, backbone.preprocessing) == ("torchvision (by its hash)", TORCH) and not said
 
 

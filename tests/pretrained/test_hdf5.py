@@ -58,7 +58,7 @@ def test_a_machine_that_is_busy_gets_a_minute_and_no_more(tmp_path, monkeypatch)
 def test_a_known_file_is_not_probed(tmp_path, monkeypatch):
     path = write_keras_h5(tmp_path / "weights.h5", keras_tensors())
     monkeypatch.setattr(hdf5.subprocess, "run", lambda *_, **__: pytest.fail("probed"))
-    monkeypatch.setattr("cifar_jax.pretrained.load._known_variant", lambda path, say: "keras")
+    monkeypatch.setattr("cifar_jax.pretrained.load._known_variant", lambda path, notes: "keras")
     assert load_backbone(path).variant == "keras (by its hash)"
 
 

@@ -52,20 +52,20 @@ def refusal(tmp_path):
     return sentence
 
 
-def test_a_download_lands_whole_and_once(tmp_path, server, entry):
-    said, done = [], []
+def test_a_download_lands_whole_and_once(tmp_path, server, entry, said):
+    done = []
 
     @contextlib.contextmanager
     def progress(description, total):
         assert NAME in description and total == len(CONTENT)
         yield done.append
 
-    path = registry.fetch(NAME, str(tmp_path), said.append, progress)
+    path = registry.fetch(NAME, str(tmp_path), progress)
     assert path.read_bytes() == CONTENT and path == registry.downloaded_to(entry, str(tmp_path))
     assert files_below(tmp_path) == ["weights", f"weights/{NAME}", f"weights/{NAME}/weights.h5"]
     assert len(said) == 1 and entry.url in said[0]
     assert done[-1] == len(CONTENT) and done == sorted(done)
-    assert registry.fetch(NAME, str(tmp_path), said.append) == path
+    assert registry.fetch(NAME, str(tmp_path)) == path
     assert len(server.asked) == 1 and len(said) == 1
 
 
@@ -109,13 +109,12 @@ def test_the_start_of_a_hash_is_enough(tmp_path, server, entry, monkeypatch, cha
 
 
 @pytest.mark.parametrize("separator", [",", " ", ", ", "\n"])
-def test_mirrors_are_tried_first_and_in_order(tmp_path, server, entry, monkeypatch, separator):
+def test_mirrors_are_tried_first_and_in_order(tmp_path, server, entry, monkeypatch, said, separator):
     """By the entry's name, then by the file's alone, and whatever has another hash is passed over."""
     bases = [str(tmp_path / "share"), server.url("one/"), server.url("two")]
     monkeypatch.setenv("CIFAR_JAX_MIRROR", separator.join(["", *bases, ""]))
     server.answers = [by_path({"/one/weights.h5": whole(OTHER), f"/two/{NAME}/weights.h5": whole(CONTENT)})]
-    said = []
-    assert registry.fetch(NAME, str(tmp_path / "cache"), said.append).read_bytes() == CONTENT
+    assert registry.fetch(NAME, str(tmp_path / "cache")).read_bytes() == CONTENT
     asked = [asked.path for asked in server.asked]
     assert asked == [f"/one/{NAME}/weights.h5", "/one/weights.h5", "/one/weights.h5", f"/two/{NAME}/weights.h5"]
     assert f"from {tmp_path}/share/{NAME}/weights.h5" in said[0]
@@ -263,15 +262,15 @@ def test_the_registry_is_whole():
     assert len({entry.digest for entry in entries.values()}) == len(entries)
 
 
-def test_a_damaged_copy_of_a_known_file_is_named(tmp_path, monkeypatch):
+def test_a_damaged_copy_of_a_known_file_is_named(tmp_path, monkeypatch, said):
     narrow_networks(monkeypatch)
-    path, said = write_keras_h5(tmp_path / "weights.h5", keras_tensors()), []
+    path = write_keras_h5(tmp_path / "weights.h5", keras_tensors())
     content = {"size": path.stat().st_size, "digest": f"sha256:{sha256_of_file(path)[:8]}"}
     entry = registry.entries()[NAME]
     monkeypatch.setattr(registry, "entries", lambda: {NAME: dataclasses.replace(entry, **content)})
-    assert load_backbone(path, say=said.append).variant == "keras (by its hash)" and not said
+    assert load_backbone(path).variant == "keras (by its hash)" and not said
     monkeypatch.setattr(registry, "entries", lambda: {NAME: dataclasses.replace(entry, size=content["size"])})
-    assert load_backbone(path, say=said.append).variant == "keras (by its tensor names)"
+    assert load_backbone(path).variant == "keras (by its tensor names)"
     assert f"{path} has the size of {NAME} and not its digest, {entry.digest}" in said[0]
 
 
