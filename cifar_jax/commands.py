@@ -35,11 +35,11 @@ def train(arguments: list[str]) -> int:
     from cifar_jax.run_dir import SUMMARY, read_json
 
     config = parse_train(arguments)
-    if config.deterministic:
+    if config.optim.deterministic:
         use_deterministic_algorithms()
     join()
-    reporter = ConsoleReporter(config.progress) if is_first() else Silent()
-    use_compile_cache(config.cache_dir, reporter.say)
+    reporter = ConsoleReporter(config.run.progress) if is_first() else Silent()
+    use_compile_cache(config.run.cache_dir, reporter.say)
     if warning := unused_accelerator():
         reporter.warn(warning)
     try:
@@ -47,10 +47,12 @@ def train(arguments: list[str]) -> int:
     except job.Interrupted as stop:
         epoch, step = stop.saved
         if step:
-            where = f"in epoch {epoch + 1} of {config.epochs}, after step {step}; progress is saved"
+            where = f"in epoch {epoch + 1} of {config.optim.epochs}, after step {step}; progress is saved"
         else:
-            where = f"after epoch {epoch} of {config.epochs}; progress is saved" if epoch else "before the first step"
-        instead = "in place of --overwrite " * config.overwrite
+            where = (
+                f"after epoch {epoch} of {config.optim.epochs}; progress is saved" if epoch else "before the first step"
+            )
+        instead = "in place of --overwrite " * config.run.overwrite
         reporter.say(
             f"Interrupted {where}. Continue with the same command and --resume {instead}--out "
             f"{shlex.quote(str(stop.path))}."

@@ -51,11 +51,13 @@ def dataset_features(
     """
     # Made when the first image needs it: where all features are kept, the network is not even put on the devices.
     make = functools.cache(
-        partial(make_extractor, backbone, image_size, config.precision, config.extract_batch_size, say=say)
+        partial(
+            make_extractor, backbone, image_size, config.backbone.precision, config.backbone.extract_batch_size, say=say
+        )
     )
-    root, features = cache_root(config.cache_dir), {}
-    about = {"backbone": backbone.source, "image_size": image_size, "precision": config.precision}
-    how = (config.precision, config.feature_dtype)
+    root, features = cache_root(config.run.cache_dir), {}
+    about = {"backbone": backbone.source, "image_size": image_size, "precision": config.backbone.precision}
+    how = (config.backbone.precision, config.backbone.feature_dtype)
     keys = {name: features_key(backbone, image_size, how[0], data.images, how[1]) for name, data in datasets.items()}
     absent = {name: num_absent(root / FEATURES / keys[name][:32], len(datasets[name].images)) for name in datasets}
     for name, dataset in datasets.items():
@@ -67,13 +69,13 @@ def dataset_features(
                 dataset.images,
                 partial(_extract, make, bar, timed),
                 backbone.config.features,
-                dtype=config.feature_dtype,
-                about={"data": f"{config.dataset} {name}", **about},
+                dtype=config.backbone.feature_dtype,
+                about={"data": f"{config.data.dataset} {name}", **about},
                 say=say,
                 on_images=partial(_tell, bar, on_batch, len(dataset.images) + sum(absent.values())),
             )
         _require_different(features[name], dataset.images, f"{backbone.source} gives the same features for all {name}")
-    limit_features(root, config.cache_limit * 1e9, [key[:32] for key in keys.values()], say)
+    limit_features(root, config.run.cache_limit * 1e9, [key[:32] for key in keys.values()], say)
     return features
 
 

@@ -69,7 +69,7 @@ def write_features(
         "backbone_source": backbone.source,
         "preprocessing": json.dumps(asdict(backbone.preprocessing)),
         "image_size": network_image_size(config, backbone),
-        "precision": config.precision,
+        "precision": config.backbone.precision,
     }
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -116,13 +116,15 @@ def _of_data_set(config: TrainConfig, reporter: Reporter) -> tuple[Backbone, dic
 def _of_images(
     config: TrainConfig, paths: Sequence[str], direct: bool, reporter: Reporter
 ) -> tuple[Backbone, dict[str, np.ndarray]]:
-    if config.weights in UNTRAINED:
-        raise UserError(f"--weights {config.weights} is made from the images of a data set; name one, or others.")
-    how: dict[str, Any] = {"cache_dir": config.cache_dir, "say": reporter.say, "progress": reporter.progress}
-    backbone = load_backbone(config.weights, config.variant, **how)
+    if config.backbone.weights in UNTRAINED:
+        raise UserError(
+            f"--weights {config.backbone.weights} is made from the images of a data set; name one, or others."
+        )
+    how: dict[str, Any] = {"cache_dir": config.run.cache_dir, "say": reporter.say, "progress": reporter.progress}
+    backbone = load_backbone(config.backbone.weights, config.backbone.variant, **how)
     image_size = network_image_size(config, backbone)
     side = image_size if direct else TRAINED_SIDE
-    extractor = make_extractor(backbone, image_size, config.precision, config.extract_batch_size)
+    extractor = make_extractor(backbone, image_size, config.backbone.precision, config.backbone.extract_batch_size)
     features = np.empty((len(paths), backbone.config.features), np.float32)
     with reporter.progress("Features of image files", len(paths), compiles=True) as bar:
         bar(0)

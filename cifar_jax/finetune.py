@@ -71,12 +71,12 @@ def make_network(config: TrainConfig, network: ResNetConfig, platform: str | Non
     """The network as it is trained, on a platform of JAX's; on the one that is here if None."""
     return ResNet(
         network,
-        dtype=jnp.dtype(config.precision),
-        bn_momentum=config.bn_momentum,
+        dtype=jnp.dtype(config.backbone.precision),
+        bn_momentum=config.finetune.bn_momentum,
         # As matrix products the gradients of 3x3 convolutions are three to four times faster on a CPU.
         convs_as_dots=(platform or jax.default_backend()) == "cpu",
-        frozen_stages=config.freeze_stages,
-        remat=config.remat,
+        frozen_stages=config.finetune.freeze_stages,
+        remat=config.finetune.remat,
     )
 
 
@@ -173,18 +173,18 @@ def finetune_runner(
     those of the whole batch, over all devices.
     """
     mesh = mesh or make_mesh()
-    counts = {config.batch_size, len(dataset.labels) % config.batch_size}
+    counts = {config.optim.batch_size, len(dataset.labels) % config.optim.batch_size}
     loss_fn = make_finetune_loss(
         make_network(config, backbone.config),
         backbone.preprocessing,
         image_size,
-        config.bn_statistics,
-        config.label_smoothing,
+        config.finetune.bn_statistics,
+        config.optim.label_smoothing,
         mesh,
         has_fillers=any(count % mesh.size for count in counts),
     )
-    step = make_finetune_step(loss_fn, tx, config.micro_batch, augmentation)
-    find_fault = make_fault_finder(loss_fn, tx, config.micro_batch, augmentation)
+    step = make_finetune_step(loss_fn, tx, config.finetune.micro_batch, augmentation)
+    find_fault = make_fault_finder(loss_fn, tx, config.finetune.micro_batch, augmentation)
     return step_runner(step, find_fault, dataset, order, mesh, fill_up=False)
 
 

@@ -61,7 +61,7 @@ def forecast_of(
     """A forecast of a job that began with the clock, and on a CPU names what makes it shorter."""
     faster = faster_ways(config, backbone, image_size) if jax.default_backend() == "cpu" else ""
     # On cached features an epoch takes seconds, which are not known yet.
-    what = "Extracting the features" if config.mode == "cached" else "This job"
+    what = "Extracting the features" if config.optim.mode == "cached" else "This job"
     return Forecast(say, lambda: clock.total, faster, what)
 
 
@@ -70,7 +70,7 @@ def faster_ways(config: TrainConfig, backbone: Backbone, image_size: int) -> str
     ways = []
     if image_size > 128:
         ways.append(f"--image-size 128 (about {(128 / image_size) ** 2:.0%} of the work)")
-    if config.weights != "demo" and backbone.config.width >= 64:
+    if config.backbone.weights != "demo" and backbone.config.width >= 64:
         ways.append("--weights demo (a much smaller network, to try things out)")
     return f"Faster on a CPU: {' or '.join(ways)}." if ways else ""
 

@@ -20,6 +20,7 @@ from cifar_jax.data.problem import images_in_both
 from cifar_jax.environment import device_description
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.fit import Diverged, EpochRow, fit
+from cifar_jax.groups import OF_A_PROCESS
 from cifar_jax.interruption import Signals, listening
 from cifar_jax.keys import stream_key
 from cifar_jax.optimizer import make_schedule
@@ -60,10 +61,11 @@ def load_problem_and_backbone(config: TrainConfig, reporter: Reporter, clock: Cl
     Raises:
       UserError: when either cannot be had, or they do not fit together.
     """
-    untrained = config.weights in UNTRAINED
-    if untrained and config.variant is not None:
+    untrained = config.backbone.weights in UNTRAINED
+    if untrained and config.backbone.variant is not None:
         raise UserError(
-            f"--variant {config.variant} is for pretrained weights; leave it out with --weights {config.weights}."
+            f"--variant {config.backbone.variant} is for pretrained weights; leave it out with --weights "
+            f"{config.backbone.weights}."
         )
     # Weights first: a name typed wrong should not cost the download of a data set.
     with clock("weights"):
@@ -75,21 +77,23 @@ def load_problem_and_backbone(config: TrainConfig, reporter: Reporter, clock: Cl
 
 
 def _load_backbone(config: TrainConfig, reporter: Reporter) -> Backbone:
-    cache_dir, say, progress = config.cache_dir, reporter.say, reporter.progress
-    return load_backbone(config.weights, config.variant, cache_dir=cache_dir, say=say, progress=progress)
+    cache_dir, say, progress = config.run.cache_dir, reporter.say, reporter.progress
+    return load_backbone(
+        config.backbone.weights, config.backbone.variant, cache_dir=cache_dir, say=say, progress=progress
+    )
 
 
 def make_untrained(config: TrainConfig, train: Dataset, reporter: Reporter) -> Backbone:
     """A random backbone calibrated on the training images, which is said loudly."""
     reporter.warn(
-        f"--weights {config.weights} is an UNTRAINED network: random kernels, BatchNorm statistics calibrated on "
-        "training images. Its accuracy is a baseline, not transfer learning."
+        f"--weights {config.backbone.weights} is an UNTRAINED network: random kernels, BatchNorm statistics calibrated "
+        "on training images. Its accuracy is a baseline, not transfer learning."
     )
-    network, image_size = UNTRAINED[config.weights]
-    image_size = config.image_size or image_size
+    network, image_size = UNTRAINED[config.backbone.weights]
+    image_size = config.backbone.image_size or image_size
     images = np.asarray(train.images[: calibration_images(image_size)])
-    key = stream_key(config.seed, "backbone")
-    return random_backbone(key, images, network, image_size, f"{config.weights} (seed {config.seed})")
+    key = stream_key(config.optim.seed, "backbone")
+    return random_backbone(key, images, network, image_size, f"{config.backbone.weights} (seed {config.optim.seed})")
 
 
 def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
@@ -116,12 +120,12 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> Path:
         reporter.say(f"Stopping{' after this step' if is_held else ''}{again}.")
 
     alone = jax.process_count() == 1
-    with profiled(config.profile, reporter.say), listening(alone, acknowledge) as signals:
+    with profiled(config.run.profile, reporter.say), listening(alone, acknowledge) as signals:
         return _train(config, reporter, signals)
 
 
 def _train(config: TrainConfig, reporter: Reporter, signals: Signals) -> Path:
-    mesh = make_mesh(config.devices)
+    mesh = make_mesh(config.optim.devices)
     check_divisible(config, mesh)
     found = from_first(lambda: _find_run(config, reporter))
     out, progress = Path(found["out"]), found["progress"] and Progress.from_json(found["progress"])
@@ -202,8 +206,8 @@ def _find_run(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     Raises:
       UserError: if it can be neither started nor resumed.
     """
-    out = Path(config.out) if config.out else default_run_dir(config)
-    resume = config.resume or (not config.overwrite and _is_to_go_on(out, config, reporter))
+    out = Path(config.run.out) if config.run.out else default_run_dir(config)
+    resume = config.run.resume or (not config.run.overwrite and _is_to_go_on(out, config, reporter))
     progress = find_progress(out, config, reporter.say) if resume else None
     finished = is_finished(out, config, progress)
     if not finished:
@@ -241,7 +245,8 @@ def _require_same(config: TrainConfig, problem: Problem, backbone: Backbone) -> 
         fewest = min(len(part.labels) for part in (problem.train, problem.val, problem.test))
         if fewest < processes:
             raise UserError(f"{fewest} images cannot be divided between {processes} processes; use more images.")
-        options = {k: v for k, v in config.to_json().items() if k not in ("weights", "data_dir", "cache_dir", "out")}
+        # Of weights the content is compared.
+        options = {k: v for k, v in config.to_json().items() if k not in ("weights", *OF_A_PROCESS)}
         data = [part.fingerprint() for part in (problem.train, problem.val, problem.test)]
         require_same({"options": json.dumps(options), "data": json.dumps(data), "weights": backbone.sha256})
 
@@ -252,7 +257,7 @@ def network_image_size(config: TrainConfig, backbone: Backbone) -> int:
     Raises:
       UserError: when the weights ask for one that 32 pixels cannot be upsampled to.
     """
-    image_size = config.image_size or backbone.image_size
+    image_size = config.backbone.image_size or backbone.image_size
     if image_size % IMAGE_SHAPE[0]:
         raise UserError(
             f"{backbone.source} asks for images of {image_size} pixels a side, which is no multiple of "
@@ -281,7 +286,7 @@ def _fit(job: Job, route: Route, progress: Progress) -> TrainState:
         if writer.selected_epoch == row.epoch:
             # A copy, as the next step is given the state's own memory.
             best[:] = [jax.tree.map(jnp.copy, state._replace(opt_state=()))]
-        job.reporter.epoch(row, config.epochs)
+        job.reporter.epoch(row, config.optim.epochs)
 
     try:
         with writer.clock("training"):
@@ -289,16 +294,16 @@ def _fit(job: Job, route: Route, progress: Progress) -> TrainState:
                 state,
                 route.runner,
                 route.evaluate_val,
-                config.epochs,
+                config.optim.epochs,
                 on_epoch,
                 first_epoch=progress.position.epoch,
                 part=progress.part,
-                checkpoint_every=config.checkpoint_every,
+                checkpoint_every=config.run.checkpoint_every,
                 on_part=lambda part, state: writer.checkpoint(state, part),
                 stopping=job.stopping,
             )
     except Diverged as error:
-        schedule = make_schedule(config, config.learning_rate, job.steps_per_epoch)
+        schedule = make_schedule(config, config.optim.learning_rate, job.steps_per_epoch)
         raise error.at(float(schedule(error.state.step)), writer.saved, writer.out) from None
     return best[0]
 
@@ -306,6 +311,7 @@ def _fit(job: Job, route: Route, progress: Progress) -> TrainState:
 def _header(
     config: TrainConfig, problem: Problem, backbone: Backbone, image_size: int, out: Path, devices: int
 ) -> dict[str, str]:
+    optim = config.optim
     counts = f"{len(problem.train.labels):,} training, {len(problem.val.labels):,} {problem.val_name}"
     if problem.held_out:
         counts += f", {len(problem.test.labels):,} test"
@@ -315,8 +321,8 @@ def _header(
         "val_ figures": f"of the {chosen}",
         "weights": f"{backbone.source}, SHA-256 {backbone.sha256[:16]}",
         "variant": f"{backbone.variant}; {backbone.preprocessing.name} preprocessing, {image_size}x{image_size} pixels",
-        "device": f"{device_description(devices)}, {config.precision}",
-        "training": f"{config.mode}: {config.epochs} epochs, batch {config.batch_size}, SGD {config.learning_rate:g}"
-        + (f", momentum {config.momentum:g}" if config.momentum else ""),
+        "device": f"{device_description(devices)}, {config.backbone.precision}",
+        "training": f"{optim.mode}: {optim.epochs} epochs, batch {optim.batch_size}, SGD {optim.learning_rate:g}"
+        + (f", momentum {optim.momentum:g}" if optim.momentum else ""),
         "run": str(out),
     }

@@ -17,11 +17,11 @@ def make_schedule(config: TrainConfig, peak: float, steps_per_epoch: int) -> opt
       Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983; warm-up: Goyal et al. 2017,
       https://arxiv.org/abs/1706.02677
     """
-    if config.schedule == "constant":
+    if config.optim.schedule == "constant":
         return optax.constant_schedule(peak)
-    steps = config.epochs * steps_per_epoch
+    steps = config.optim.epochs * steps_per_epoch
     # The last step lies below `epochs`, so at least one is left to the cosine.
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), steps - 1)
+    warmup = min(round(config.optim.warmup_epochs * steps_per_epoch), steps - 1)
     if warmup:
         schedule = optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, steps)
     else:
@@ -41,26 +41,27 @@ def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientT
         own, and what is frozen is left alone; else they are the head's.
       steps_per_epoch: what the schedule counts in.
     """
+    optim = config.optim
 
     def sgd(rate: float) -> optax.GradientTransformation:
         descent = optax.sgd(
-            make_schedule(config, rate, steps_per_epoch) if config.schedule != "constant" else rate,
-            momentum=config.momentum or None,
-            nesterov=config.nesterov,
+            make_schedule(config, rate, steps_per_epoch) if optim.schedule != "constant" else rate,
+            momentum=optim.momentum or None,
+            nesterov=optim.nesterov,
         )
-        decay = [optax.add_decayed_weights(config.weight_decay, mask=is_kernel)] if config.weight_decay else []
+        decay = [optax.add_decayed_weights(optim.weight_decay, mask=is_kernel)] if optim.weight_decay else []
         return optax.chain(*decay, descent)
 
-    tx = sgd(config.learning_rate)
-    if config.mode == "finetune":
+    tx = sgd(optim.learning_rate)
+    if optim.mode == "finetune":
         groups = {
             "head": tx,
-            "backbone": sgd(config.backbone_learning_rate or config.learning_rate),
+            "backbone": sgd(config.finetune.backbone_learning_rate or optim.learning_rate),
             "frozen": optax.set_to_zero(),
         }
-        tx = optax.partition(groups, lambda params: param_labels(params, config.freeze_stages))
+        tx = optax.partition(groups, lambda params: param_labels(params, config.finetune.freeze_stages))
     # Over all groups at once: the norm of a step does not depend on how it is divided.
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx) if config.clip_norm else tx
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx) if optim.clip_norm else tx
 
 
 def is_kernel(params: PyTree) -> PyTree:

@@ -61,7 +61,7 @@ def predict_files(
     """
     image_size = run.backbone.image_size
     side = image_size if direct else TRAINED_SIDE
-    extractor = make_extractor(run.backbone, image_size, run.config.precision)
+    extractor = make_extractor(run.backbone, image_size, run.config.backbone.precision)
     # Later batches are no smaller than the first, or than the devices take at a time: another size is compiled again.
     devices = jax.local_devices()
     compiled = min(at_once, extraction_batch_size(image_size, devices[0].platform) * len(devices))
@@ -114,14 +114,16 @@ def evaluate_run(
     """
     reporter = reporter or Silent()
     run = load_run(path, weights, allow_incomplete=allow_incomplete, warn=reporter.warn)
-    config = replace(run.config, data_dir=data_dir or run.config.data_dir)
+    config = replace(run.config, run=replace(run.config.run, data_dir=data_dir or run.config.run.data_dir))
     problem = load_problem(config, reporter.say)
     if problem.test.fingerprint() != run.summary["dataset"].get("test_sha256"):
         raise UserError(
-            f"The test images of {config.dataset} are not those that the run {run.path} was scored on; name the "
+            f"The test images of {config.data.dataset} are not those that the run {run.path} was scored on; name the "
             "directory of the same version with --data-dir."
         )
-    extractor = make_extractor(run.backbone, run.backbone.image_size, config.precision, config.extract_batch_size)
+    extractor = make_extractor(
+        run.backbone, run.backbone.image_size, config.backbone.precision, config.backbone.extract_batch_size
+    )
     with reporter.progress("Features of test images", len(problem.test.labels), compiles=True) as bar:
         bar(0)
         features = extractor(problem.test.images, bar)

@@ -14,17 +14,10 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.errors import UserError
 from cifar_jax.files import without_nan
 from cifar_jax.fit import EpochPart, EpochRow
+from cifar_jax.groups import RUN_ONLY
 from cifar_jax.pretrained import UNTRAINED
 from cifar_jax.run_dir import CHECKPOINTS, CONFIG, METRICS, SUMMARY, is_run, read_json, recorded
 from cifar_jax.training import StepMetrics, TrainState
-
-# Options that may differ between a run and the command that resumes it. Places are not content: digests tell whether
-# images and weights are the same. Where the learning rate follows a schedule, the number of epochs must not differ;
-# where an epoch is one compiled call, neither must the pieces that checkpoints cut it into.
-MAY_DIFFER = {
-    *("out", "resume", "overwrite", "progress", "debug", "epochs", "cache_limit", "profile", "keep_checkpoints"),
-    *("checkpoint_every", "cache_dir", "data_dir"),
-}
 
 # Of the sums that an epoch which is not done keeps, an entry a step.
 METRICS_DTYPES = {"loss_sum": np.float32, "correct": np.int32, "num": np.int32, "finite": np.bool_}
@@ -128,9 +121,11 @@ def differing(out: Path, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
       UserError: if its config.json cannot be read.
     """
     theirs, ours = recorded(TrainConfig.from_json(read_json(out / CONFIG))), recorded(config)
-    must_agree = set() if config.schedule == "constant" else {"epochs"}
-    must_agree |= {"checkpoint_every"} if config.mode == "cached" else set()
-    may_differ = MAY_DIFFER - must_agree
+    # Places are not content: digests tell whether the images are the same.
+    may_differ = set(RUN_ONLY)
+    # A schedule goes over all epochs; without one, more of them only go on.
+    if config.optim.schedule == "constant":
+        may_differ |= {"epochs"}
     # A checkpoint holds the digest of the weights, which may have moved. Untrained ones are nowhere.
     if list_checkpoints(out / CHECKPOINTS) and not {theirs["weights"], ours["weights"]} & set(UNTRAINED):
         may_differ |= {"weights"}
@@ -153,7 +148,7 @@ def find_progress(out: Path, config: TrainConfig, say: Callable[[str], None]) ->
     """
     if not (out.is_dir() and is_run(out)):
         return None
-    if status(out) == "diverged" and config.learning_rate >= (tried := _last_rate(out)):
+    if status(out) == "diverged" and config.optim.learning_rate >= (tried := _last_rate(out)):
         raise UserError(
             f"The run in {out} diverged and would diverge again. Resume it with a --learning-rate below {tried:g}, or "
             "start again with --overwrite."
@@ -165,17 +160,17 @@ def find_progress(out: Path, config: TrainConfig, say: Callable[[str], None]) ->
         raise UserError(f"Cannot resume the run in {out}: it differs in {about}. Give its options, or another --out.")
 
     def needed(progress: dict[str, Any]) -> list[Position]:
-        selected = selected_epoch(Progress.from_json(progress).rows, config.val_fraction > 0)
-        return [Position(selected)] if config.val_fraction and selected else []
+        selected = selected_epoch(Progress.from_json(progress).rows, config.data.val_fraction > 0)
+        return [Position(selected)] if config.data.val_fraction and selected else []
 
     newest = newest_whole(out / CHECKPOINTS, say, needed)
     if newest is None:
         return NO_PROGRESS
     progress = Progress.from_json(newest[1])
-    if progress.position > (config.epochs, 0):
+    if progress.position > (config.optim.epochs, 0):
         raise UserError(
-            f"The run in {out} has {progress.position.words} done, more than --epochs {config.epochs}. Give a larger "
-            "--epochs, or another --out."
+            f"The run in {out} has {progress.position.words} done, more than --epochs {config.optim.epochs}. Give a "
+            "larger --epochs, or another --out."
         )
     if not _are_in(out / METRICS, progress.rows):
         say(f"{out / METRICS} is missing or corrupt; writing it again from the checkpoint.")
@@ -206,7 +201,7 @@ def require_same_inputs(out: Path, progress: Progress, inputs: dict[str, str]) -
 
 def is_finished(out: Path, config: TrainConfig, progress: Progress | None) -> bool:
     """Whether nothing is left to do."""
-    return progress is not None and progress.position >= (config.epochs, 0) and status(out) == "complete"
+    return progress is not None and progress.position >= (config.optim.epochs, 0) and status(out) == "complete"
 
 
 def status(out: Path) -> str | None:

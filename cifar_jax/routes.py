@@ -71,7 +71,7 @@ class Job(NamedTuple):
     @property
     def steps_per_epoch(self) -> int:
         """A short last step included."""
-        return -(-len(self.problem.train.labels) // self.config.batch_size)
+        return -(-len(self.problem.train.labels) // self.config.optim.batch_size)
 
 
 def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
@@ -80,16 +80,16 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
     Raises:
       UserError: when --micro-batch is no multiple of the number of devices.
     """
-    if config.micro_batch and config.micro_batch % mesh.size:
+    if config.finetune.micro_batch and config.finetune.micro_batch % mesh.size:
         raise UserError(
-            f"--micro-batch {config.micro_batch} cannot be divided between {mesh.size} devices; name a multiple, or "
-            "fewer --devices."
+            f"--micro-batch {config.finetune.micro_batch} cannot be divided between {mesh.size} devices; name a "
+            "multiple, or fewer --devices."
         )
 
 
 def make_route(job: Job) -> Route:
     """The way that the configuration asks for."""
-    return {"cached": _cached, "live": _live, "finetune": _finetune}[job.config.mode](job)
+    return {"cached": _cached, "live": _live, "finetune": _finetune}[job.config.optim.mode](job)
 
 
 def _cached(job: Job) -> Route:
@@ -117,7 +117,7 @@ def _cached(job: Job) -> Route:
     return Route(
         init_state(_init_head(job), tx),
         _shown_runner(
-            job, cached_runner(train, problem.train.labels, tx, _order(config), config.label_smoothing, mesh)
+            job, cached_runner(train, problem.train.labels, tx, _order(config), config.optim.label_smoothing, mesh)
         ),
         cached_evaluator(val, problem.val.labels, mesh=mesh),
         cached_evaluator(test, problem.test.labels, mesh=mesh),
@@ -142,15 +142,17 @@ def _live(job: Job) -> Route:
         tx,
         _order(config),
         image_size,
-        config.precision,
-        config.label_smoothing,
+        config.backbone.precision,
+        config.optim.label_smoothing,
         _augmentation(config),
         mesh,
     )
-    extractor = make_extractor(backbone, image_size, config.precision, config.extract_batch_size)
+    extractor = make_extractor(backbone, image_size, config.backbone.precision, config.backbone.extract_batch_size)
 
     def evaluator(dataset: Dataset, name: str) -> Evaluate:
-        on_images = live_evaluator(backbone, dataset, image_size, config.precision, config.extract_batch_size, mesh)
+        on_images = live_evaluator(
+            backbone, dataset, image_size, config.backbone.precision, config.backbone.extract_batch_size, mesh
+        )
         return _shown_evaluation(job, on_images, dataset, name, plan)
 
     return Route(
@@ -171,16 +173,18 @@ def _finetune(job: Job) -> Route:
     runner = finetune_runner(config, backbone, problem.train, tx, order, image_size, augmentation, mesh)
 
     def evaluator(dataset: Dataset, name: str) -> Evaluate:
-        on_images = finetune_evaluator(backbone, dataset, image_size, config.precision, config.extract_batch_size, mesh)
+        on_images = finetune_evaluator(
+            backbone, dataset, image_size, config.backbone.precision, config.backbone.extract_batch_size, mesh
+        )
         return _shown_evaluation(job, on_images, dataset, name, plan)
 
     def probabilities_of(dataset: Dataset) -> Probabilities:
         return lambda state, indices: finetune_probabilities(
-            backbone, state.params, state.batch_stats, dataset.images[indices], image_size, config.precision
+            backbone, state.params, state.batch_stats, dataset.images[indices], image_size, config.backbone.precision
         )
 
     return Route(
-        init_finetune(backbone.variables, _init_head(job), tx, config.zero_gamma),
+        init_finetune(backbone.variables, _init_head(job), tx, config.finetune.zero_gamma),
         _shown_runner(job, runner, plan.trained),
         evaluator(problem.val, problem.val_name),
         evaluator(problem.test, "test"),
@@ -191,17 +195,17 @@ def _finetune(job: Job) -> Route:
 
 def _init_head(job: Job) -> HeadParams:
     num_classes = len(job.problem.splits.class_names)
-    key = stream_key(job.config.seed, "init")
-    return init_head(key, job.backbone.config.features, job.config.hidden, num_classes)
+    key = stream_key(job.config.optim.seed, "init")
+    return init_head(key, job.backbone.config.features, job.config.optim.hidden, num_classes)
 
 
 def _order(config: TrainConfig) -> EpochOrder:
-    keys = (stream_key(config.seed, "order"), stream_key(config.seed, "step"))
-    return EpochOrder(*keys, config.batch_size, config.shuffle)
+    keys = (stream_key(config.optim.seed, "order"), stream_key(config.optim.seed, "step"))
+    return EpochOrder(*keys, config.optim.batch_size, config.data.shuffle)
 
 
 def _augmentation(config: TrainConfig) -> Augmentation | None:
-    return Augmentation(stream_key(config.seed, "augment"), config.augment) if config.augment else None
+    return Augmentation(stream_key(config.optim.seed, "augment"), config.data.augment) if config.data.augment else None
 
 
 class _Plan:
@@ -218,10 +222,10 @@ class _Plan:
     def trained(self, epoch: int, examples: int) -> None:
         """Steps of an epoch were handed out, the last few of which may not be done yet."""
         config, problem = self._job.config, self._job.problem
-        num_val, epochs_left = len(problem.val.labels), config.epochs - epoch
+        num_val, epochs_left = len(problem.val.labels), config.optim.epochs - epoch
         evaluated = epochs_left * num_val + num_val + (len(problem.test.labels) if problem.held_out else 0)
         self._left = epochs_left * len(problem.train.labels) - examples + self._share * evaluated
-        waiting = AHEAD * config.batch_size
+        waiting = AHEAD * config.optim.batch_size
         if examples > waiting:
             self._forecast.note(self._left + waiting)
 

@@ -57,7 +57,7 @@ class RunWriter:
         self.image_size, self.clock = image_size, clock
         self.history, self._progress = list(progress.rows), progress
         self.saved = progress.position  # of the newest checkpoint
-        self._rates = progress.with_rate(config.learning_rate).rates
+        self._rates = progress.with_rate(config.optim.learning_rate).rates
         self.inputs = inputs_of(problem, backbone)
         self._images, self._seconds = 0, 0.0
 
@@ -71,11 +71,11 @@ class RunWriter:
             write_config(self.out, self.config)
             with _or_run_error(self.out):
                 clear_leftovers(self.out)
-                prune(self.out / CHECKPOINTS, self.saved, self._needed(self.saved), self.config.keep_checkpoints)
+                prune(self.out / CHECKPOINTS, self.saved, self._needed(self.saved), self.config.run.keep_checkpoints)
             self._write_metrics()
         else:
             start_run_dir(self.out, self.config)
-        if self.config.weights in UNTRAINED and self.config.mode != "finetune":
+        if self.config.backbone.weights in UNTRAINED and self.config.optim.mode != "finetune":
             with _or_run_error(self.out):
                 save_backbone(self.out / BACKBONE, self.backbone)
 
@@ -95,7 +95,9 @@ class RunWriter:
     def _needed(self, newest: Position) -> list[Position]:
         """The checkpoints that others need beside themselves: of each that is kept, the epoch selected until then."""
         found = {position_of(path) for path in list_checkpoints(self.out / CHECKPOINTS)}
-        last = sorted(position for position in found | {newest} if position <= newest)[-self.config.keep_checkpoints :]
+        last = sorted(position for position in found | {newest} if position <= newest)[
+            -self.config.run.keep_checkpoints :
+        ]
         kept = last if self.problem.held_out else [newest]
         return [Position(selected_epoch(self.history[: at.epoch], self.problem.held_out)) for at in kept]
 
@@ -118,14 +120,14 @@ class RunWriter:
         position = Position(len(self.history), len(part.metrics.num) if part else 0)
         progress = Progress(position, tuple(self.history), part, self.inputs, self._rates)
         tree, directory = jax.device_get(checkpoint_tree(state)), self.out / CHECKPOINTS
-        keep, last = self._needed(position), self.config.keep_checkpoints
+        keep, last = self._needed(position), self.config.run.keep_checkpoints
         save_checkpoint(directory, position, tree, progress.to_json(), keep, last)
         self.saved = position
 
     def _keep_trained_backbone(self) -> None:
         """In the mode finetune keeps the selected epoch's backbone as a file like any other, as that of the run."""
         selected = Position(self.selected_epoch)
-        if self.config.mode != "finetune" or not (self.out / CHECKPOINTS / selected.name).exists():
+        if self.config.optim.mode != "finetune" or not (self.out / CHECKPOINTS / selected.name).exists():
             return
         shapes = jax.eval_shape(lambda: self.backbone.variables)
         like = {"params": {"backbone": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
@@ -136,7 +138,9 @@ class RunWriter:
             image_size=self.image_size,
             source=f"trained on {self.problem.splits.name} from {initial}",
             # How it is run has not changed, but it is no longer untrained.
-            variant="trained from random weights" if self.config.weights in UNTRAINED else self.backbone.variant,
+            variant="trained from random weights"
+            if self.config.backbone.weights in UNTRAINED
+            else self.backbone.variant,
             top=None,
         )
         with _or_run_error(self.out):
@@ -174,7 +178,7 @@ class RunWriter:
         if self.problem.held_out:
             splits.append(("test_", "test", self.problem.test, test_probabilities, test))
         for prefix, split, (images, labels), probabilities, result in splits:
-            key = stream_key(self.config.seed, "pictures")
+            key = stream_key(self.config.optim.seed, "pictures")
             shown = np.asarray(jax.random.permutation(key, len(labels))[:PICTURED_PREDICTIONS], np.int32)
             probs = probabilities(shown)
             figures[f"{prefix}predictions.png"] = plots.plot_predictions(
@@ -256,9 +260,9 @@ class RunWriter:
                 "train_sha256": self.inputs["training images"],
                 "test_sha256": self.inputs["test images"],
             },
-            "seed": self.config.seed,
-            "precision": self.config.precision,
-            "device": device_description(make_mesh(self.config.devices).size),
+            "seed": self.config.optim.seed,
+            "precision": self.config.backbone.precision,
+            "device": device_description(make_mesh(self.config.optim.devices).size),
             "packages": package_versions(),
             "environment": settings(),
         }

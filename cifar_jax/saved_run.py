@@ -47,7 +47,7 @@ class Run:
         """One line: the arrays themselves would fill thousands."""
         accuracy = self.summary.get("test_accuracy", self.summary.get("val_accuracy"))
         scored = f", accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
-        sizes = [self.backbone.config.features, *self.config.hidden, len(self.class_names)]
+        sizes = [self.backbone.config.features, *self.config.optim.hidden, len(self.class_names)]
         names = f"{len(self.class_names)} classes"
         if len(self.class_names) <= FEW_CLASSES:
             names += f" ({', '.join(self.class_names)})"
@@ -100,10 +100,10 @@ def load_run(
     backbone = _find_backbone(path, config, about, weights)
     _check_run_as_before(path, backbone, summary["backbone"])
     # What the head was trained on, which need not be the size of the backbone's own training.
-    backbone = backbone.replace(image_size=config.image_size or backbone.image_size)
+    backbone = backbone.replace(image_size=config.backbone.image_size or backbone.image_size)
     selected = Position(int(summary.get("selected_epoch") or 0))
     head = jax.eval_shape(
-        lambda: init_head(jax.random.key(0), backbone.config.features, config.hidden, len(class_names))
+        lambda: init_head(jax.random.key(0), backbone.config.features, config.optim.hidden, len(class_names))
     )
     head_params = load_checkpoint(path / CHECKPOINTS, {"params": {"head": head}}, selected)["params"]["head"]
     return Run(path, config, summary, backbone, head_params, class_names)
@@ -115,7 +115,9 @@ def _require_complete(
     status, done = summary.get("status"), summary.get("selected_epoch") or 0
     if status == "complete":
         return
-    what = f"The run in {path} is incomplete ({status} after {summary.get('epochs') or 0} of {config.epochs} epochs)"
+    what = (
+        f"The run in {path} is incomplete ({status} after {summary.get('epochs') or 0} of {config.optim.epochs} epochs)"
+    )
     how = "Continue it with --resume" + " and a lower --learning-rate" * (status == "diverged")
     if not done:
         raise UserError(f"{what} and has no trained head. {how}.")
@@ -138,16 +140,18 @@ def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], we
     """Tries every place where the backbone may lie; only one with the same hash will do."""
     if weights is not None and weights not in registry.entries() and not os.path.isfile(os.path.expanduser(weights)):
         raise UserError(f"--weights {weights} is neither a file nor a name that `info` lists; name the run's backbone.")
-    named = [os.path.expanduser(weights)] if weights else [str(path / BACKBONE), about["source"], config.weights]
+    named = (
+        [os.path.expanduser(weights)] if weights else [str(path / BACKBONE), about["source"], config.backbone.weights]
+    )
     # Of the known files only copies that are here: reading a run should not start a download.
-    copies = (registry.find_local(entry, config.cache_dir)[0] for entry in registry.entries().values())
+    copies = (registry.find_local(entry, config.run.cache_dir)[0] for entry in registry.entries().values())
     other = ""
     for candidate in (*map(Path, named), *filter(None, copies)):
         if not os.path.isfile(candidate):
             continue
         if (reason := _why_not(candidate, about["sha256"])) is None:
             # A file of the project's own says itself how it is run, whatever the one it was made from was told.
-            return load_backbone(candidate, None if is_ours(candidate) else config.variant)
+            return load_backbone(candidate, None if is_ours(candidate) else config.backbone.variant)
         if str(candidate) in named:
             other = other or f" ({candidate} {reason})"
     raise UserError(

@@ -137,9 +137,27 @@ def test_goes_on_to_the_same_bits(tmp_path, monkeypatch, way, position, before_c
     assert newest == sorted({before, Position(3), selected} | needed)
 
 
-@pytest.mark.parametrize("way", ["live", "finetune"])
-def test_where_checkpoints_are_made_changes_no_bit_of_steps(tmp_path, way):
-    same_bits(train(config(tmp_path, way, "often", checkpoint_every=2)), train(config(tmp_path, way, "seldom")))
+@pytest.mark.parametrize(("way", "every"), [("cached", 1), ("cached", 3), ("live", 2), ("finetune", 2)])
+def test_where_checkpoints_are_made_changes_no_bit_of_steps(tmp_path, way, every):
+    """Of an epoch that is one compiled call neither, which they cut into pieces, single steps among them."""
+    smaller = {"batch_size": 8} if way == "cached" else {}
+    often = train(config(tmp_path, way, "often", checkpoint_every=every, **smaller))
+    same_bits(often, train(config(tmp_path, way, "seldom", **smaller)))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, None), (None, 2)])
+def test_checkpoints_may_be_made_elsewhere_once_a_run_is_resumed(tmp_path, monkeypatch, before, after):
+    undisturbed = train(config(tmp_path, "cached", "undisturbed", batch_size=8))
+    stopped = config(tmp_path, "cached", "stopped", batch_size=8, resume=True, checkpoint_every=before)
+    revive = kill_at(monkeypatch, (1, before or 0))
+    with pytest.raises(Killed):
+        train(stopped)
+    revive()
+    said = Heard()
+    resumed = train(replace(stopped, checkpoint_every=after), said)
+    assert any("Resuming the run" in text for text in said.sentences)
+    same_bits(resumed, undisturbed)
+    assert json.loads((resumed / "config.json").read_text())["checkpoint_every"] == after
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, monkeypatch):

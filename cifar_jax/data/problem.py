@@ -51,20 +51,23 @@ def load_problem(config: TrainConfig, say: Callable[[str], None] = lambda _: Non
       UserError: when it cannot be had, or holds fewer images than a batch.
     """
     splits = load_splits(
-        config.dataset,
-        data_dir=config.data_dir,
-        cache_dir=config.cache_dir,
-        train_examples=config.train_examples,
-        test_examples=config.test_examples,
-        seed=config.seed,
+        config.data.dataset,
+        data_dir=config.run.data_dir,
+        cache_dir=config.run.cache_dir,
+        train_examples=config.data.train_examples,
+        test_examples=config.data.test_examples,
+        seed=config.optim.seed,
         say=say,
     )
     train, val = splits.train, splits.test
-    if config.val_fraction:
-        kept, held = hold_out(np.asarray(train.labels), config.val_fraction, stream_key(config.seed, "hold_out"))
+    if config.data.val_fraction:
+        kept, held = hold_out(
+            np.asarray(train.labels), config.data.val_fraction, stream_key(config.optim.seed, "hold_out")
+        )
         train, val = splits.train.take(kept), splits.train.take(held)
-    if config.batch_size > len(train.labels):
+    if config.optim.batch_size > len(train.labels):
         raise UserError(
-            f"--batch-size {config.batch_size} is more than the {len(train.labels)} training images; choose fewer."
+            f"--batch-size {config.optim.batch_size} is more than the {len(train.labels)} training images; choose "
+            "fewer."
         )
     return Problem(train, val, splits.test, splits)
