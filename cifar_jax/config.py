@@ -22,6 +22,7 @@ from cifar_jax.groups import (
 from cifar_jax.suggest import no_such
 
 __all__ = [
+    "DECIDING",
     "FINETUNE_ONLY",
     "PRESETS",
     "BackboneConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "preset",
+    "without_meaningless",
 ]
 
 
@@ -169,6 +171,10 @@ def _check_values(options: Mapping[str, Any]) -> None:
         raise UserError(no_such("--preset", options["preset"], PRESETS))
 
 
+# Options that decide what meaning others have.
+DECIDING = ("mode", "momentum", "schedule", "bn_statistics")
+
+
 def _meaningless(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Options that are set and have no meaning beside the others, each with the message that refuses it."""
     mode, is_set = options["mode"], {name for name, default in DEFAULTS.items() if options[name] != default}
@@ -209,6 +215,17 @@ def _check_together(options: Mapping[str, Any]) -> None:
         raise UserError("--resume continues the run that --overwrite would remove; leave one of them out.")
     if options["resume"] and options["out"] is None:
         raise UserError("--resume needs the directory of the run to continue; name it with --out.")
+
+
+def without_meaningless(config: TrainConfig, decided: dict[str, Any]) -> TrainConfig:
+    """The configuration with the defaults of those options that would have no meaning beside `decided`.
+
+    Args:
+      config: of a preset or an earlier run, whose options nobody typed.
+      decided: those of `DECIDING` that were typed.
+    """
+    options = config.options()
+    return TrainConfig(**options | {name: DEFAULTS[name] for name, _ in _meaningless(options | decided)})
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -1,8 +1,9 @@
 """The options of each command, as dataclasses that tyro reads."""
 
+import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any, Literal
 
 import tyro
 
-from cifar_jax.config import PRESETS, TrainConfig, preset
+from cifar_jax.config import DECIDING, PRESETS, TrainConfig, preset, without_meaningless
 from cifar_jax.data.load import check_name
 from cifar_jax.errors import UserError
 from cifar_jax.files import read_json_value
-from cifar_jax.groups import DEFAULTS, GROUP_OF, OF_THE_COMMAND
+from cifar_jax.groups import DEFAULTS, GROUP_OF, HINTS, OF_THE_COMMAND
 from cifar_jax.parsing import REGISTRY, program
 
 
@@ -169,6 +170,8 @@ def parse_train(arguments: list[str]) -> TrainConfig:
     if file is not None and name is not None:
         raise UserError(f"--config {file} includes a preset; leave out --preset {name}.")
     default = preset(name or next(iter(PRESETS))) if file is None else _config_in(Path(file))
+    # What is typed may take the meaning from options of theirs, which nobody typed.
+    default = without_meaningless(default, _typed(DECIDING, arguments))
     config: TrainConfig = parse(TrainConfig, arguments, "train", default=default)
     config = replace(config, run=replace(config.run, config=None))
     # Before the weights are looked for: a name typed wrong should not cost their download.
@@ -204,6 +207,17 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
         name, given, value = argument.partition("=")
         if name.replace("_", "-") == option and (given or (following and not following.startswith("-"))):
             found = value if given else following
+    return found
+
+
+def _typed(names: Iterable[str], arguments: list[str]) -> dict[str, Any]:
+    """Values of the options with these names that are typed; one that is none, of which tyro will tell, as its text."""
+    texts = {name: _value_of(f"--{name.replace('_', '-')}", arguments) for name in names}
+    found: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
+    for name in found:
+        if HINTS[name] is float:
+            with contextlib.suppress(ValueError):
+                found[name] = float(found[name])
     return found
 
 

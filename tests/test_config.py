@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import pytest
+from helpers import command, is_one_error
 
 from cifar_jax.config import (
     FINETUNE_ONLY,
@@ -173,3 +174,55 @@ def test_a_rerun_keeps_inputs_and_caches_and_nothing_of_the_command(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(read("finetune")))
     theirs, ours = WRITTEN["finetune"], parse_train(["--config", str(tmp_path)])
     assert ours == replace(theirs, run=RunConfig(data_dir="/data", cache_dir="/cache", cache_limit=3.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a preset or an earlier run says, and what is typed takes the meaning from
+
+
+LIVE = {"mode": "live", "bn_momentum": 0.99, "zero_gamma": False}
+
+
+@pytest.mark.parametrize(
+    ("of", "typed", "changes"),
+    [
+        ("pretrain", "--mode live", LIVE),
+        ("pretrain", "--mode=cached", LIVE | {"mode": "cached", "augment": ()}),
+        ("pretrain", "--mode cached --mode live", LIVE),  # the last one counts
+        ("pretrain", "--schedule constant", {"schedule": "constant", "warmup_epochs": 0.0}),
+        ("pretrain", "--momentum 0", {"momentum": 0.0, "nesterov": False}),
+        ("pretrain", "--momentum=0.0", {"momentum": 0.0, "nesterov": False}),
+        ("pretrain", "--bn-statistics frozen", {"bn_statistics": "frozen", "bn_momentum": 0.99}),
+        ("pretrain", "--bn_statistics=frozen", {"bn_statistics": "frozen", "bn_momentum": 0.99}),
+        ("pretrain", "--momentum 0.5", {"momentum": 0.5}),
+        ("demo", "--schedule constant", {"schedule": "constant"}),
+        ("cached.json", "--mode live", {"mode": "live", "feature_dtype": "float32"}),
+        ("cached.json", "--mode finetune", {"mode": "finetune", "feature_dtype": "float32"}),
+        ("finetune.json", "--mode live", {"mode": "live", **{name: FIELDS[name].default for name in FINETUNE_ONLY}}),
+    ],
+)
+def test_options_that_nobody_typed_and_that_have_no_meaning_are_dropped(of, typed, changes):
+    default = ["--config", str(CONFIGS / of)] if of.endswith(".json") else ["--preset", of]
+    assert parse_train([*typed.split(), *default]).options() == parse_train(default).options() | changes
+
+
+@pytest.mark.parametrize(
+    ("typed", "part"),
+    [
+        ("--preset pretrain --mode live --bn-momentum 0.9", "--bn-momentum has no meaning in --mode live"),
+        ("--mode cached --preset pretrain --zero-gamma", "--zero-gamma has no meaning in --mode cached"),
+        ("--preset pretrain --mode cached --augment flip", "--augment needs the pixels at every step"),
+        ("--preset pretrain --mode live --feature-dtype float16", "--feature-dtype says what --mode cached keeps"),
+        ("--preset pretrain --schedule constant --warmup-epochs 2", "--warmup-epochs goes with --schedule cosine"),
+        ("--preset pretrain --momentum 0 --nesterov", "--nesterov is a form of momentum"),
+        ("--preset pretrain --bn-statistics frozen --bn-momentum 0.9", "--bn-momentum moves no statistics"),
+        ("--preset demo --momentum 1", "--momentum must be at least 0 and below 1, got 1.0."),
+    ],
+)
+def test_the_same_options_typed_are_refused(capsys, typed, part):
+    is_one_error(command(capsys, "train", *typed.split()), 2, part)
+
+
+def test_in_python_they_are_refused():
+    with pytest.raises(UserError, match="--bn-momentum has no meaning in --mode live"):
+        replace(preset("pretrain"), mode="live")
