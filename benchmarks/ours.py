@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,17 +44,16 @@ def make_epoch(num_examples: int, in_features: int) -> Callable[[], None]:
     import jax
     import optax
 
-    from cifar_jax import init_head, init_state
-    from cifar_jax.runners import EpochOrder, cached_runner
+    from cifar_jax import EpochOrder, init_head, init_state
 
-    features, labels = drawn_features(num_examples, in_features)
     tx, (order, step, init) = optax.sgd(0.01), jax.random.split(jax.random.key(0), 3)
-    run_epoch = cached_runner(features, labels, tx, EpochOrder(order, step, BATCH_SIZE))
-    state = init_state(init_head(init, in_features, HIDDEN), tx)
+    order = EpochOrder(order, step, BATCH_SIZE)
+    advance = steps_of_head(drawn_features(num_examples, in_features), tx, order)
+    state = init_state({"head": init_head(init, in_features, HIDDEN)}, tx)
 
     def epoch() -> None:
         nonlocal state
-        state = jax.block_until_ready(run_epoch(state, 0)[0])
+        state = jax.block_until_ready(advance(state, {}, 0, range(advance.steps_per_epoch))[0])
 
     return epoch
 
@@ -98,25 +98,33 @@ def make_heads(num_heads: int, num_examples: int, in_features: int, in_one_call:
     import jax
     import optax
 
-    from cifar_jax import init_head, init_state
-    from cifar_jax.runners import EpochOrder, cached_runner
-    from cifar_jax.sweep import train_heads
+    from cifar_jax import EpochOrder, init_head, init_state, train_heads
 
     features, labels = jax.device_put(drawn_features(num_examples, in_features))
     rate, (order_key, step_key, init) = 0.01, jax.random.split(jax.random.key(0), 3)
     order, keys = EpochOrder(order_key, step_key, BATCH_SIZE), jax.random.split(init, num_heads)
     tx = optax.sgd(rate)
-    run_epoch = cached_runner(features, labels, tx, order)
+    advance = steps_of_head((features, labels), tx, order)
+    steps = range(advance.steps_per_epoch)
 
     def one_call() -> np.ndarray:
         params, _ = train_heads(keys, rate, features, labels, order, 1, hidden=HIDDEN)
         return np.asarray(params[-1]["kernel"])
 
     def in_turn() -> np.ndarray:
-        starts = (init_state(init_head(key, in_features, HIDDEN), tx) for key in keys)
-        return np.stack([run_epoch(state, 0)[0].params[-1]["kernel"] for state in starts])
+        starts = (init_state({"head": init_head(key, in_features, HIDDEN)}, tx) for key in keys)
+        return np.stack([advance(state, {}, 0, steps)[0].params["head"][-1]["kernel"] for state in starts])
 
     return one_call if in_one_call else in_turn
+
+
+def steps_of_head(data: tuple[Any, Any], tx: Any, order: Any) -> Any:
+    """The compiled steps of the dense head on features and labels."""
+    from cifar_jax import Split, cached_task, cross_entropy, dense_logits, make_advance, make_train_step
+    from cifar_jax.parallel import make_mesh
+
+    task = cached_task((), dense_logits, {"train": Split(*data)})
+    return make_advance(task, make_train_step(task.forward, cross_entropy, tx), order, make_mesh())
 
 
 def drawn_features(num_examples: int, in_features: int) -> tuple[np.ndarray, np.ndarray]:

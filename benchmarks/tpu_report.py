@@ -11,6 +11,7 @@ import itertools
 import os
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,16 @@ from benchmarks.blank import blank_backbone
 from benchmarks.hlo import collectives
 from cifar_jax.config import TrainConfig
 from cifar_jax.environment import package_versions
+from cifar_jax.features import extract
 from cifar_jax.files import write_json
-from cifar_jax.finetune import init_finetune, make_finetune_loss, make_finetune_step, make_network
-from cifar_jax.head import init_head
+from cifar_jax.head import dense_logits, init_head
 from cifar_jax.inference import features_of, prepare
 from cifar_jax.parallel import mesh_of, rows_sharding
-from cifar_jax.preprocess import CAFFE
 from cifar_jax.resnet import ResNetConfig
-from cifar_jax.training import Batch, init_state, make_live_step
+from cifar_jax.train.finetune import make_network, trainable
+from cifar_jax.train.losses import cross_entropy
+from cifar_jax.train.step import init_state, make_train_step
+from cifar_jax.train.task import Batch, Task, finetune_task, live_task
 
 TOPOLOGIES = ("v5e:2x2", "v5e:16x16")
 # https://cloud.google.com/tpu/docs/v5e: bfloat16 operations and bytes a second, and bytes of memory, of a chip.
@@ -73,26 +76,28 @@ def extraction(mesh: Mesh, per_chip: int) -> Any:
 
 def live_step(mesh: Mesh, per_chip: int) -> Any:
     """A step of the head through the frozen backbone."""
-
-    def carry() -> Any:
-        return init_state(init_head(jax.random.key(0), NETWORK.features), TX), jnp.array(True)
-
-    step, examples = make_live_step(TX, IMAGE_SIZE, PRECISION), shapes_on(mesh, batch(per_chip * mesh.size), rows=True)
-    now = shapes_on(mesh, jax.eval_shape(carry))
-    return step.lower(now, shapes_on(mesh, blank_backbone(NETWORK, IMAGE_SIZE)), examples, jax.random.key(0))
+    backbone, head = blank_backbone(NETWORK, IMAGE_SIZE), jax.eval_shape(_head)
+    function = partial(extract, image_size=IMAGE_SIZE, precision=PRECISION)
+    return _lowered(live_task(head, dense_logits, backbone, function, {}), mesh, per_chip)
 
 
 def finetune_step(mesh: Mesh, per_chip: int) -> Any:
     """A step of all layers, BatchNorm over the batch of all chips."""
     network = make_network(TrainConfig(mode="finetune", precision=PRECISION), NETWORK, platform="tpu")
-    step = make_finetune_step(make_finetune_loss(network, CAFFE, IMAGE_SIZE, mesh=mesh), TX)
+    backbone, head = blank_backbone(NETWORK, IMAGE_SIZE), jax.eval_shape(_head)
+    function = trainable(network, backbone, IMAGE_SIZE, mesh=mesh)
+    return _lowered(finetune_task(head, dense_logits, backbone.variables, function, {}), mesh, per_chip)
 
-    def carry() -> Any:
-        head = init_head(jax.random.key(0), NETWORK.features)
-        return init_finetune(blank_backbone(NETWORK, IMAGE_SIZE).variables, head, TX), jnp.array(True)
 
+def _head() -> Any:
+    return init_head(jax.random.key(0), NETWORK.features)
+
+
+def _lowered(task: Task, mesh: Mesh, per_chip: int) -> Any:
+    step = jax.jit(make_train_step(task.forward, cross_entropy, TX), donate_argnums=0)
+    state = jax.eval_shape(lambda params, stats: init_state(params, TX, stats), task.params, task.batch_stats)
     examples = shapes_on(mesh, batch(per_chip * mesh.size), rows=True)
-    return step.lower(shapes_on(mesh, jax.eval_shape(carry)), examples, jax.random.key(0))
+    return step.lower(shapes_on(mesh, state), shapes_on(mesh, task.frozen), examples, jax.random.key(0))
 
 
 # Images a chip and call: as many as the extractor takes by default, and in training of all layers what memory holds.

@@ -1,11 +1,10 @@
 """Random changes to training images: pure functions that run inside jit, on the small pixels, before upsampling.
 
-Every image of a batch is changed on its own, and what happens to it is decided by a key alone; `Augmentation` folds the
-step into it, so a run that goes on after a kill draws what it would have drawn.
+Every image of a batch is changed on its own, and what happens to it is decided by a key alone. The training step folds
+its number into that, so a run that is resumed draws what it would have drawn.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,14 +69,3 @@ def augment(key: PRNGKeyArray, images: Images, names: Sequence[str]) -> Images:
         if name in names:
             images = function(jax.random.fold_in(key, number), images)
     return images
-
-
-class Augmentation(NamedTuple):
-    """What is done to the training images of a run."""
-
-    key: PRNGKeyArray  # of the run; the step is folded in
-    names: tuple[str, ...]
-
-    def __call__(self, step: Int[Array, ""], images: Images) -> Images:
-        """The images of a step, changed."""
-        return augment(jax.random.fold_in(self.key, step), images, self.names)

@@ -5,7 +5,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import jax
@@ -63,59 +63,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A training run has its directory to finish; the other commands live by what they print.
     goes_on = arguments[:1] == ["train"] and not {"-h", "--help", "--version"} & set(arguments)
     with guarded(goes_on) as out:
-        code = 0
-        with contextlib.suppress(OutputLost):  # `out` has the reason
-            code = _outcome(arguments)
+        outcome = _Outcome()
+        with contextlib.suppress(OutputLost), _explained(arguments, outcome):  # `out` has the reason
+            if arguments[-1:] == ["--version"]:  # of `train` too, which train.py runs
+                print(f"cifar-jax {__version__}")
+            elif name := _command_in(arguments):
+                jax.config.update("jax_debug_nans", "--debug" in arguments)
+                reporter = ConsoleReporter()
+                with reporter.logged():
+                    outcome.code = COMMANDS[name](arguments[1:], reporter)
+            else:
+                print(USAGE.format(program=program()), file=sys.stdout if arguments else sys.stderr)
+                outcome.code = 0 if arguments else 2
         out.finish()
-        return _with_output(code, out.error, goes_on)
+        return _with_output(outcome.code, out.error, goes_on)
 
 
-def _outcome(arguments: list[str]) -> int:
-    if arguments[-1:] == ["--version"]:  # of `train` too, which train.py runs
-        print(f"cifar-jax {__version__}")
-        return 0
+class _Outcome:
+    """The exit code of a command."""
+
+    code = 0
+
+
+def _command_in(arguments: list[str]) -> str | None:
+    """The command that is asked for, None for the overview; `help COMMAND` becomes `COMMAND --help`.
+
+    Raises:
+      UserError: when there is no such command.
+    """
     if arguments[:1] == ["help"]:
-        arguments = [*arguments[1:2], "--help"]
+        arguments[:] = [*arguments[1:2], "--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE.format(program=program()), file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
+        return None
+    if arguments[0] not in COMMANDS:
+        raise UserError(no_such("command", arguments[0], COMMANDS))
+    return arguments[0]
+
+
+@contextlib.contextmanager
+def _explained(arguments: list[str], outcome: _Outcome) -> Iterator[None]:
+    """Turns whatever goes wrong in a command into an exit code and a plain message. With --debug errors pass."""
+    debug = "--debug" in arguments
     with listening():
         try:
-            return _command(arguments)
+            yield
         except KeyboardInterrupt as stop:
-            if "--debug" in arguments:
+            if debug:
                 raise
             print("Interrupted.", file=sys.stderr)
-            return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+            outcome.code = 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+        except SystemExit as stop:  # of tyro, which has shown the help or what it does not understand
+            outcome.code = _say_error(stop.code, 1) if isinstance(stop.code, str) else stop.code or 0
+        except Exception as error:
+            if debug or (explained := _explanation(error)) is None:
+                raise
+            outcome.code = _say_error(*explained, getattr(error, "__notes__", ()))
 
 
-def _command(arguments: list[str]) -> int:
-    debug = "--debug" in arguments
-    try:
-        if arguments[0] not in COMMANDS:
-            raise UserError(no_such("command", arguments[0], COMMANDS))
-        jax.config.update("jax_debug_nans", debug)
-        reporter = ConsoleReporter()
-        with reporter.logged():
-            return COMMANDS[arguments[0]](arguments[1:], reporter)
-    except SystemExit as stop:  # of tyro, which has shown the help or what it does not understand
-        if isinstance(stop.code, str):
-            return _say_error(stop.code, 1)
-        return stop.code or 0
-    except (UserError, RunError) as error:
-        if debug:
-            raise
-        return _say_error(str(error), 2 if isinstance(error, UserError) else 1, getattr(error, "__notes__", ()))
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if debug or not (is_out_of_memory(error) or is_gone(error)):
-            raise
+def _explanation(error: Exception) -> tuple[str, int] | None:
+    """A message and an exit code for an error that is no fault of this program; None for any other."""
+    if isinstance(error, UserError | RunError):
+        return str(error), 2 if isinstance(error, UserError) else 1
+    if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) and (is_out_of_memory(error) or is_gone(error)):
         reason = str(error).partition("\n")[0] or "no more to be had"
-        what = OUT_OF_MEMORY if is_out_of_memory(error) else DEVICE_FAILED
-        return _say_error(f"{what} ({reason}).", 1, getattr(error, "__notes__", ()))
-    except (RuntimeError, AssertionError) as error:
-        if debug or (missing := missing_platform(error)) is None:
-            raise
-        return _say_error(missing, 2)
+        return f"{OUT_OF_MEMORY if is_out_of_memory(error) else DEVICE_FAILED} ({reason}).", 1
+    if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+        return None
+    missing = missing_platform(error) if isinstance(error, RuntimeError | AssertionError) else None
+    return None if missing is None else (missing, 2)
 
 
 def _with_output(code: int, error: OSError | None, goes_on: bool) -> int:

@@ -4,13 +4,15 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+from cifar_jax.reporter import Reporter, Watched
+
 
 class Clock:
     """Seconds by phase."""
 
     def __init__(self) -> None:
         """Starts the clock."""
-        self._start = time.perf_counter()
+        self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.first_step: float | None = None
 
@@ -28,7 +30,11 @@ class Clock:
         if self.first_step is None:
             self.first_step = self.total
 
+    def watch(self, reporter: Reporter) -> Reporter:
+        """The same reporter, the first work of whose bars is noted."""
+        return Watched(reporter, lambda _: self.note_first_step())
+
     @property
     def total(self) -> float:
         """Seconds since the start."""
-        return time.perf_counter() - self._start
+        return time.perf_counter() - self.started

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from cifar_jax.compile_cache import use_compile_cache
@@ -30,31 +31,38 @@ logger = logging.getLogger(__name__)
 
 def train(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Trains; 0, or after Ctrl-C or SIGTERM what shells give then."""
-    from cifar_jax import job
+    from cifar_jax import experiment
     from cifar_jax.devices import use_deterministic_algorithms
     from cifar_jax.environment import unused_accelerator
-    from cifar_jax.processes import is_first, join
+    from cifar_jax.processes import from_first, is_first, join
+    from cifar_jax.resume import is_unfinished
     from cifar_jax.run_dir import SUMMARY, read_json
 
     config = parse_train(arguments)
-    if config.deterministic:
+    if config.optim.deterministic:
         use_deterministic_algorithms()
     join()
     if not is_first():
         reporter.mute()
-    reporter.bars &= config.progress
-    use_compile_cache(config.cache_dir)
+    reporter.bars &= config.run.progress
+    use_compile_cache(config.run.cache_dir)
     if warning := unused_accelerator():
         logger.warning(warning)
     try:
-        out = job.train(config, reporter)
-    except job.Interrupted as stop:
+        question = f"{config.run.out} holds this run, unfinished. Resume it?"
+        may_resume = not (config.run.resume or config.run.overwrite)
+        if may_resume and from_first(lambda: is_unfinished(config) and reporter.confirm(question)):
+            config = replace(config, run=replace(config.run, resume=True))
+        out = experiment.train(config, reporter)
+    except experiment.Interrupted as stop:
         epoch, step = stop.saved
         if step:
-            where = f"in epoch {epoch + 1} of {config.epochs}, after step {step}; progress is saved"
+            where = f"in epoch {epoch + 1} of {config.optim.epochs}, after step {step}; progress is saved"
         else:
-            where = f"after epoch {epoch} of {config.epochs}; progress is saved" if epoch else "before the first step"
-        instead = "in place of --overwrite " * config.overwrite
+            where = (
+                f"after epoch {epoch} of {config.optim.epochs}; progress is saved" if epoch else "before the first step"
+            )
+        instead = "in place of --overwrite " * config.run.overwrite
         logger.info(
             f"Interrupted {where}. Continue with the same command and --resume {instead}--out "
             f"{shlex.quote(str(stop.path))}."

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from cifar_jax.fit import EpochRow
+from cifar_jax.reporter import EpochRow
 from cifar_jax.tables import pair_lines, sentence_lines, table_lines
 from cifar_jax.text import printable
 from cifar_jax.verify import TensorRow, Verification

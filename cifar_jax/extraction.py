@@ -1,10 +1,8 @@
 """Features of the data sets of a configuration: from the cache, or computed and kept there, with a bar."""
 
-import functools
+import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -15,24 +13,31 @@ from cifar_jax.data import Dataset
 from cifar_jax.errors import RunError
 from cifar_jax.feature_cache import cached_features, features_key
 from cifar_jax.feature_store import num_absent
-from cifar_jax.features import Extractor, make_extractor
+from cifar_jax.features import make_extractor
 from cifar_jax.files import cache_root
-from cifar_jax.pretrained import Backbone
-from cifar_jax.reporter import Progress, Silent
+from cifar_jax.forecast import Forecast, faster_ways
+from cifar_jax.pretrained import AnyBackbone
+from cifar_jax.reporter import Reporter, Silent
 
-NO_BARS = Silent().progress
+
+class Extracted(NamedTuple):
+    """Features by data set, and what of them was computed."""
+
+    features: dict[str, Float32[np.ndarray, "n features"]]
+    num_images: int  # that went through the backbone
+    seconds: float  # that this took
 
 
 def dataset_features(
     config: TrainConfig,
-    backbone: Backbone,
+    backbone: AnyBackbone,
     image_size: int,
     datasets: Mapping[str, Dataset],
     *,
-    progress: Progress = NO_BARS,
-    timed: Callable[[int], AbstractContextManager[Any]] = nullcontext,
-    on_batch: Callable[[int], None] = lambda _: None,
-) -> dict[str, Float32[np.ndarray, "n features"]]:
+    digests: Mapping[str, str] | None = None,
+    reporter: Reporter | None = None,
+    started: float | None = None,
+) -> Extracted:
     """Features of data sets by name; afterwards the cache is brought down to `--cache-limit`.
 
     Args:
@@ -40,54 +45,55 @@ def dataset_features(
       backbone: that extracts them.
       image_size: side in pixels that the images are upsampled to.
       datasets: by what they are called, such as `training images`.
-      progress: makes the bar that shows how far a data set is.
-      timed: a context for each piece of work, given the number of its images.
-      on_batch: is called after each batch with the number of images that are left, those of other data sets included.
+      digests: SHA-256 of the images of each, if they are known.
+      reporter: shown a bar for each data set.
+      started: when the job began, by `time.perf_counter`, for a forecast of when extraction ends; now if None.
 
     Raises:
       RunError: when the backbone or its features have values that cannot be, or all features are the same.
     """
-    # Made when the first image needs it: where all features are kept, the network is not even put on the devices.
-    make = functools.cache(partial(make_extractor, backbone, image_size, config.precision, config.extract_batch_size))
-    root, features = cache_root(config.cache_dir), {}
-    about = {"backbone": backbone.source, "image_size": image_size, "precision": config.precision}
-    how = (config.precision, config.feature_dtype)
-    keys = {name: features_key(backbone, image_size, how[0], data.images, how[1]) for name, data in datasets.items()}
-    absent = {name: num_absent(root / FEATURES / keys[name][:32], len(datasets[name].images)) for name in datasets}
+    root, features = cache_root(config.run.cache_dir), {}
+    about = {"backbone": backbone.source, "image_size": image_size, "precision": config.backbone.precision}
+    digests = digests or {name: data.digests().images for name, data in datasets.items()}
+    keys = {
+        name: features_key(
+            backbone, image_size, config.backbone.precision, digests[name], config.backbone.feature_dtype
+        )
+        for name in datasets
+    }
+    absent = sum(num_absent(root / FEATURES / keys[name][:32], len(data.images)) for name, data in datasets.items())
+    faster = faster_ways(config, backbone, image_size)
+    bars = Forecast(absent, started, faster, "Extracting the features").watch(reporter or Silent())
+    made, num_images, seconds = None, 0, 0.0
+
+    def extractor(
+        images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] | None = None
+    ) -> Float32[np.ndarray, "n features"]:
+        nonlocal made, num_images, seconds
+        start = time.perf_counter()
+        # Made for the first image that needs it: where all features are kept, the network is not put on the devices.
+        made = made or make_extractor(
+            backbone, image_size, config.backbone.precision, config.backbone.extract_batch_size
+        )
+        found = made(images_u8, on_images)
+        num_images, seconds = num_images + len(images_u8), seconds + time.perf_counter() - start
+        return found
+
     for name, dataset in datasets.items():
-        del absent[name]
-        with progress(f"Features of {name}", len(dataset.images), compiles=True) as bar:
+        with bars.progress(f"Features of {name}", len(dataset.images), compiles=True) as bar:
             features[name] = cached_features(
                 root / FEATURES,
                 keys[name],
                 dataset.images,
-                partial(_extract, make, bar, timed),
-                backbone.config.features,
-                dtype=config.feature_dtype,
-                about={"data": f"{config.dataset} {name}", **about},
-                on_images=partial(_tell, bar, on_batch, len(dataset.images) + sum(absent.values())),
+                extractor,
+                backbone.num_features,
+                dtype=config.backbone.feature_dtype,
+                about={"data": f"{config.data.dataset} {name}", **about},
+                on_images=bar,
             )
         _require_different(features[name], dataset.images, f"{backbone.source} gives the same features for all {name}")
-    limit_features(root, config.cache_limit * 1e9, [key[:32] for key in keys.values()])
-    return features
-
-
-def _extract(
-    make: "functools._lru_cache_wrapper[Extractor]",
-    bar: Callable[[int], None],
-    timed: Callable[[int], AbstractContextManager[Any]],
-    images_u8: UInt8[np.ndarray, "n h w 3"],
-    on_images: Callable[[int], None] = lambda _: None,
-) -> Float32[np.ndarray, "n features"]:
-    if not make.cache_info().currsize:
-        bar(0)  # the first batch is compiled; the bar says so
-    with timed(len(images_u8)):
-        return make()(images_u8, on_images)
-
-
-def _tell(bar: Callable[[int], None], on_batch: Callable[[int], None], num: int, done: int) -> None:
-    bar(done)
-    on_batch(num - done)
+    limit_features(root, config.run.cache_limit * 1e9, [key[:32] for key in keys.values()])
+    return Extracted(features, num_images, seconds)
 
 
 def _require_different(

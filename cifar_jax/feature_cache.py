@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from jaxtyping import Float, Float32, UInt8
 from cifar_jax.errors import RunError
 from cifar_jax.feature_store import chunks_of, num_rows, open_entry
 from cifar_jax.features import Extractor
-from cifar_jax.files import sha256_of_arrays, sha256_of_file
-from cifar_jax.pretrained.backbone import Backbone
+from cifar_jax.files import sha256_of_file
+from cifar_jax.pretrained.backbone import AnyBackbone
 
 _FORMAT = 2
 _ALIGNMENT = 64  # bytes
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 def features_key(
-    backbone: Backbone,
+    backbone: AnyBackbone,
     image_size: int,
     precision: str,
-    images_u8: UInt8[np.ndarray, "n h w 3"],
+    images_sha256: str,
     dtype: str = "float32",
 ) -> str:
     """Names a feature matrix by what it depends on: pixels, weights, how they are run, and the code that runs them.
@@ -45,12 +45,11 @@ def features_key(
     about = {
         "format": _FORMAT,
         "backbone": backbone.sha256,
-        "config": asdict(backbone.config),
-        "preprocessing": asdict(backbone.preprocessing),
+        **backbone.about(),
         "image_size": image_size,
         "precision": precision,
         "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
-        "images": sha256_of_arrays(images_u8),
+        "images": images_sha256,
         "dtype": dtype,
         "backend": jax.default_backend(),
         "packages": [importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")],
@@ -68,7 +67,7 @@ def cached_features(
     *,
     dtype: str = "float32",
     about: Mapping[str, Any] | None = None,
-    on_images: Callable[[int], None] = lambda _: None,
+    on_images: Callable[[int], None] | None = None,
 ) -> Float32[np.ndarray, "n features"]:
     """Features from the cache, every chunk checked; what it lacks is computed and kept there.
 
@@ -100,8 +99,10 @@ def cached_features(
         if done:
             logger.info(_what_is_reused(entry.path, len(features), done, missing))
 
+        if on_images and missing:
+            on_images(done)
         for rows in missing:
-            values = extractor(images_u8[rows], _counted_from(done, on_images))
+            values = extractor(images_u8[rows], on_images and partial(_counted_from, done, on_images))
             features[rows] = stored = _rounded(values, dtype)
             entry.write(rows, stored)
             done += len(stored)
@@ -116,8 +117,8 @@ def _empty(num: int, num_features: int) -> Float32[np.ndarray, "n features"]:
     return memory[start : start + num * num_features * 4].view(np.float32).reshape(num, num_features)
 
 
-def _counted_from(before: int, on_images: Callable[[int], None]) -> Callable[[int], None]:
-    return lambda done: on_images(before + done)
+def _counted_from(before: int, on_images: Callable[[int], None], done: int) -> None:
+    on_images(before + done)
 
 
 def _what_is_reused(path: Path, num: int, done: int, missing: Sequence[slice]) -> str:

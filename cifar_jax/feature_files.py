@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from cifar_jax.errors import RunError, UserError
 from cifar_jax.extraction import dataset_features
 from cifar_jax.features import make_extractor
 from cifar_jax.files import replacing
-from cifar_jax.forecast import forecast_of
 from cifar_jax.images import read_image
-from cifar_jax.job import load_problem_and_backbone, network_image_size
+from cifar_jax.inputs import load_inputs, network_image_size
 from cifar_jax.predict import TRAINED_SIDE
-from cifar_jax.pretrained import UNTRAINED, Backbone, load_backbone
+from cifar_jax.pretrained import UNTRAINED, AnyBackbone, load_backbone
 from cifar_jax.reporter import Reporter, Silent
 
 AT_ONCE = 1024  # image files that are in memory together
@@ -67,9 +65,9 @@ def write_features(
     about: dict[str, Any] = {
         "backbone_sha256": backbone.sha256,
         "backbone_source": backbone.source,
-        "preprocessing": json.dumps(asdict(backbone.preprocessing)),
+        "preprocessing": json.dumps(backbone.about()["preprocessing"]),
         "image_size": network_image_size(config, backbone),
-        "precision": config.precision,
+        "precision": config.backbone.precision,
     }
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -96,13 +94,14 @@ def _check_target(path: Path, of_images: bool, overwrite: bool) -> None:
         raise UserError(f"--out {path} cannot be written, as {path.parent} is read-only; choose another directory.")
 
 
-def _of_data_set(config: TrainConfig, reporter: Reporter) -> tuple[Backbone, dict[str, np.ndarray]]:
+def _of_data_set(config: TrainConfig, reporter: Reporter) -> tuple[AnyBackbone, dict[str, np.ndarray]]:
     clock = Clock()
-    problem, backbone = load_problem_and_backbone(config, reporter, clock)
-    datasets = {"training images": problem.train, "test images": problem.test}
-    image_size = network_image_size(config, backbone)
-    on_batch = forecast_of(config, backbone, image_size, clock).note
-    features = dataset_features(config, backbone, image_size, datasets, progress=reporter.progress, on_batch=on_batch)
+    (problem, backbone, image_size) = load_inputs(config, clock, reporter.progress)
+    parts, names = problem.parts, {"train": "training images", "test": "test images"}
+    digests = {name: problem.digests[split].images for split, name in names.items()}
+    datasets = {name: parts[split] for split, name in names.items()}
+    how: dict[str, Any] = {"digests": digests, "reporter": reporter, "started": clock.started}
+    features = dataset_features(config, backbone, image_size, datasets, **how).features
     return backbone, {
         "train_features": features["training images"],
         "train_labels": np.asarray(problem.train.labels),
@@ -114,14 +113,18 @@ def _of_data_set(config: TrainConfig, reporter: Reporter) -> tuple[Backbone, dic
 
 def _of_images(
     config: TrainConfig, paths: Sequence[str], direct: bool, reporter: Reporter
-) -> tuple[Backbone, dict[str, np.ndarray]]:
-    if config.weights in UNTRAINED:
-        raise UserError(f"--weights {config.weights} is made from the images of a data set; name one, or others.")
-    backbone = load_backbone(config.weights, config.variant, cache_dir=config.cache_dir, progress=reporter.progress)
+) -> tuple[AnyBackbone, dict[str, np.ndarray]]:
+    if config.backbone.weights in UNTRAINED:
+        raise UserError(
+            f"--weights {config.backbone.weights} is made from the images of a data set; name one, or others."
+        )
+    backbone = load_backbone(
+        config.backbone.weights, config.backbone.variant, cache_dir=config.run.cache_dir, progress=reporter.progress
+    )
     image_size = network_image_size(config, backbone)
     side = image_size if direct else TRAINED_SIDE
-    extractor = make_extractor(backbone, image_size, config.precision, config.extract_batch_size)
-    features = np.empty((len(paths), backbone.config.features), np.float32)
+    extractor = make_extractor(backbone, image_size, config.backbone.precision, config.backbone.extract_batch_size)
+    features = np.empty((len(paths), backbone.num_features), np.float32)
     with reporter.progress("Features of image files", len(paths), compiles=True) as bar:
         bar(0)
         for start in range(0, len(paths), AT_ONCE):

@@ -2,13 +2,13 @@
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, UInt8
 
 from cifar_jax.devices import is_out_of_memory
@@ -16,7 +16,7 @@ from cifar_jax.errors import RunError
 from cifar_jax.inference import features_of, prepare
 from cifar_jax.parallel import mesh_of, replicate, round_up, shard
 from cifar_jax.preprocess import preprocess, require_images
-from cifar_jax.pretrained.backbone import Backbone
+from cifar_jax.pretrained.backbone import AnyBackbone, FunctionBackbone
 from cifar_jax.resnet import ResNet
 
 logger = logging.getLogger(__name__)
@@ -26,14 +26,14 @@ class Extractor(Protocol):
     """Features of any number of images; `on_images` is called with the number done after each compiled call."""
 
     def __call__(
-        self, images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] = ...
+        self, images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] | None = None
     ) -> Float32[np.ndarray, "n features"]:
         """Extracts."""
         ...
 
 
 def extract(
-    backbone: Backbone,
+    backbone: AnyBackbone,
     images_u8: UInt8[Array, "batch h w 3"],
     image_size: int | None = None,
     precision: str = "float32",
@@ -44,18 +44,20 @@ def extract(
     and `precision` static.
 
     Args:
-      backbone: from `load_backbone`.
+      backbone: from `load_backbone`, or a `FunctionBackbone`, which decides about size and precision itself.
       images_u8: RGB pixels.
       image_size: side in pixels that the images are upsampled to; the backbone's own if None.
       precision: `float32` or `bfloat16`, what the network computes in; the features are float32.
     """
+    if isinstance(backbone, FunctionBackbone):
+        return jax.lax.stop_gradient(backbone.function(backbone.variables, images_u8))
     x = preprocess(images_u8, backbone.preprocessing, image_size or backbone.image_size)
     output: Any = ResNet(backbone.config, dtype=jnp.dtype(precision)).apply(backbone.variables, x, train=False)
     return jax.lax.stop_gradient(output.pooled)
 
 
 def make_extractor(
-    backbone: Backbone,
+    backbone: AnyBackbone,
     image_size: int | None = None,
     precision: str = "float32",
     batch_size: int | None = None,
@@ -82,23 +84,32 @@ def make_extractor(
     """
     _require_finite(backbone)
     mesh = mesh_of(devices or jax.local_devices())
-    prepared = prepare(backbone, image_size, precision, mesh.devices.flat[0].platform)
-    on_devices = replicate(mesh, prepared)
-    at_once = batch_size or extraction_batch_size(prepared.image_size, prepared.platform) * mesh.size
-    run = jax.jit(features_of)
+    platform, image_size = mesh.devices.flat[0].platform, image_size or backbone.image_size
+    at_once = batch_size or extraction_batch_size(image_size, platform) * mesh.size
+    if isinstance(backbone, FunctionBackbone):
+        run, on_devices = jax.jit(extract), replicate(mesh, backbone)
+    else:
+        run, on_devices = jax.jit(features_of), replicate(mesh, prepare(backbone, image_size, precision, platform))
 
     def extractor(
-        images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] = lambda _: None
+        images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] | None = None
     ) -> Float32[np.ndarray, "n features"]:
         nonlocal at_once
         require_images(images_u8)
-        features, done = np.empty((len(images_u8), backbone.config.features), np.float32), 0
+        features, done = np.empty((len(images_u8), backbone.num_features), np.float32), 0
         while done < len(images_u8):
             size = round_up(mesh, min(at_once, len(images_u8)))
+            # The devices work on a batch while the one before it is copied out.
+            running: deque[tuple[slice, Array]] = deque()
             try:
-                for rows, batch in _one_behind(run, on_devices, mesh, images_u8, done, size):
-                    _copy_out(features, rows, batch, on_images)
-                    done = rows.stop
+                for rows, batch in _batches(images_u8, done, size):
+                    running.append((rows, run(on_devices, shard(mesh, batch))))
+                    while len(running) > (rows.stop < len(images_u8)):
+                        first, extracted = running.popleft()
+                        _copy_out(features, first, extracted)
+                        done = first.stop
+                        if on_images:
+                            on_images(done)
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error) or size == mesh.size:
                     raise
@@ -112,7 +123,7 @@ def make_extractor(
     return extractor
 
 
-def _require_finite(backbone: Backbone) -> None:
+def _require_finite(backbone: AnyBackbone) -> None:
     """Features cannot tell: compiled for a CPU, a relu makes 0 of NaN."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(backbone.variables):
         if not np.isfinite(leaf).all():
@@ -139,25 +150,6 @@ def _power_of_two(most: float) -> int:
     return 2 ** max(0, min(10, int(math.log2(most))))
 
 
-def _one_behind(
-    run: Callable[..., Array],
-    on_devices: Any,
-    mesh: Mesh,
-    images: UInt8[np.ndarray, "n h w 3"],
-    start: int,
-    batch_size: int,
-) -> Iterator[tuple[slice, Array]]:
-    """Features of batches and the rows that they are of; the devices work on the next batch while one is copied out."""
-    waiting: tuple[slice, Array] | None = None
-    for rows, batch in _batches(images, start, batch_size):
-        running = run(on_devices, shard(mesh, batch))
-        if waiting:
-            yield waiting
-        waiting = rows, running
-    if waiting:
-        yield waiting
-
-
 def _batches(
     images: UInt8[np.ndarray, "n h w 3"], start: int, batch_size: int
 ) -> Iterator[tuple[slice, UInt8[np.ndarray, "batch h w 3"]]]:
@@ -171,13 +163,10 @@ def _batches(
         yield rows, np.ascontiguousarray(batch)
 
 
-def _copy_out(
-    features: Float32[np.ndarray, "n features"], rows: slice, batch: Array, on_images: Callable[[int], None]
-) -> None:
+def _copy_out(features: Float32[np.ndarray, "n features"], rows: slice, batch: Array) -> None:
     features[rows] = np.asarray(batch)[: rows.stop - rows.start]
     if not np.isfinite(features[rows]).all():
         raise RunError(
             f"The backbone gives features that are not finite for images {rows.start} to {rows.stop - 1}: its weights "
             "or its preprocessing do not fit; nothing was trained."
         )
-    on_images(rows.stop)

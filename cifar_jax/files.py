@@ -154,9 +154,14 @@ def sha256_of_arrays(*arrays: np.ndarray) -> str:
     """SHA-256 over dtype, shape and bytes of arrays, in hex: equal arrays, equal digest, wherever they came from."""
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        update_digest(digest, array)
     return digest.hexdigest()
+
+
+def update_digest(digest: "hashlib._Hash", array: np.ndarray) -> None:
+    """Adds dtype, shape and bytes of an array to a digest."""
+    digest.update(f"{array.dtype.str}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).data)
 
 
 def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:

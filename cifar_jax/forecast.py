@@ -1,74 +1,79 @@
-"""How long a job takes in all, logged once its first batches show how fast it goes."""
+"""A forecast of how long a job takes, logged once its first batches show how fast it goes."""
 
 import logging
+import time
 from collections.abc import Callable
 
 import jax
 
-from cifar_jax.clock import Clock
 from cifar_jax.config import TrainConfig
-from cifar_jax.pretrained.backbone import Backbone
+from cifar_jax.pretrained.backbone import AnyBackbone, Backbone
+from cifar_jax.reporter import Reporter, Watched
+
+logger = logging.getLogger(__name__)
 
 MIN_BATCHES, MIN_SECONDS = 3, 2.0  # that the speed is measured over
 WORTH_SAYING = 60.0  # seconds: shorter jobs are over before anybody wonders
 LONG = 600.0  # seconds: of longer ones people like to know a faster way
 
-logger = logging.getLogger(__name__)
-
 
 class Forecast:
-    """Logs once how long the job takes."""
+    """Logs once how long the work takes whose progress it watches."""
 
-    def __init__(self, now: Callable[[], float], faster: str = "", what: str = "This job") -> None:
+    def __init__(
+        self,
+        work: float,
+        started: float | None = None,
+        faster: str = "",
+        what: str = "This job",
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """Nothing is known yet.
 
         Args:
-          now: seconds since the job began.
+          work: all that is to be done, in units such as images.
+          started: when the job began, by `now`; now if None.
           faster: a sentence that follows where the job is long.
           what: the work that is meant.
+          now: the clock, in seconds.
         """
-        self._now, self._faster, self._what = now, faster, what
+        self._left, self._faster, self._what, self._now = work, faster, what, now
+        self._started = now() if started is None else started
         self._first: tuple[float, float] | None = None
         self._batches, self._done = 0, False
 
-    def note(self, left: float) -> None:
-        """A batch is done.
+    def watch(self, reporter: Reporter, weight: float = 1.0) -> Reporter:
+        """The same reporter, whose bars count towards the work, each of their units as much as `weight`."""
+        return Watched(reporter, lambda work: self.note(work * weight))
 
-        Args:
-          left: how much of the work is still to do, in whatever unit. The first batch is the one that was compiled, so
-            speed is measured from its end on.
-        """
+    def note(self, work: float) -> None:
+        """A batch is done. The first one is the one that was compiled, so speed is measured from its end on."""
+        self._left -= work
         if self._done:
             return
         now = self._now()
         if self._first is None:
-            self._first = now, left
+            self._first = now, self._left
             return
         self._batches += 1
-        seconds, done = now - self._first[0], self._first[1] - left
+        seconds, done = now - self._first[0], self._first[1] - self._left
         if self._batches < MIN_BATCHES or seconds < MIN_SECONDS or done <= 0:
             return
         self._done = True
-        total = now + left * seconds / done
+        total = now - self._started + self._left * seconds / done
         if total >= WORTH_SAYING:
             faster = f" {self._faster}" if self._faster and total > LONG else ""
             logger.info(f"{self._what} will take about {in_words(total)} in all.{faster}")
 
 
-def forecast_of(config: TrainConfig, backbone: Backbone, image_size: int, clock: Clock) -> Forecast:
-    """A forecast of a job that began with the clock, and on a CPU names what makes it shorter."""
-    faster = faster_ways(config, backbone, image_size) if jax.default_backend() == "cpu" else ""
-    # On cached features an epoch takes seconds, which are not known yet.
-    what = "Extracting the features" if config.mode == "cached" else "This job"
-    return Forecast(lambda: clock.total, faster, what)
-
-
-def faster_ways(config: TrainConfig, backbone: Backbone, image_size: int) -> str:
-    """What makes a long job on a CPU short, beyond what it has been told already; nothing if there is nothing."""
+def faster_ways(config: TrainConfig, backbone: AnyBackbone, image_size: int) -> str:
+    """Ways to shorten a long job on a CPU, beyond those that were taken already; empty if there are none."""
+    if jax.default_backend() != "cpu" or not isinstance(backbone, Backbone):
+        return ""
     ways = []
     if image_size > 128:
         ways.append(f"--image-size 128 (about {(128 / image_size) ** 2:.0%} of the work)")
-    if config.weights != "demo" and backbone.config.width >= 64:
+    if config.backbone.weights != "demo" and backbone.config.width >= 64:
         ways.append("--weights demo (a much smaller network, to try things out)")
     return f"Faster on a CPU: {' or '.join(ways)}." if ways else ""
 

@@ -1,10 +1,13 @@
-"""The dense head on pooled features: Dense 1024 relu, Dense 512 relu, Dense 10, as two pure functions."""
+"""Heads on pooled features: the dense one (Dense 1024 relu, Dense 512 relu, Dense 10), and any Flax module."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 HeadParams = tuple[dict[str, Float[Array, "..."]], ...]  # a {"kernel": [in, out], "bias": [out]} for each layer
 
@@ -43,3 +46,65 @@ def head_logits(head_params: HeadParams, features: Float[Array, "batch features"
 def _dense(layer: dict[str, Float[Array, "..."]], x: Float[Array, "batch fan_in"]) -> Float[Array, "batch out"]:
     # HIGHEST: float32 products on every backend (see ResNet); a hundredth of the backbone's work.
     return jnp.dot(x, layer["kernel"], precision=jax.lax.Precision.HIGHEST) + layer["bias"]
+
+
+class Head(NamedTuple):
+    """A head as two functions.
+
+    Attributes:
+      init: `(key, in_features, num_classes) -> params`.
+      logits: `(params, features [batch, in_features], *, train, key) -> [batch, num_classes]`; `key` is None where
+        `train` is False.
+      name: of the head, recorded with the run that it is passed to.
+    """
+
+    init: Callable[[PRNGKeyArray, int, int], PyTree]
+    logits: Callable[..., Float[Array, "batch num_classes"]]
+    name: str
+
+
+def dense_head(hidden: Sequence[int] = (1024, 512)) -> Head:
+    """The dense head with hidden layers of these widths; without any a linear probe."""
+
+    def init(key: PRNGKeyArray, in_features: int, num_classes: int) -> HeadParams:
+        return init_head(key, in_features, hidden, num_classes)
+
+    return Head(init, dense_logits, "-".join(map(str, ("dense", *hidden))))
+
+
+def dense_logits(
+    params: HeadParams,
+    features: Float[Array, "batch features"],
+    *,
+    train: bool = False,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "batch num_classes"]:
+    """`head_logits` as a `Head` has it; nothing in it is random."""
+    return head_logits(params, features)
+
+
+def flax_head(module: nn.Module) -> Head:
+    """A head from a Flax module that maps features [batch, in_features] to logits [batch, num_classes].
+
+    A module whose `__call__` takes `train` is told whether it trains, and may then draw from the stream `dropout`. It
+    must have no variables but params.
+    """
+    takes_train = "train" in inspect.signature(type(module).__call__).parameters
+
+    def init(key: PRNGKeyArray, in_features: int, num_classes: int) -> PyTree:
+        more: dict[str, Any] = {"train": False} if takes_train else {}
+        return module.init({"params": key}, jnp.zeros((1, in_features)), **more)["params"]
+
+    def logits(
+        params: PyTree,
+        features: Float[Array, "batch features"],
+        *,
+        train: bool = False,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "batch num_classes"]:
+        more: dict[str, Any] = {"train": train} if takes_train else {}
+        rngs = None if key is None else {"dropout": key}
+        output: Any = module.apply({"params": params}, features, rngs=rngs, **more)
+        return output
+
+    return Head(init, logits, type(module).__name__)

@@ -13,4 +13,9 @@ def stream_key(seed: int, stream: str) -> PRNGKeyArray:
     Raises:
       ValueError: when there is no such stream.
     """
-    return jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream))
+    return stream_of(jax.random.key(seed), stream)
+
+
+def stream_of(key: PRNGKeyArray, stream: str) -> PRNGKeyArray:
+    """The key of a named stream of a key; see `stream_key`."""
+    return jax.random.fold_in(key, STREAMS.index(stream))

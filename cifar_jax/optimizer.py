@@ -1,6 +1,7 @@
 """The optimiser of a run, composed from Optax, and the names of what it trains."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,11 @@ def make_schedule(config: TrainConfig, peak: float, steps_per_epoch: int) -> opt
       Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983; warm-up: Goyal et al. 2017,
       https://arxiv.org/abs/1706.02677
     """
-    if config.schedule == "constant":
+    if config.optim.schedule == "constant":
         return optax.constant_schedule(peak)
-    steps = config.epochs * steps_per_epoch
+    steps = config.optim.epochs * steps_per_epoch
     # The last step lies below `epochs`, so at least one is left to the cosine.
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), steps - 1)
+    warmup = min(round(config.optim.warmup_epochs * steps_per_epoch), steps - 1)
     if warmup:
         schedule = optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, steps)
     else:
@@ -30,37 +31,45 @@ def make_schedule(config: TrainConfig, peak: float, steps_per_epoch: int) -> opt
     return lambda count: schedule(jnp.asarray(count, jnp.float32))
 
 
-def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: TrainConfig, steps_per_epoch: int, instead: optax.GradientTransformation | None = None
+) -> optax.GradientTransformation:
     """SGD as Keras has it, with what the configuration adds: clipping, weight decay, momentum, a schedule, groups.
 
     Keras folds the learning rate into its velocity and Optax multiplies by it afterwards; with a constant rate both
     take the same steps.
 
     Args:
-      config: its options. In the mode finetune the parameters are {"backbone", "head"}, each group with a rate of its
-        own, and what is frozen is left alone; else they are the head's.
+      config: its options. The parameters are {"head"}, or in the mode finetune {"backbone", "head"}, each group with a
+        rate of its own, and what is frozen is left alone.
       steps_per_epoch: what the schedule counts in.
+      instead: an optimiser in the place of SGD and of all that is added to it; what is frozen stays so.
     """
+    optim = config.optim
+    if instead is not None:
+        trained = {"backbone": instead, "head": instead, "frozen": optax.set_to_zero()}
+        labels = partial(param_labels, freeze_stages=config.finetune.freeze_stages)
+        return optax.partition(trained, labels) if config.finetune.freeze_stages else instead
 
     def sgd(rate: float) -> optax.GradientTransformation:
         descent = optax.sgd(
-            make_schedule(config, rate, steps_per_epoch) if config.schedule != "constant" else rate,
-            momentum=config.momentum or None,
-            nesterov=config.nesterov,
+            make_schedule(config, rate, steps_per_epoch) if optim.schedule != "constant" else rate,
+            momentum=optim.momentum or None,
+            nesterov=optim.nesterov,
         )
-        decay = [optax.add_decayed_weights(config.weight_decay, mask=is_kernel)] if config.weight_decay else []
+        decay = [optax.add_decayed_weights(optim.weight_decay, mask=is_kernel)] if optim.weight_decay else []
         return optax.chain(*decay, descent)
 
-    tx = sgd(config.learning_rate)
-    if config.mode == "finetune":
+    tx = sgd(optim.learning_rate)
+    if optim.mode == "finetune":
         groups = {
             "head": tx,
-            "backbone": sgd(config.backbone_learning_rate or config.learning_rate),
+            "backbone": sgd(config.finetune.backbone_learning_rate or optim.learning_rate),
             "frozen": optax.set_to_zero(),
         }
-        tx = optax.partition(groups, lambda params: param_labels(params, config.freeze_stages))
+        tx = optax.partition(groups, lambda params: param_labels(params, config.finetune.freeze_stages))
     # Over all groups at once: the norm of a step does not depend on how it is divided.
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx) if config.clip_norm else tx
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx) if optim.clip_norm else tx
 
 
 def is_kernel(params: PyTree) -> PyTree:
@@ -82,8 +91,8 @@ def param_labels(params: PyTree, freeze_stages: int) -> PyTree:
 
 
 def _label(path: list[str], freeze_stages: int) -> str:
-    if path[0] == "head":
-        return "head"
+    if path[0] == "head" or (path[0] == "backbone" and not freeze_stages):
+        return path[0]
     part = re.match(r"stem_|stage(\d+)_block", path[1]) if path[0] == "backbone" and len(path) > 1 else None
     if part is None:
         raise ValueError(f"the parameter {'/'.join(path)} belongs to no part of the network")

@@ -1,18 +1,21 @@
 """The options of each command, as dataclasses that tyro reads."""
 
+import contextlib
 import os
 import re
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from cifar_jax.config import PRESETS, TrainConfig, preset
+from cifar_jax.config import DECIDING, PRESETS, TrainConfig, preset, without_meaningless
 from cifar_jax.data.load import check_name
 from cifar_jax.errors import UserError
 from cifar_jax.files import read_json_value
+from cifar_jax.groups import DEFAULTS, GROUP_OF, HINTS, OF_THE_COMMAND
 from cifar_jax.parsing import REGISTRY, program
 
 
@@ -113,11 +116,11 @@ class FeaturesOptions(Common):
         """
         from cifar_jax.feature_files import is_data_set
 
-        theirs = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(self)}
-        values = {name: getattr(self, name) for name in theirs - {"out", "overwrite", "profile", "debug"}}
+        theirs = {field.name for field in fields(self)} & set(GROUP_OF)
+        values = {name: getattr(self, name) for name in theirs - set(OF_THE_COMMAND)}
         config = TrainConfig(dataset=self.src[0], batch_size=1, **values)
         if is_data_set(self.src):
-            check_name(config.dataset, config.data_dir)
+            check_name(config.data.dataset, config.run.data_dir)
         return config
 
 
@@ -153,10 +156,6 @@ class VerifyOptions(Common):
     """where downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
 
 
-# What a run's config.json says of the command that made it, and not of the run.
-_OF_THE_COMMAND = ("config", "out", "resume", "overwrite", "progress", "debug", "profile")
-
-
 def parse_train(arguments: list[str]) -> TrainConfig:
     """Parses the options of `train`, whose defaults are those of a preset or of an earlier run's config.json.
 
@@ -171,9 +170,12 @@ def parse_train(arguments: list[str]) -> TrainConfig:
     if file is not None and name is not None:
         raise UserError(f"--config {file} includes a preset; leave out --preset {name}.")
     default = preset(name or next(iter(PRESETS))) if file is None else _config_in(Path(file))
-    config: TrainConfig = replace(parse(TrainConfig, arguments, "train", default=default), config=None)
+    # What is typed may take the meaning from options of theirs, which nobody typed.
+    default = without_meaningless(default, _typed(DECIDING, arguments))
+    config: TrainConfig = parse(TrainConfig, arguments, "train", default=default)
+    config = replace(config, run=replace(config.run, config=None))
     # Before the weights are looked for: a name typed wrong should not cost their download.
-    check_name(config.dataset, config.data_dir)
+    check_name(config.data.dataset, config.run.data_dir)
     return config
 
 
@@ -185,11 +187,10 @@ def _config_in(path: Path) -> TrainConfig:
         found = read_json_value(file)
     except (OSError, ValueError) as error:
         raise UserError(f"--config {file} cannot be read ({_reason(error)}); {hint}") from error
-    usual = {field.name: field.default for field in fields(TrainConfig)}
     if not isinstance(found, dict) or not {"preset", "dataset", "weights"} <= set(found):
         raise UserError(f"--config {file} was not written by `train`; {hint}")
     try:
-        return TrainConfig.from_json(found | {name: usual[name] for name in _OF_THE_COMMAND})
+        return TrainConfig.from_json(found | {name: DEFAULTS[name] for name in OF_THE_COMMAND})
     except UserError as error:
         reason = str(error).rstrip(".")
         raise UserError(f"--config {file} is not as `train` wrote it ({reason}); {hint}") from error
@@ -203,10 +204,20 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
     """The value that an option is given, the last one if there are several, as tyro has it."""
     found = None
     for argument, following in pairwise([*arguments, ""]):
-        if argument == option and following and not following.startswith("-"):
-            found = following
-        if argument.startswith(f"{option}="):
-            found = argument.removeprefix(f"{option}=")
+        name, given, value = argument.partition("=")
+        if name.replace("_", "-") == option and (given or (following and not following.startswith("-"))):
+            found = value if given else following
+    return found
+
+
+def _typed(names: Iterable[str], arguments: list[str]) -> dict[str, Any]:
+    """Values of the options with these names that are typed; one that is none, of which tyro will tell, as its text."""
+    texts = {name: _value_of(f"--{name.replace('_', '-')}", arguments) for name in names}
+    found: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
+    for name in found:
+        if HINTS[name] is float:
+            with contextlib.suppress(ValueError):
+                found[name] = float(found[name])
     return found
 
 
@@ -217,13 +228,21 @@ def parse(options: Any, arguments: list[str], command: str, **how: Any) -> Any:
       UserError: for a flag that is given a value, of which tyro would name the value only.
       SystemExit: when tyro has shown what is wrong, or the help.
     """
+    flags = set(_flags(options))
     for argument in arguments:
         flag, given, value = argument.partition("=")
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if (
-            given
-            and flag.startswith("--")
-            and any(field.name == name and field.type is bool for field in fields(options))
-        ):
+        if given and flag.startswith("--") and name in flags:
             raise UserError(f"{flag} takes no value, got {value or 'an empty one'}; leave out ={value}.")
-    return tyro.cli(options, args=arguments, prog=f"{program()} {command}", registry=REGISTRY, **how)
+    # The groups are sections of the help, and no part of an option's name.
+    how |= {"config": (tyro.conf.OmitArgPrefixes,), "registry": REGISTRY}
+    return tyro.cli(options, args=arguments, prog=f"{program()} {command}", **how)
+
+
+def _flags(options: Any) -> Iterator[str]:
+    """The names of options that take no value."""
+    for field in fields(options):
+        if is_dataclass(field.type):
+            yield from _flags(field.type)
+        elif field.type is bool:
+            yield field.name

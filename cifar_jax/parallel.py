@@ -47,7 +47,7 @@ def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
 
 def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
     """The arrays, whole on every device. Those that lie so already stay where they are."""
-    return _place(tree, NamedSharding(mesh, PartitionSpec()))
+    return _place(tree, replicated_sharding(mesh))
 
 
 def shard(mesh: Mesh, tree: PyTree, axis: int = 0) -> PyTree:
@@ -67,6 +67,11 @@ def _place(tree: PyTree, sharding: NamedSharding) -> PyTree:
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(place, tree)
+
+
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
+    """How `replicate` places arrays."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def rows_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:

@@ -1,5 +1,6 @@
 """Class probabilities of images: for the library's user as a pure function, for the command line from files."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,17 @@ from jaxtyping import Array, Float, UInt8
 
 from cifar_jax.data import load_problem
 from cifar_jax.errors import UserError
-from cifar_jax.evaluation import wilson_interval
 from cifar_jax.features import extract, extraction_batch_size, make_extractor
-from cifar_jax.head import HeadParams, head_logits
+from cifar_jax.head import Head, HeadParams, head_logits
 from cifar_jax.images import ImageError, read_image
-from cifar_jax.pretrained.backbone import Backbone
+from cifar_jax.pretrained.backbone import AnyBackbone, Backbone
 from cifar_jax.reporter import Reporter, Silent
-from cifar_jax.runners import cached_evaluator, probabilities
 from cifar_jax.saved_run import Run, load_run
+from cifar_jax.train.evaluate import evaluate, make_eval_step, wilson_interval
+from cifar_jax.train.losses import LossFn, smoothed_cross_entropy
+from cifar_jax.train.task import head_forward
+
+logger = logging.getLogger(__name__)
 
 TRAINED_SIDE = 32  # pixels: what the training images had
 AT_ONCE = 256  # image files that are in memory together
@@ -61,7 +65,8 @@ def predict_files(
     """
     image_size = run.backbone.image_size
     side = image_size if direct else TRAINED_SIDE
-    extractor = make_extractor(run.backbone, image_size, run.config.precision)
+    extractor = make_extractor(run.backbone, image_size, run.config.backbone.precision)
+    probabilities = jax.jit(lambda params, features: jax.nn.softmax(run.head.logits(params, features)))
     # Later batches are no smaller than the first, or than the devices take at a time: another size is compiled again.
     devices = jax.local_devices()
     compiled = min(at_once, extraction_batch_size(image_size, devices[0].platform) * len(devices))
@@ -72,7 +77,7 @@ def predict_files(
         probs: Iterator[Any] = iter(())
         if images:
             black = [np.zeros_like(images[0])] * (least - len(images))
-            probs = iter(probabilities(run.head_params, extractor(np.stack(images + black))))
+            probs = iter(np.asarray(probabilities(run.head_params, extractor(np.stack(images + black)))))
             least = compiled
         for path, image in zip(paths[start : start + at_once], read, strict=True):
             if isinstance(image, ImageError):
@@ -99,6 +104,10 @@ def evaluate_run(
     weights: str | None = None,
     reporter: Reporter | None = None,
     allow_incomplete: bool = False,
+    *,
+    loss_fn: LossFn | None = None,
+    head: Head | None = None,
+    backbone: AnyBackbone | None = None,
 ) -> dict[str, Any]:
     """Scores a run's head on its test images again, through the backbone.
 
@@ -108,24 +117,35 @@ def evaluate_run(
       weights: a copy of the backbone, if it has moved since.
       reporter: who is told about the progress.
       allow_incomplete: see `load_run`.
+      loss_fn: that the run was trained with, if it was passed to `train`; else the loss of its options is reported,
+        and where that is another one a warning is logged.
+      head: see `load_run`.
+      backbone: see `load_run`.
 
     Raises:
       UserError: when the run, its backbone or its data cannot be had, or the data are others than then.
     """
     reporter = reporter or Silent()
-    run = load_run(path, weights, allow_incomplete=allow_incomplete)
-    config = replace(run.config, data_dir=data_dir or run.config.data_dir)
+    run = load_run(path, weights, allow_incomplete=allow_incomplete, head=head, backbone=backbone)
+    if (name := run.summary.get("parts", {}).get("loss_fn")) and loss_fn is None:
+        logger.warning(f"The run in {run.path} was trained with the loss {name}; the loss here is cross-entropy.")
+    config = replace(run.config, run=replace(run.config.run, data_dir=data_dir or run.config.run.data_dir))
     problem = load_problem(config)
-    if problem.test.fingerprint() != run.summary["dataset"].get("test_sha256"):
+    if problem.digests["test"].examples != run.summary["dataset"].get("test_sha256"):
         raise UserError(
-            f"The test images of {config.dataset} are not those that the run {run.path} was scored on; name the "
+            f"The test images of {config.data.dataset} are not those that the run {run.path} was scored on; name the "
             "directory of the same version with --data-dir."
         )
-    extractor = make_extractor(run.backbone, run.backbone.image_size, config.precision, config.extract_batch_size)
+    extractor = make_extractor(
+        run.backbone, run.backbone.image_size, config.backbone.precision, config.backbone.extract_batch_size
+    )
     with reporter.progress("Features of test images", len(problem.test.labels), compiles=True) as bar:
         bar(0)
         features = extractor(problem.test.images, bar)
-    result = cached_evaluator(features, problem.test.labels)(run.head_params)
+    loss_fn = loss_fn or smoothed_cross_entropy(config.optim.label_smoothing)
+    eval_step = make_eval_step(head_forward(run.head.logits), loss_fn)
+    score = jax.jit(lambda params, batch: eval_step(params, {}, {}, batch))
+    result = evaluate(score, {"head": run.head_params}, features, problem.test.labels)
     low, high = wilson_interval(result.accuracy, result.num)
     return {
         "run": str(run.path),

@@ -1,10 +1,19 @@
-"""Who is shown what a job does. The library prints nothing itself, and logs its sentences by `logging`."""
+"""The progress of a job, for whoever watches it. Sentences go to the logger `cifar_jax`; the library prints nothing."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple, Protocol
 
-from cifar_jax.fit import EpochRow
+
+class EpochRow(NamedTuple):
+    """A line of metrics.jsonl. Training figures are running means over the epoch, as Keras reports them."""
+
+    epoch: int  # counted from one
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    seconds: float
 
 
 class Progress(Protocol):
@@ -18,7 +27,7 @@ class Progress(Protocol):
 
 
 class Reporter(Protocol):
-    """Who is told what the job does; `cifar_jax.console` shows it to a person, `Silent` to nobody."""
+    """Shows the progress of a job: `cifar_jax.console` to a person, `Silent` to nobody."""
 
     def header(self, rows: dict[str, str]) -> None:
         """What is about to be done, and with what."""
@@ -34,12 +43,9 @@ class Reporter(Protocol):
     def epoch(self, row: EpochRow, num_epochs: int) -> None:
         """An epoch has ended."""
 
-    def confirm(self, question: str) -> bool:
-        """Asks for a yes; False where nobody can be asked."""
-
 
 class Silent:
-    """A reporter that tells nobody."""
+    """A reporter that shows nothing."""
 
     def header(self, rows: dict[str, str]) -> None:
         """Nothing."""
@@ -53,6 +59,26 @@ class Silent:
     def epoch(self, row: EpochRow, num_epochs: int) -> None:
         """Nothing."""
 
-    def confirm(self, question: str) -> bool:
-        """No."""
-        return False
+
+class Watched:
+    """A reporter that also tells of the work that its bars show."""
+
+    def __init__(self, reporter: Reporter, on_work: Callable[[int], None]) -> None:
+        """Passes everything on to `reporter`, and calls `on_work` with each step that a bar makes."""
+        self._on_work = on_work
+        self._progress, self.header, self.epoch = reporter.progress, reporter.header, reporter.epoch
+
+    @contextmanager
+    def progress(self, description: str, total: int, compiles: bool = False) -> Iterator[Callable[[int], None]]:
+        """A bar. Where it begins is no work of now, so its first call tells nothing."""
+        before: int | None = None
+        with self._progress(description, total, compiles) as bar:
+
+            def watched(done: int) -> None:
+                nonlocal before
+                bar(done)
+                if before is not None:
+                    self._on_work(done - before)
+                before = done
+
+            yield watched

@@ -14,20 +14,27 @@ from cifar_jax.checkpoint import Position, list_checkpoints, load_checkpoint, ne
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import UserError
 from cifar_jax.files import without_nan
-from cifar_jax.fit import EpochPart, EpochRow
+from cifar_jax.groups import RUN_ONLY
 from cifar_jax.pretrained import UNTRAINED
-from cifar_jax.run_dir import CHECKPOINTS, CONFIG, METRICS, SUMMARY, is_run, read_json, recorded
-from cifar_jax.training import StepMetrics, TrainState
+from cifar_jax.reporter import EpochRow
+from cifar_jax.run_dir import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    check_run_dir,
+    default_run_dir,
+    is_run,
+    read_json,
+    recorded,
+)
+from cifar_jax.train.loop import EpochPart
+from cifar_jax.train.step import StepMetrics, TrainState
 
 logger = logging.getLogger(__name__)
 
-# Options that may differ between a run and the command that resumes it. Places are not content: digests tell whether
-# images and weights are the same. Where the learning rate follows a schedule, the number of epochs must not differ;
-# where an epoch is one compiled call, neither must the pieces that checkpoints cut it into.
-MAY_DIFFER = {
-    *("out", "resume", "overwrite", "progress", "debug", "epochs", "cache_limit", "profile", "keep_checkpoints"),
-    *("checkpoint_every", "cache_dir", "data_dir"),
-}
+# Arguments of `train` that are recorded by name beside the digests of images and weights, and what they are otherwise.
+PARTS, OWN = ("loss_fn", "head", "tx", "augment"), "that of the options"
 
 # Of the sums that an epoch which is not done keeps, an entry a step.
 METRICS_DTYPES = {"loss_sum": np.float32, "correct": np.int32, "num": np.int32, "finite": np.bool_}
@@ -101,11 +108,11 @@ def selected_epoch(rows: Sequence[EpochRow], held_out: bool) -> int:
 
 
 def checkpoint_tree(state: TrainState) -> dict[str, PyTree]:
-    """The tree that a checkpoint stores of a state: `params` always holds `head`, and `backbone` where it trains.
+    """The tree that a checkpoint stores of a state that is good.
 
     Keys are not stored: order, augmentation and steps draw from the seed by epoch and step.
     """
-    return state._asdict() | {"params": state.params if "head" in state.params else {"head": state.params}}
+    return {name: leaf for name, leaf in state._asdict().items() if name != "halted"}
 
 
 def load_state(directory: Path, like: TrainState, at: Position | None = None) -> TrainState:
@@ -120,8 +127,7 @@ def load_state(directory: Path, like: TrainState, at: Position | None = None) ->
       UserError: if there is none, or it is corrupt.
     """
     tree = load_checkpoint(directory, jax.eval_shape(lambda: checkpoint_tree(like)), at)
-    params = tree["params"] if "head" in like.params else tree["params"]["head"]
-    return TrainState(**tree | {"params": params})
+    return TrainState(**tree)
 
 
 def differing(out: Path, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -131,15 +137,59 @@ def differing(out: Path, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
       UserError: if its config.json cannot be read.
     """
     theirs, ours = recorded(TrainConfig.from_json(read_json(out / CONFIG))), recorded(config)
-    must_agree = set() if config.schedule == "constant" else {"epochs"}
-    must_agree |= {"checkpoint_every"} if config.mode == "cached" else set()
-    may_differ = MAY_DIFFER - must_agree
+    # Places are not content: digests tell whether the images are the same.
+    may_differ = set(RUN_ONLY)
+    # A schedule goes over all epochs; without one, more of them only go on.
+    if config.optim.schedule == "constant":
+        may_differ |= {"epochs"}
     # A checkpoint holds the digest of the weights, which may have moved. Untrained ones are nowhere.
     if list_checkpoints(out / CHECKPOINTS) and not {theirs["weights"], ours["weights"]} & set(UNTRAINED):
         may_differ |= {"weights"}
     if status(out) == "diverged" and ours["learning_rate"] < theirs["learning_rate"]:
         may_differ |= {"learning_rate"}
     return {name: (theirs[name], ours[name]) for name in ours if name not in may_differ and ours[name] != theirs[name]}
+
+
+def find_run(config: TrainConfig) -> dict[str, Any]:
+    """The run's directory, its progress (None for a new run) and whether it is finished, as JSON values.
+
+    Raises:
+      UserError: if it can be neither started nor resumed.
+    """
+    out = Path(config.run.out) if config.run.out else default_run_dir(config)
+    progress = find_progress(out, config) if config.run.resume else None
+    finished = is_finished(out, config, progress)
+    if not finished:
+        check_run_dir(out, config, resumes=progress is not None)
+    return {"out": str(out), "progress": progress and progress.to_json(), "finished": finished}
+
+
+def check_again(out: Path, config: TrainConfig, progress: dict[str, Any] | None) -> None:
+    """Checks the directory once more, now that no other process writes it: one may have while this one loaded.
+
+    Raises:
+      UserError: if the directory is not what it was when `find_run` looked.
+    """
+    check_run_dir(out, config, resumes=progress is not None)
+    if progress is None:
+        return
+    now = find_progress(out, config, logging.DEBUG)
+    if now is None or now.to_json() != progress:
+        raise UserError(f"Another process continued the run in {out} meanwhile. Run the command again.")
+
+
+def is_unfinished(config: TrainConfig) -> bool:
+    """Whether the directory of a configuration holds this same run, unfinished, so that it can be resumed."""
+    out = Path(config.run.out or "")
+    try:
+        return bool(
+            config.run.out
+            and is_run(out)
+            and not differing(out, config)
+            and status(out) not in ("complete", "diverged")
+        )
+    except (UserError, OSError):
+        return False
 
 
 def find_progress(out: Path, config: TrainConfig, level: int = logging.INFO) -> Progress | None:
@@ -156,7 +206,7 @@ def find_progress(out: Path, config: TrainConfig, level: int = logging.INFO) -> 
     """
     if not (out.is_dir() and is_run(out)):
         return None
-    if status(out) == "diverged" and config.learning_rate >= (tried := _last_rate(out)):
+    if status(out) == "diverged" and config.optim.learning_rate >= (tried := _last_rate(out)):
         raise UserError(
             f"The run in {out} diverged and would diverge again. Resume it with a --learning-rate below {tried:g}, or "
             "start again with --overwrite."
@@ -168,17 +218,17 @@ def find_progress(out: Path, config: TrainConfig, level: int = logging.INFO) -> 
         raise UserError(f"Cannot resume the run in {out}: it differs in {about}. Give its options, or another --out.")
 
     def needed(progress: dict[str, Any]) -> list[Position]:
-        selected = selected_epoch(Progress.from_json(progress).rows, config.val_fraction > 0)
-        return [Position(selected)] if config.val_fraction and selected else []
+        selected = selected_epoch(Progress.from_json(progress).rows, config.data.val_fraction > 0)
+        return [Position(selected)] if config.data.val_fraction and selected else []
 
     newest = newest_whole(out / CHECKPOINTS, needed, level)
     if newest is None:
         return NO_PROGRESS
     progress = Progress.from_json(newest[1])
-    if progress.position > (config.epochs, 0):
+    if progress.position > (config.optim.epochs, 0):
         raise UserError(
-            f"The run in {out} has {progress.position.words} done, more than --epochs {config.epochs}. Give a larger "
-            "--epochs, or another --out."
+            f"The run in {out} has {progress.position.words} done, more than --epochs {config.optim.epochs}. Give a "
+            "larger --epochs, or another --out."
         )
     if not _are_in(out / METRICS, progress.rows):
         logger.log(level, f"{out / METRICS} is missing or corrupt; writing it again from the checkpoint.")
@@ -200,7 +250,14 @@ def require_same_inputs(out: Path, progress: Progress, inputs: dict[str, str]) -
       UserError: naming those that differ.
     """
     theirs = progress.inputs or inputs
-    if others := [name for name in inputs if inputs[name] != theirs.get(name)]:
+    others = [name for name in inputs | theirs if inputs.get(name) != theirs.get(name)]
+    if parts := [name for name in others if name in PARTS]:
+        changes = (f"its {part} was {theirs.get(part, OWN)}, now it is {inputs.get(part, OWN)}" for part in parts)
+        raise UserError(
+            f"Cannot resume the run in {out}: {'; '.join(changes)}. Pass to `train` what the run began with, or choose "
+            "another --out."
+        )
+    if others:
         raise UserError(
             f"Cannot resume the run in {out}: its {' and '.join(others)} have changed. Restore them, or choose "
             "another --out."
@@ -209,7 +266,7 @@ def require_same_inputs(out: Path, progress: Progress, inputs: dict[str, str]) -
 
 def is_finished(out: Path, config: TrainConfig, progress: Progress | None) -> bool:
     """Whether nothing is left to do."""
-    return progress is not None and progress.position >= (config.epochs, 0) and status(out) == "complete"
+    return progress is not None and progress.position >= (config.optim.epochs, 0) and status(out) == "complete"
 
 
 def status(out: Path) -> str | None:

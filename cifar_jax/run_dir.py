@@ -19,6 +19,7 @@ from cifar_jax.files import (
     write_json,
     write_text,
 )
+from cifar_jax.groups import PATHS
 from cifar_jax.pretrained import UNTRAINED, registry
 
 FORMAT_VERSION = 2
@@ -86,13 +87,15 @@ def _check_run_dir(path: Path, config: TrainConfig, resumes: bool) -> None:
             raise UserError(f"--out {path} holds other files ({entries[0]}, ...); choose an empty or a new directory.")
         if resumes:
             return
-        if not config.overwrite:
+        if not config.run.overwrite:
             raise UserError(
                 f"--out {path} already holds a run; choose another directory or --overwrite it, or "
                 "--resume it where it is unfinished."
             )
-        if Path(config.weights).resolve().is_relative_to(path.resolve()):
-            raise UserError(f"--weights {config.weights} lies in the run that --overwrite removes; move it out first.")
+        if Path(config.backbone.weights).resolve().is_relative_to(path.resolve()):
+            raise UserError(
+                f"--weights {config.backbone.weights} lies in the run that --overwrite removes; move it out first."
+            )
 
 
 def is_run(path: Path) -> bool:
@@ -156,12 +159,14 @@ def start_run_dir(path: Path, config: TrainConfig) -> None:
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """The configuration as JSON values with absolute paths, so that it means the same in every directory."""
     fields = config.to_json()
-    for name in ("data_dir", "cache_dir", "out", "profile"):
+    for name in PATHS:
         if fields[name] is not None:
             fields[name] = os.path.abspath(os.path.expanduser(fields[name]))
-    weights = os.path.expanduser(config.weights)
-    is_name = config.weights in registry.entries() or config.weights in UNTRAINED
-    if (os.path.isfile(weights) and config.weights not in UNTRAINED) or (os.path.isdir(weights) and not is_name):
+    weights = os.path.expanduser(config.backbone.weights)
+    is_name = config.backbone.weights in registry.entries() or config.backbone.weights in UNTRAINED
+    if (os.path.isfile(weights) and config.backbone.weights not in UNTRAINED) or (
+        os.path.isdir(weights) and not is_name
+    ):
         fields["weights"] = os.path.abspath(weights)
     return fields
 

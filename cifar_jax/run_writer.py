@@ -1,28 +1,24 @@
 """Writes a run directory while the run goes on: pictures, metrics, checkpoints, and the summary of it all."""
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int32
 
 from cifar_jax.checkpoint import Position, list_checkpoints, load_checkpoint, position_of, prune, save_checkpoint
 from cifar_jax.clock import Clock
 from cifar_jax.config import TrainConfig
-from cifar_jax.data import Problem
 from cifar_jax.environment import device_description, package_versions, settings
 from cifar_jax.errors import RunError
-from cifar_jax.evaluation import EvalResult, wilson_interval
 from cifar_jax.files import without_nan, write_json
-from cifar_jax.fit import EpochPart, EpochRow
+from cifar_jax.inputs import Inputs
 from cifar_jax.keys import stream_key
 from cifar_jax.parallel import make_mesh
 from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
+from cifar_jax.reporter import EpochRow
 from cifar_jax.resume import NO_PROGRESS, Progress, checkpoint_tree, selected_epoch
 from cifar_jax.run_dir import (
     BACKBONE,
@@ -34,7 +30,9 @@ from cifar_jax.run_dir import (
     write_config,
     write_metrics,
 )
-from cifar_jax.training import TrainState
+from cifar_jax.train.evaluate import EvalResult, wilson_interval
+from cifar_jax.train.loop import EpochPart
+from cifar_jax.train.step import TrainState
 
 PICTURED_PREDICTIONS = 32
 
@@ -46,20 +44,19 @@ class RunWriter:
         self,
         out: Path,
         config: TrainConfig,
-        problem: Problem,
-        backbone: Backbone,
-        image_size: int,
+        inputs: Inputs,
         clock: Clock,
         progress: Progress = NO_PROGRESS,
+        parts: Mapping[str, str] | None = None,
     ):
         """Takes what the run is about, and what of it is done already; nothing is written yet."""
-        self.out, self.config, self.problem, self.backbone = out, config, problem, backbone
-        self.image_size, self.clock = image_size, clock
+        self.out, self.config, self.clock = out, config, clock
+        self.problem, self.backbone, self.image_size = inputs
+        self._digests, self._parts = inputs.digests(), dict(parts or {})
         self.history, self._progress = list(progress.rows), progress
         self.saved = progress.position  # of the newest checkpoint
-        self._rates = progress.with_rate(config.learning_rate).rates
-        self.inputs = inputs_of(problem, backbone)
-        self._images, self._seconds = 0, 0.0
+        self._rates = progress.with_rate(config.optim.learning_rate).rates
+        self._images_per_second: float | None = None
 
     def start(self, resumes: bool) -> None:
         """Creates the directory, or prepares that of a stopped run for more.
@@ -71,21 +68,18 @@ class RunWriter:
             write_config(self.out, self.config)
             with _or_run_error(self.out):
                 clear_leftovers(self.out)
-                prune(self.out / CHECKPOINTS, self.saved, self._needed(self.saved), self.config.keep_checkpoints)
+                prune(self.out / CHECKPOINTS, self.saved, self._needed(self.saved), self.config.run.keep_checkpoints)
             self._write_metrics()
         else:
             start_run_dir(self.out, self.config)
-        if self.config.weights in UNTRAINED and self.config.mode != "finetune":
+        is_made = self.config.backbone.weights in UNTRAINED and self.config.optim.mode != "finetune"
+        if is_made and isinstance(self.backbone, Backbone):
             with _or_run_error(self.out):
                 save_backbone(self.out / BACKBONE, self.backbone)
 
-    @contextlib.contextmanager
-    def extracting(self, num_images: int) -> Iterator[None]:
-        """Counts images and seconds towards the backbone's images per second."""
-        start = time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - start
-        self._images += num_images
+    def extracted(self, num_images: int, seconds: float) -> None:
+        """Takes how many images went through the backbone, and how long that took."""
+        self._images_per_second = round(num_images / seconds, 2) if num_images else None
 
     @property
     def selected_epoch(self) -> int:
@@ -95,7 +89,9 @@ class RunWriter:
     def _needed(self, newest: Position) -> list[Position]:
         """The checkpoints that others need beside themselves: of each that is kept, the epoch selected until then."""
         found = {position_of(path) for path in list_checkpoints(self.out / CHECKPOINTS)}
-        last = sorted(position for position in found | {newest} if position <= newest)[-self.config.keep_checkpoints :]
+        last = sorted(position for position in found | {newest} if position <= newest)[
+            -self.config.run.keep_checkpoints :
+        ]
         kept = last if self.problem.held_out else [newest]
         return [Position(selected_epoch(self.history[: at.epoch], self.problem.held_out)) for at in kept]
 
@@ -116,17 +112,19 @@ class RunWriter:
           part: the steps of the next one that it includes.
         """
         position = Position(len(self.history), len(part.metrics.num) if part else 0)
-        progress = Progress(position, tuple(self.history), part, self.inputs, self._rates)
+        progress = Progress(position, tuple(self.history), part, self._digests | self._parts, self._rates)
         tree, directory = jax.device_get(checkpoint_tree(state)), self.out / CHECKPOINTS
-        keep, last = self._needed(position), self.config.keep_checkpoints
+        keep, last = self._needed(position), self.config.run.keep_checkpoints
         save_checkpoint(directory, position, tree, progress.to_json(), keep, last)
         self.saved = position
 
     def _keep_trained_backbone(self) -> None:
         """In the mode finetune keeps the selected epoch's backbone as a file like any other, as that of the run."""
         selected = Position(self.selected_epoch)
-        if self.config.mode != "finetune" or not (self.out / CHECKPOINTS / selected.name).exists():
+        if self.config.optim.mode != "finetune" or not (self.out / CHECKPOINTS / selected.name).exists():
             return
+        if not isinstance(self.backbone, Backbone):
+            return  # its function is the user's, and its variables are in the checkpoint
         shapes = jax.eval_shape(lambda: self.backbone.variables)
         like = {"params": {"backbone": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
         trained = load_checkpoint(self.out / CHECKPOINTS, like, selected)
@@ -136,7 +134,9 @@ class RunWriter:
             image_size=self.image_size,
             source=f"trained on {self.problem.splits.name} from {initial}",
             # How it is run has not changed, but it is no longer untrained.
-            variant="trained from random weights" if self.config.weights in UNTRAINED else self.backbone.variant,
+            variant="trained from random weights"
+            if self.config.backbone.weights in UNTRAINED
+            else self.backbone.variant,
             top=None,
         )
         with _or_run_error(self.out):
@@ -148,19 +148,13 @@ class RunWriter:
         from cifar_jax import plots
 
         train, val, names = self.problem.train, self.problem.val, self.problem.splits.class_names
-        with _or_run_error(self.out):
+        with self.clock("pictures"), _or_run_error(self.out):
             figure = plots.plot_samples(
                 train.images, train.labels, val.images, val.labels, names, val_name=self.problem.val_name
             )
             plots.save_figure(figure, self.out / "samples.png")
 
-    def pictures(
-        self,
-        val_probabilities: Callable[[Int32[np.ndarray, "m"]], Float32[np.ndarray, "m classes"]],
-        val: EvalResult,
-        test_probabilities: Callable[[Int32[np.ndarray, "m"]], Float32[np.ndarray, "m classes"]],
-        test: EvalResult,
-    ) -> None:
+    def pictures(self, val: EvalResult, test: EvalResult) -> None:
         """Writes the figures of a trained head.
 
         These are curves.png, predictions.png and confusion.png of the validation images, and where these were held out
@@ -169,21 +163,22 @@ class RunWriter:
         from cifar_jax import plots
 
         val_name, names = self.problem.val_name, self.problem.splits.class_names
-        figures = {"curves.png": plots.plot_curves([row._asdict() for row in self.history], val_name=val_name)}
-        splits = [("", val_name, self.problem.val, val_probabilities, val)]
-        if self.problem.held_out:
-            splits.append(("test_", "test", self.problem.test, test_probabilities, test))
-        for prefix, split, (images, labels), probabilities, result in splits:
-            key = stream_key(self.config.seed, "pictures")
-            shown = np.asarray(jax.random.permutation(key, len(labels))[:PICTURED_PREDICTIONS], np.int32)
-            probs = probabilities(shown)
-            figures[f"{prefix}predictions.png"] = plots.plot_predictions(
-                images[shown], labels[shown], probs, names, split=split
-            )
-            figures[f"{prefix}confusion.png"] = plots.plot_confusion(result.confusion, names, split=split)
-        with _or_run_error(self.out):
-            for name, figure in figures.items():
-                plots.save_figure(figure, self.out / name)
+        with self.clock("pictures"):
+            figures = {"curves.png": plots.plot_curves([row._asdict() for row in self.history], val_name=val_name)}
+            splits = [("", val_name, self.problem.val, val)]
+            if self.problem.held_out:
+                splits.append(("test_", "test", self.problem.test, test))
+            for prefix, split, (images, labels), result in splits:
+                key = stream_key(self.config.optim.seed, "pictures")
+                shown = np.asarray(jax.random.permutation(key, len(labels))[:PICTURED_PREDICTIONS], np.int32)
+                probs = np.asarray(jax.nn.softmax(result.logits[shown]))
+                figures[f"{prefix}predictions.png"] = plots.plot_predictions(
+                    images[shown], labels[shown], probs, names, split=split
+                )
+                figures[f"{prefix}confusion.png"] = plots.plot_confusion(result.confusion, names, split=split)
+            with _or_run_error(self.out):
+                for name, figure in figures.items():
+                    plots.save_figure(figure, self.out / name)
 
     def finish(self, status: str, val: EvalResult | None = None, test: EvalResult | None = None) -> None:
         """Writes summary.json, and in the mode finetune the selected epoch's backbone.
@@ -232,7 +227,6 @@ class RunWriter:
     def _about(self) -> dict[str, Any]:
         """What the numbers were measured on."""
         problem, backbone = self.problem, self.backbone
-        per_second = self._images / self._seconds if self._images else None
         return {
             "num_train": len(problem.train.labels),
             "num_val": len(problem.val.labels),
@@ -240,65 +234,28 @@ class RunWriter:
             "seconds": {phase: round(s, 3) for phase, s in (self.clock.seconds | {"total": self.clock.total}).items()},
             # The first batch of features, or the first step; on features from the cache the first epoch, one call.
             "seconds_to_first_step": self.clock.first_step and round(self.clock.first_step, 3),
-            "images_per_second": per_second and round(per_second, 2),  # null: the features came from the cache, or live
+            "images_per_second": self._images_per_second,  # null: the features came from the cache, or live
             "backbone": {
                 "source": str(Path(backbone.source).absolute()) if Path(backbone.source).is_file() else backbone.source,
                 "sha256": backbone.sha256 or None,
                 "variant": backbone.variant,
-                "config": asdict(backbone.config),
-                "preprocessing": asdict(backbone.preprocessing),
+                **backbone.about(),
                 "image_size": self.image_size,
             },
             "dataset": {
                 "name": problem.splits.name,
                 "version": problem.splits.version,
                 "class_names": list(problem.splits.class_names),
-                "train_sha256": self.inputs["training images"],
-                "test_sha256": self.inputs["test images"],
+                "train_sha256": self._digests["training images"],
+                "test_sha256": self._digests["test images"],
             },
-            "seed": self.config.seed,
-            "precision": self.config.precision,
-            "device": device_description(make_mesh(self.config.devices).size),
+            "parts": self._parts,
+            "seed": self.config.optim.seed,
+            "precision": self.config.backbone.precision,
+            "device": device_description(make_mesh(self.config.optim.devices).size),
             "packages": package_versions(),
             "environment": settings(),
         }
-
-
-def inputs_of(problem: Problem, backbone: Backbone) -> dict[str, str]:
-    """Digests of what a run is made of, by name."""
-    images = {"training images": problem.train, "test images": problem.test}
-    if problem.held_out:
-        images["validation images"] = problem.val
-    return {name: part.fingerprint() for name, part in images.items()} | {"weights": backbone.sha256}
-
-
-class NoWriter(RunWriter):
-    """What a process keeps of a run that another one writes: the same history, and no file."""
-
-    def start(self, resumes: bool) -> None:
-        """Nothing."""
-
-    def _write_metrics(self) -> None:
-        """Nothing."""
-
-    def checkpoint(self, state: TrainState, part: EpochPart | None = None) -> None:
-        """Notes the position alone."""
-        self.saved = Position(len(self.history), len(part.metrics.num) if part else 0)
-
-    def samples(self) -> None:
-        """Nothing."""
-
-    def pictures(
-        self,
-        val_probabilities: Callable[..., Any],
-        val: EvalResult,
-        test_probabilities: Callable[..., Any],
-        test: EvalResult,
-    ) -> None:
-        """Nothing."""
-
-    def finish(self, status: str, val: EvalResult | None = None, test: EvalResult | None = None) -> None:
-        """Nothing."""
 
 
 def _scores(name: str, result: EvalResult, class_names: Sequence[str]) -> dict[str, Any]:

@@ -4,18 +4,19 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from cifar_jax.checkpoint import Position, load_checkpoint
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import UserError
 from cifar_jax.files import sha256_of_file
-from cifar_jax.head import HeadParams, init_head
-from cifar_jax.pretrained import Backbone, registry
+from cifar_jax.head import Head, dense_head
+from cifar_jax.pretrained import AnyBackbone, Backbone, FunctionBackbone, registry
 from cifar_jax.pretrained.canonical import is_ours
 from cifar_jax.pretrained.load import read_weights
 from cifar_jax.pretrained.reading import backbone_of
@@ -39,20 +40,24 @@ class Run:
       backbone: the network, found again by its hash, with the image size of the run.
       head_params: the trained head.
       class_names: by label.
+      head: the function of the trained head.
     """
 
     path: Path
     config: TrainConfig
     summary: dict[str, Any]
-    backbone: Backbone
-    head_params: HeadParams
+    backbone: AnyBackbone
+    head_params: PyTree
     class_names: tuple[str, ...]
+    head: Head = field(default_factory=dense_head)
 
     def __repr__(self) -> str:
         """One line: the arrays themselves would fill thousands."""
         accuracy = self.summary.get("test_accuracy", self.summary.get("val_accuracy"))
         scored = f", accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
-        sizes = [self.backbone.config.features, *self.config.hidden, len(self.class_names)]
+        named = self.summary.get("parts", {}).get("head")
+        hidden = [named] if named else self.config.optim.hidden
+        sizes = [self.backbone.num_features, *hidden, len(self.class_names)]
         names = f"{len(self.class_names)} classes"
         if len(self.class_names) <= FEW_CLASSES:
             names += f" ({', '.join(self.class_names)})"
@@ -67,6 +72,8 @@ def load_run(
     weights: str | None = None,
     *,
     allow_incomplete: bool = False,
+    head: Head | None = None,
+    backbone: AnyBackbone | None = None,
 ) -> Run:
     """Reads a run back: its configuration, its head, and the backbone it needs, found by hash.
 
@@ -75,9 +82,12 @@ def load_run(
       weights: a file or name to take the backbone from, where it is not found by itself.
       allow_incomplete: whether a run that was interrupted, failed or diverged may be read. Its head is that of the last
         completed epoch, or with held-out images of the best one, and a warning is logged.
+      head: that the run was trained with, if it is not the dense one.
+      backbone: that the run was trained with, if it is a `FunctionBackbone` or lies in no file.
 
     Raises:
-      UserError: if it is not a run, is incomplete or damaged, or its backbone is not on this machine.
+      UserError: if it is not a run, is incomplete or damaged, its backbone is not on this machine, or it was trained
+        with a head or backbone that no file holds and that is not given.
     """
     path = Path(path)
     fields = read_json(path / CONFIG)
@@ -100,23 +110,53 @@ def load_run(
         raise UserError(f"{path / SUMMARY} is not as `train` wrote it; name another run directory.") from error
     if not about["sha256"]:
         raise UserError(f"The run in {path} has no trained backbone: writing it failed. Continue it with --resume.")
-    backbone = _find_backbone(path, config, about, weights)
-    _check_run_as_before(path, backbone, summary["backbone"])
-    # What the head was trained on, which need not be the size of the backbone's own training.
-    backbone = backbone.replace(image_size=config.image_size or backbone.image_size)
+    _require_parts(path, summary, head, backbone)
+    found = backbone or _found_backbone(path, config, summary, about, weights)
+    if isinstance(
+        found, Backbone
+    ):  # what the head was trained on, which need not be the size of the backbone's training
+        found = found.replace(image_size=config.backbone.image_size or found.image_size)
+    chosen = head or dense_head(config.optim.hidden)
+    shapes = jax.eval_shape(lambda: chosen.init(jax.random.key(0), found.num_features, len(class_names)))
+    like = {"head": shapes}
+    if isinstance(found, FunctionBackbone) and config.optim.mode == "finetune":
+        like["backbone"] = jax.eval_shape(lambda: found.variables)
     selected = Position(int(summary.get("selected_epoch") or 0))
-    head = jax.eval_shape(
-        lambda: init_head(jax.random.key(0), backbone.config.features, config.hidden, len(class_names))
-    )
-    head_params = load_checkpoint(path / CHECKPOINTS, {"params": {"head": head}}, selected)["params"]["head"]
-    return Run(path, config, summary, backbone, head_params, class_names)
+    params = load_checkpoint(path / CHECKPOINTS, {"params": like}, selected)["params"]
+    trained = found.replace(variables=params["backbone"]) if "backbone" in like else found
+    return Run(path, config, summary, trained, params["head"], class_names, chosen)
+
+
+def _found_backbone(
+    path: Path, config: TrainConfig, summary: Mapping[str, Any], about: Mapping[str, Any], weights: str | None
+) -> Backbone:
+    found = _find_backbone(path, config, about, weights)
+    _check_run_as_before(path, found, summary["backbone"])
+    return found
+
+
+def _require_parts(path: Path, summary: Mapping[str, Any], head: Head | None, backbone: AnyBackbone | None) -> None:
+    """Refuses to guess the head or backbone of a run whose code no file holds."""
+    name, function = summary.get("parts", {}).get("head"), summary["backbone"].get("function")
+    if name and (head is None or head.name != name):
+        raise UserError(f"The run in {path} was trained with the head {name!r}; pass it to load_run as head=.")
+    digest = summary["backbone"]["sha256"]
+    if function and (backbone is None or (backbone.sha256 != digest)):
+        raise UserError(
+            f"The run in {path} was trained with the function {function!r} as its backbone; pass the same one to "
+            "load_run as backbone=."
+        )
+    if backbone is not None and backbone.sha256 != digest:
+        raise UserError(f"The run in {path} was trained with another backbone than {backbone!r}; leave backbone= out.")
 
 
 def _require_complete(path: Path, config: TrainConfig, summary: Mapping[str, Any], allow: bool) -> None:
     status, done = summary.get("status"), summary.get("selected_epoch") or 0
     if status == "complete":
         return
-    what = f"The run in {path} is incomplete ({status} after {summary.get('epochs') or 0} of {config.epochs} epochs)"
+    what = (
+        f"The run in {path} is incomplete ({status} after {summary.get('epochs') or 0} of {config.optim.epochs} epochs)"
+    )
     how = "Continue it with --resume" + " and a lower --learning-rate" * (status == "diverged")
     if not done:
         raise UserError(f"{what} and has no trained head. {how}.")
@@ -139,9 +179,11 @@ def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], we
     """Tries every place where the backbone may lie; only one with the same hash will do."""
     if weights is not None and weights not in registry.entries() and not os.path.isfile(os.path.expanduser(weights)):
         raise UserError(f"--weights {weights} is neither a file nor a name that `info` lists; name the run's backbone.")
-    named = [os.path.expanduser(weights)] if weights else [str(path / BACKBONE), about["source"], config.weights]
+    named = (
+        [os.path.expanduser(weights)] if weights else [str(path / BACKBONE), about["source"], config.backbone.weights]
+    )
     # Of the known files only copies that are here: reading a run should not start a download.
-    copies = (registry.find_local(entry, config.cache_dir)[0] for entry in registry.entries().values())
+    copies = (registry.find_local(entry, config.run.cache_dir)[0] for entry in registry.entries().values())
     other = ""
     for candidate in (*map(Path, named), *filter(None, copies)):
         if not os.path.isfile(candidate):
@@ -149,7 +191,7 @@ def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], we
         if (reason := _why_not(candidate, about["sha256"])) is None:
             # A file of the project's own says itself how it is run, whatever the one it was made from was told.
             # What had to be assumed of it was logged when it was trained on.
-            return backbone_of(read_weights(candidate, None if is_ours(candidate) else config.variant))
+            return backbone_of(read_weights(candidate, None if is_ours(candidate) else config.backbone.variant))
         if str(candidate) in named:
             other = other or f" ({candidate} {reason})"
     raise UserError(

@@ -9,9 +9,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from cifar_jax.head import HeadParams, init_head
-from cifar_jax.runners import EpochOrder
-from cifar_jax.training import StepMetrics, cached_epoch, init_state
+from cifar_jax.head import HeadParams, dense_logits, init_head
+from cifar_jax.train.loop import EpochOrder
+from cifar_jax.train.losses import smoothed_cross_entropy
+from cifar_jax.train.step import StepMetrics, init_state, make_train_step, scan_steps
+from cifar_jax.train.task import head_forward
 
 MakeOptimizer = Callable[[Float[Array, ""]], optax.GradientTransformation]
 
@@ -42,7 +44,7 @@ def train_heads(
       hidden: widths of the hidden layers, as `init_head` takes them.
       num_classes: width of the logits.
       make_tx: the optimiser for a learning rate. Another function, even an equal one, is compiled anew.
-      label_smoothing: see `batch_loss`.
+      label_smoothing: see `smoothed_cross_entropy`.
       at_once: heads that step side by side, as products over a stack of them. None is one on a CPU, where a single
         head fills the cores and its parameters should stay in their caches, and all of them elsewhere.
 
@@ -57,8 +59,8 @@ def train_heads(
       >>> keys = jax.random.split(jax.random.key(0), 16)
       >>> order = EpochOrder(jax.random.key(1), jax.random.key(2), batch_size=64)
       >>> params, metrics = train_heads(keys, 0.01, features, labels, order, epochs=4)  # doctest: +SKIP
-      >>> results = [evaluate(eval_step, head, *val) for head in unstacked(params)]  # doctest: +SKIP
-      >>> sums = jax.vmap(eval_step, in_axes=(0, None))(params, batch)  # doctest: +SKIP
+      >>> results = [evaluate(eval_step, {"head": head}, *val) for head in unstacked(params)]  # doctest: +SKIP
+      >>> sums = jax.vmap(eval_step, in_axes=(0, None))({"head": params}, batch)  # doctest: +SKIP
     """
     (num_heads,) = np.broadcast_shapes(jnp.shape(keys), jnp.shape(learning_rates), (1,))
     orders = [order] if isinstance(order, EpochOrder) else order
@@ -107,10 +109,11 @@ def _train(
         key, learning_rate, number = head
         (features, labels), (indices, counts, step_keys) = data, orders
         tx = make_tx(learning_rate)
-        state = init_state(init_head(key, features.shape[1], hidden, num_classes), tx)
+        state = init_state({"head": init_head(key, features.shape[1], hidden, num_classes)}, tx)
+        train_step = make_train_step(head_forward(dense_logits), smoothed_cross_entropy(label_smoothing), tx)
         # All epochs as one, so that a head that has come to its end in one of them stays there in the others.
-        epochs = cached_epoch(tx, label_smoothing)
-        state, metrics = epochs(state, features, labels, indices[number], counts, step_keys[number])
-        return state.params, metrics
+        epochs = scan_steps(train_step)
+        state, metrics = epochs(state, {}, features, labels, indices[number], counts, step_keys[number])
+        return state.params["head"], metrics
 
     return jax.lax.map(train_one, heads, batch_size=at_once if at_once > 1 else None)

@@ -8,37 +8,31 @@ import numpy as np
 import optax
 import pytest
 from helpers import narrow_networks
+from tasks import fitted, on_all_layers, on_features, on_images, start_of, steps_of
 
-import cifar_jax.runners
 from benchmarks.hlo import collectives
-from cifar_jax.augment import AUGMENTATIONS, Augmentation
+from cifar_jax.augment import AUGMENTATIONS
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import UserError
-from cifar_jax.evaluation import eval_step, evaluate
+from cifar_jax.experiment import train
 from cifar_jax.features import make_extractor
-from cifar_jax.finetune import (
-    finetune_evaluator,
-    finetune_runner,
-    init_finetune,
-    make_finetune_loss,
-    make_finetune_step,
-    make_network,
-)
-from cifar_jax.fit import fit
 from cifar_jax.head import init_head
-from cifar_jax.job import train
 from cifar_jax.optimizer import make_optimizer
 from cifar_jax.parallel import make_mesh, replicate, shard
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.resnet import ResNetConfig
 from cifar_jax.run_writer import RunWriter
-from cifar_jax.runners import EpochOrder, cached_evaluator, cached_runner, live_evaluator, live_runner
-from cifar_jax.training import Batch, init_state, make_cached_epoch, make_live_step
+from cifar_jax.train.evaluate import eval_step, evaluate
+from cifar_jax.train.loop import EpochOrder
+from cifar_jax.train.losses import cross_entropy
+from cifar_jax.train.step import make_train_step, scan_steps
+from cifar_jax.train.task import Batch
+from cifar_jax.training import image_augmentation
 
 NETWORK = ResNetConfig(stage_sizes=(1,), width=4)
 KEY = jax.random.key(7)
 TX = optax.sgd(0.1, momentum=0.9)
-ALL = Augmentation(jax.random.key(5), tuple(AUGMENTATIONS))
+ALL = image_augmentation(tuple(AUGMENTATIONS))
 ONE, EIGHT = make_mesh(1), make_mesh(8)
 
 
@@ -74,57 +68,55 @@ def assert_same(on_one, on_eight, tolerance=1e-5):
 
 def test_cached(backbone, images):
     features = make_extractor(backbone)(images.images)
+    task = on_features(head(), (features, images.labels), (features[:47], images.labels[:47]))
 
     def run(mesh):
-        runner = cached_runner(features, images.labels, TX, order(20), mesh=mesh)
-        evaluate = cached_evaluator(features[:47], images.labels[:47], batch_size=30, mesh=mesh)
-        return fit(init_state(head(), TX), runner, evaluate, 3)
+        return fitted(task, TX, order(20), 3, mesh=mesh, batch_size=30)
 
     assert_same(run(ONE), run(EIGHT))
 
 
 def test_live(backbone, images):
     def run(mesh):
-        runner = live_runner(backbone, images, TX, order(20), 32, "float32", augmentation=ALL, mesh=mesh)
-        evaluator = live_evaluator(backbone, images.take(np.arange(33)), 32, "float32", 20, mesh)
-        return fit(init_state(head(), TX), runner, evaluator, 2)
+        task = on_images(head(), replicate(mesh, backbone), images, images.take(np.arange(33)), augment=ALL)
+        return fitted(task, TX, order(20), 2, mesh=mesh, batch_size=20)
 
     assert_same(run(ONE), run(EIGHT))
 
 
 def test_finetune(backbone, images):
-    """BatchNorm over all devices, over the examples of a piece, and over none that only fills up."""
+    """BatchNorm over all devices, over the examples of a piece, and over none that is padding."""
     config = TrainConfig(mode="finetune", batch_size=20, micro_batch=16, momentum=0.9, learning_rate=0.02)
     tx = make_optimizer(config, 2)
 
     def run(mesh):
-        runner = finetune_runner(config, backbone, images.take(np.arange(30)), tx, order(20), 32, mesh=mesh)
-        evaluator = finetune_evaluator(backbone, images.take(np.arange(33)), 32, "float32", 20, mesh)
-        return fit(init_finetune(backbone.variables, head(), tx), runner, evaluator, 3)
+        parts = images.take(np.arange(30)), images.take(np.arange(33))
+        task = on_all_layers(config, head(), backbone, *parts, mesh=mesh, has_padding=True)
+        return fitted(task, tx, order(20), 3, mesh=mesh, micro_batch=16, batch_size=20)
 
     assert_same(run(ONE), run(EIGHT), tolerance=2e-4)
 
 
-def test_filler_would_show(backbone, images):
-    """The step that leaves fillers in its statistics differs by far more than the tolerance above."""
-    loss_fn = make_finetune_loss(make_network(TrainConfig(mode="finetune"), NETWORK), backbone.preprocessing, 32)
-    left_out = make_finetune_loss(
-        make_network(TrainConfig(mode="finetune"), NETWORK), backbone.preprocessing, 32, has_fillers=True
-    )
-    state, filled = init_finetune(backbone.variables, head(), TX), batch_of(images, 8, real=6)
-    short = jax.tree.map(lambda leaf: leaf[:6], filled)
-    (wrong, _), (right, _), (expected, _) = (
-        jax.jit(f)(state.params, state.batch_stats, batch, KEY)
-        for f, batch in ((loss_fn, filled), (left_out, filled), (loss_fn, short))
-    )
-    assert float(right) == pytest.approx(float(expected), rel=1e-5)
-    assert abs(float(wrong) - float(expected)) > 1e-3
+def test_padding_would_show(backbone, images):
+    """The step that counts padding in its statistics differs by far more than the tolerance above."""
+    config, padded = TrainConfig(mode="finetune"), batch_of(images, 8, real=6)
+    short = jax.tree.map(lambda leaf: leaf[:6], padded)
+
+    def loss_of(has_padding, batch):
+        task = on_all_layers(config, head(), backbone, images, has_padding=has_padding)
+        _, metrics = jax.jit(make_train_step(task.forward, cross_entropy, TX))(start_of(task, TX), {}, batch, KEY)
+        return float(metrics.loss_sum) / 6
+
+    wrong, right, expected = loss_of(False, padded), loss_of(True, padded), loss_of(False, short)
+    assert right == pytest.approx(expected, rel=1e-5)
+    assert abs(wrong - expected) > 1e-3
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 30, 200])
 def test_every_example_is_counted_once(backbone, images, batch_size):
     features = make_extractor(backbone)(images.images)
-    one, eight = (evaluate(eval_step, head(), features, images.labels, batch_size, mesh=mesh) for mesh in (ONE, EIGHT))
+    params = {"head": head()}
+    one, eight = (evaluate(eval_step, params, features, images.labels, batch_size, mesh=mesh) for mesh in (ONE, EIGHT))
     np.testing.assert_array_equal(one.confusion, eight.confusion)
     assert eight.num == 70 and eight.loss == pytest.approx(one.loss, rel=1e-6)
 
@@ -145,37 +137,38 @@ def size_of(tree):
 
 
 def test_frozen_steps_exchange_the_gradient_and_the_metrics(backbone, images):
-    """Loss, correct and count; nothing of images, features or backbone. An epoch holds its step twice, once guarded."""
+    """Loss, correct and count; nothing of images, features or backbone."""
     size, features = size_of(head()), np.zeros((70, NETWORK.features), np.float32)
-    state, going = replicate(EIGHT, (init_state(head(), TX), np.array(True)))
+    cached = on_features(head(), (features, images.labels))
+    state = replicate(EIGHT, start_of(cached, TX))
     indices, counts = order(16).batches(0, 70)
     placed = replicate(EIGHT, (features, images.labels)), shard(EIGHT, indices, axis=1)
-    epoch = make_cached_epoch(TX)
-    assert exchanged(epoch, state, *placed[0], placed[1], counts, KEY) == ({"all-reduce"}, 2 * (size + 3))
-    step, batch = make_live_step(TX, 32, augmentation=ALL), shard(EIGHT, batch_of(images, 16))
-    assert exchanged(step, (state, going), replicate(EIGHT, backbone), batch, KEY) == ({"all-reduce"}, size + 3)
+    epoch = jax.jit(scan_steps(make_train_step(cached.forward, cross_entropy, TX)))
+    assert exchanged(epoch, state, {}, *placed[0], placed[1], counts, KEY) == ({"all-reduce"}, size + 3)
+    live, batch = on_images(head(), backbone, images), shard(EIGHT, batch_of(images, 16))
+    step = jax.jit(make_train_step(live.forward, cross_entropy, TX, augment=ALL))
+    assert exchanged(step, state, replicate(EIGHT, backbone), batch, KEY) == ({"all-reduce"}, size + 3)
     assert exchanged(eval_step, state.params, batch._replace(inputs=features[:16])) == ({"all-reduce"}, 101)
 
 
 @pytest.mark.parametrize("bn_statistics", ["batch", "frozen"])
 def test_finetune_exchanges_statistics_as_well(backbone, images, bn_statistics):
     """Of each BatchNorm mean and variance, and their gradients on the way back; else as above."""
-    network = make_network(TrainConfig(mode="finetune"), NETWORK)
-    step = make_finetune_step(make_finetune_loss(network, backbone.preprocessing, 32, bn_statistics, mesh=EIGHT), TX)
-    state = replicate(EIGHT, init_finetune(backbone.variables, head(), TX))
-    found = exchanged(step, (state, replicate(EIGHT, np.array(True))), shard(EIGHT, batch_of(images, 16)), KEY)
+    config = TrainConfig(mode="finetune", bn_statistics=bn_statistics)
+    task = on_all_layers(config, head(), backbone, images, mesh=EIGHT)
+    state = replicate(EIGHT, start_of(task, TX))
+    step = jax.jit(make_train_step(task.forward, cross_entropy, TX))
+    found = exchanged(step, state, {}, shard(EIGHT, batch_of(images, 16)), KEY)
     statistics = size_of(backbone.variables["batch_stats"]) if bn_statistics == "batch" else 0
     assert found == ({"all-reduce"}, size_of(state.params) + 3 + 2 * statistics)
 
 
-def test_epoch_is_compiled_once(backbone, images, monkeypatch):
-    compiled = make_cached_epoch(TX)
-    monkeypatch.setattr(cifar_jax.runners, "make_cached_epoch", lambda *_: compiled)
-    features, state = make_extractor(backbone)(images.images), init_state(head(), TX)
-    runner = cached_runner(features, images.labels, TX, order(20), mesh=EIGHT)
+def test_epoch_is_compiled_once(backbone, images):
+    task = on_features(head(), (make_extractor(backbone)(images.images), images.labels))
+    advance, state = steps_of(task, TX, order(20), mesh=EIGHT), start_of(task, TX)
     for epoch in range(3):
-        state, _ = runner(state, epoch)
-    assert compiled._cache_size() == 1
+        state, _ = advance(state, {}, epoch, range(advance.steps_per_epoch))
+    assert advance.run._cache_size() == 1
 
 
 JOB = {

@@ -17,7 +17,7 @@ from helpers import NARROW, TINY, command, files_below, is_one_error, is_refused
 from PIL import Image
 
 import cifar_jax
-from cifar_jax import job
+from cifar_jax import inputs
 from cifar_jax.checkpoint import load_checkpoint
 from cifar_jax.cli import COMMANDS, main
 from cifar_jax.config import TrainConfig, preset
@@ -394,7 +394,7 @@ def test_what_may_happen_before_a_run_begins(tmp_path, capsys, monkeypatch, erro
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(job, "load_problem", fail)
+    monkeypatch.setattr(inputs, "load_problem", fail)
     result = command(capsys, "train", *TINY, "--out", tmp_path / "out")
     assert result.code == code and len(result.err.splitlines()) == 1, result
     assert all(part in result.err for part in parts) and not (tmp_path / "out").exists()
@@ -404,7 +404,7 @@ def test_an_error_of_the_program_is_not_hidden(monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(job, "load_problem", fail)
+    monkeypatch.setattr(inputs, "load_problem", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         main(["train", *TINY])
 

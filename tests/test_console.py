@@ -9,9 +9,9 @@ from rich.console import Console
 
 from cifar_jax import console as console_module
 from cifar_jax.console import ConsoleReporter
-from cifar_jax.fit import EpochRow
 from cifar_jax.info import collect
 from cifar_jax.pretrained import registry
+from cifar_jax.reporter import EpochRow
 from cifar_jax.tables import table_lines, wrapped
 from cifar_jax.text import printable
 

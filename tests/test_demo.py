@@ -10,7 +10,7 @@ import pytest
 
 from cifar_jax import UserError, load_backbone
 from cifar_jax.config import TrainConfig, preset
-from cifar_jax.job import train
+from cifar_jax.experiment import train
 from cifar_jax.pretrained import registry
 
 

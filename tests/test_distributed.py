@@ -15,7 +15,7 @@ import pytest
 from helpers import command, is_one_error, narrow_networks
 from two_processes import JOB
 
-from cifar_jax import job, load_run
+from cifar_jax import load_run
 from cifar_jax.checkpoint import list_checkpoints
 from cifar_jax.cli import main
 from cifar_jax.run_dir import CHECKPOINTS, CONTENTS
@@ -62,15 +62,14 @@ def together(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The same two epochs in one process."""
-    directory, states, usual = tmp_path_factory.mktemp("alone"), [], job._fit
+    directory = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         narrow_networks(patch)
         patch.setattr(RunWriter, "samples", lambda self: None)
         patch.setattr(RunWriter, "pictures", lambda *_: None)
-        patch.setattr(job, "_fit", lambda *args: states.append(usual(*args)) or states[-1])
         arguments = ["train", *JOB, str(directory / "cache"), "--epochs", "2", "--out", str(directory / "run")]
         assert main(arguments) == 0
-    return directory / "run", jax.tree.leaves(states[-1].params)
+        return directory / "run", jax.tree.leaves(load_run(directory / "run").head_params)
 
 
 def rows_of(run):

@@ -4,22 +4,23 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_jax.evaluation import eval_step, evaluate, wilson_interval
 from cifar_jax.head import head_logits, init_head
+from cifar_jax.train.evaluate import eval_step, evaluate, wilson_interval
 
 
 @pytest.fixture(scope="module")
 def problem():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(101, 6)).astype(np.float32)
-    return init_head(jax.random.key(0), 6, (5,), 3), features, rng.integers(0, 3, 101).astype(np.int32)
+    return {"head": init_head(jax.random.key(0), 6, (5,), 3)}, features, rng.integers(0, 3, 101).astype(np.int32)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100, 101, 500])
 def test_result_does_not_depend_on_the_batch_size(problem, batch_size):
     params, features, labels = problem
     result = evaluate(eval_step, params, features, labels, batch_size)
-    logits = np.asarray(head_logits(params, features), np.float64)
+    logits = np.asarray(head_logits(params["head"], features), np.float64)
+    np.testing.assert_allclose(result.logits, logits, rtol=1e-5, atol=1e-6)
     log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     predicted = logits.argmax(1)
     expected = np.zeros((3, 3), int)

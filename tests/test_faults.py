@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from helpers import TINY, command, files_below, flip_bit, full_disk, is_one_error
 
-from cifar_jax import extraction, features, job, load_run
+from cifar_jax import experiment, extraction, features, load_run
 from cifar_jax.config import TrainConfig
-from cifar_jax.data import Dataset
+from cifar_jax.data import Dataset, Splits
+from cifar_jax.data.problem import make_problem
 from cifar_jax.errors import RunError
+from cifar_jax.experiment import train
 from cifar_jax.features import make_extractor
-from cifar_jax.job import train
+from cifar_jax.inputs import warn_of_shared_images
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.resnet import ResNetConfig
 from cifar_jax.run_dir import CHECKPOINTS, METRICS, SUMMARY, claimed
@@ -106,7 +108,7 @@ def test_a_read_only_directory_is_refused_to_whom_it_is_read_only(tmp_path):
 import os, sys
 sys.path[:0] = [{str(HERE.parent)!r}]
 from cifar_jax.cli import main
-import cifar_jax.job, tyro  # before the rights to read them go
+import cifar_jax.experiment, tyro  # before the rights to read them go
 if os.geteuid() == 0:
     os.setuid(65534)
 sys.exit(main(["train", "--preset", "demo", "--out", {str(out)!r}]))
@@ -261,7 +263,7 @@ def test_a_device_that_fails_ends_the_run_in_one_sentence(tmp_path, capsys, monk
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError(message)
 
-    monkeypatch.setattr(job, "fit", fail)
+    monkeypatch.setattr(experiment, "fit", fail)
     out = tmp_path / "run"
     is_one_error(command(capsys, "train", *TINY, "--epochs", 1, "--out", out), 1, part, message)
     assert json.loads((out / SUMMARY).read_text())["status"] == "failed"
@@ -292,23 +294,16 @@ def test_a_backbone_that_is_dead_is_noticed(tmp_path, capsys, monkeypatch):
 def test_images_that_are_all_the_same_have_the_same_features(tmp_path, backbone):
     same = Dataset(np.full((5, 32, 32, 3), 7, np.uint8), np.zeros(5, np.int32))
     found = extraction.dataset_features(config(tmp_path), backbone, 32, {"some images": same})
-    assert found["some images"].shape == (5, backbone.config.features)
+    assert found.features["some images"].shape == (5, backbone.config.features)
 
 
-def test_validation_images_that_are_training_images_are_warned_of(tmp_path, monkeypatch, said):
-    usual = job.load_problem
-
-    def overlapping(*args):
-        problem = usual(*args)
-        images = problem.val.images.copy()
-        images[:7] = problem.train.images[:7]
-        val = Dataset(images, problem.val.labels)
-        return problem._replace(val=val, test=val)
-
-    monkeypatch.setattr(job, "load_problem", overlapping)
-    train(config(tmp_path, epochs=1))
-    warned = [text for text in said if "bit by bit" in text]
-    assert warned == ["7 of 20 test images are training images too, bit by bit: the accuracy on them says little."]
+def test_validation_images_that_are_training_images_are_warned_of(shapes, caplog):
+    train, test = shapes.take(np.arange(60)), shapes.take(np.arange(53, 73))
+    problem = make_problem(train, test, Splits(train, test, (), "some", "1.0.0"))
+    warn_of_shared_images(problem)
+    assert caplog.messages == [
+        "7 of 20 test images are training images too, bit by bit: the accuracy on them says little."
+    ]
 
 
 def test_debug_stops_at_the_first_nan(tmp_path, capsys):

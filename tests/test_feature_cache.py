@@ -18,6 +18,7 @@ from helpers import NARROW, files_below, full_disk, hearing
 
 import cifar_jax
 from cifar_jax import feature_cache
+from cifar_jax.data import Dataset
 from cifar_jax.errors import RunError
 from cifar_jax.feature_cache import cached_features, features_key
 from cifar_jax.feature_store import CHUNK_ROWS
@@ -43,12 +44,13 @@ class Extractor:
     def __init__(self, stops_at=None, error=KeyboardInterrupt):
         self.starts, self.stops_at, self.error = [], stops_at, error
 
-    def __call__(self, images_u8, on_images=lambda _: None):
+    def __call__(self, images_u8, on_images=None):
         start = next(start for start in STARTS if np.array_equal(IMAGES[start : start + len(images_u8)], images_u8))
         if len(self.starts) == self.stops_at:
             raise self.error
         self.starts.append(start)
-        on_images(len(images_u8))
+        if on_images:
+            on_images(len(images_u8))
         return features_of(images_u8)
 
 
@@ -84,19 +86,23 @@ def backbone(shapes):
 
 
 def test_key_names_all_that_the_features_depend_on(backbone, shapes):
+    def key_of(images, backbone=backbone, image_size=64, precision="float32", dtype="float32"):
+        digest = Dataset(images, shapes.labels[:4]).digests().images
+        return features_key(backbone, image_size, precision, digest, dtype)
+
     images = shapes.images[:4]
-    key = features_key(backbone, 64, "float32", images)
-    assert key == features_key(backbone, 64, "float32", images.copy())
+    key = key_of(images)
+    assert key == key_of(images.copy())
     others = {
-        features_key(backbone, 96, "float32", images),
-        features_key(backbone, 64, "bfloat16", images),
-        features_key(backbone, 64, "float32", images[::-1]),
-        features_key(backbone, 64, "float32", images, "float16"),
-        features_key(backbone.replace(sha256="other"), 64, "float32", images),
-        features_key(backbone.replace(config=replace(NARROW, bn_epsilon=1e-5)), 64, "float32", images),
+        key_of(images, image_size=96),
+        key_of(images, precision="bfloat16"),
+        key_of(images[::-1]),
+        key_of(images, dtype="float16"),
+        key_of(images, backbone.replace(sha256="other")),
+        key_of(images, backbone.replace(config=replace(NARROW, bn_epsilon=1e-5))),
     }
     with jax.default_matmul_precision("bfloat16"):
-        others.add(features_key(backbone, 64, "float32", images))
+        others.add(key_of(images))
     assert len(others | {key}) == 8
 
 
@@ -122,7 +128,7 @@ def test_each_chunk_is_computed_once(tmp_path, said):
     done = []
     features, starts = get(tmp_path, on_images=done.append)
     np.testing.assert_array_equal(features, FEATURES)
-    assert starts == STARTS and said == [] and done == [CHUNK_ROWS, 2 * CHUNK_ROWS, NUM]
+    assert starts == STARTS and said == [] and done == [0, CHUNK_ROWS, 2 * CHUNK_ROWS, NUM]
     features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
     assert starts == [] and said == [f"The features come from the cache, {entry(tmp_path)}."]
@@ -136,7 +142,7 @@ def test_an_extraction_that_was_stopped_goes_on(tmp_path, said, error):
         get(tmp_path, extractor=Extractor(stops_at=2, error=error))
     features, starts = get(tmp_path, on_images=done.append)
     np.testing.assert_array_equal(features, FEATURES)
-    assert starts == [2 * CHUNK_ROWS] and done == [NUM]
+    assert starts == [2 * CHUNK_ROWS] and done == [2 * CHUNK_ROWS, NUM]
     assert said == [
         f"The features of 2,048 of 2,548 images come from the cache, {entry(tmp_path)}; extraction goes on at image "
         "2,049 of 2,548."

@@ -1,7 +1,6 @@
 """Training of all layers: statistics, frozen stages, pieces, recomputation, precision, and what is refused."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,24 +8,19 @@ import numpy as np
 import optax
 import pytest
 from helpers import NARROW, TINY, command, is_one_error, is_refused
+from tasks import fitted, on_all_layers, start_of
 
-from cifar_jax.checkpoint import Position
 from cifar_jax.config import TrainConfig, preset
-from cifar_jax.finetune import (
-    finetune_evaluator,
-    finetune_runner,
-    init_finetune,
-    make_finetune_loss,
-    make_network,
-)
-from cifar_jax.fit import Diverged, fit
-from cifar_jax.head import head_logits, init_head
+from cifar_jax.head import dense_logits, head_logits, init_head
 from cifar_jax.optimizer import make_optimizer, param_labels
 from cifar_jax.preprocess import preprocess
 from cifar_jax.pretrained import WeightsError, load_backbone, random_backbone, save_backbone
 from cifar_jax.resnet import ResNet
-from cifar_jax.runners import EpochOrder
-from cifar_jax.training import Batch, in_pieces, make_train_step
+from cifar_jax.train.finetune import make_network, trainable, with_zero_gamma
+from cifar_jax.train.loop import Diverged, EpochOrder
+from cifar_jax.train.losses import smoothed_cross_entropy
+from cifar_jax.train.step import make_train_step
+from cifar_jax.train.task import Batch, finetune_task
 
 KEY = jax.random.key(7)
 ORDER = EpochOrder(jax.random.key(1), jax.random.key(2), batch_size=16)
@@ -41,26 +35,34 @@ def config(**options):
     return TrainConfig(mode="finetune", batch_size=16, **({"learning_rate": 0.1} | options))
 
 
+def task_of(backbone, config, dataset=((), ())):
+    return on_all_layers(config, init_head(jax.random.key(3), NARROW.features, (8,), 10), backbone, dataset)
+
+
 def start(backbone, tx=None, **options):
-    head = init_head(jax.random.key(3), NARROW.features, (8,), 10)
-    return init_finetune(backbone.variables, head, tx or optax.sgd(0.1), **options)
+    return start_of(task_of(backbone, config(**options)), tx or optax.sgd(0.1))
 
 
 def batch_of(shapes, count):
     return Batch(jnp.asarray(shapes.images[:count]), jnp.asarray(shapes.labels[:count]), jnp.ones(count))
 
 
-def loss_of(backbone, config):
-    network = make_network(config, backbone.config)
-    return make_finetune_loss(network, backbone.preprocessing, 32, config.bn_statistics, config.label_smoothing)
+# Keeps the gradient that it is given as its state, and changes nothing.
+KEEPS_GRADIENT = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
 
 
-def gradients(backbone, config, batch, state=None):
-    state = state or start(backbone)
-    grad_fn = jax.value_and_grad(loss_of(backbone, config), has_aux=True)
-    if config.micro_batch:
-        grad_fn = in_pieces(grad_fn, config.micro_batch)
-    return jax.jit(grad_fn)(state.params, state.batch_stats, batch, KEY)
+def gradients(backbone, config, batch, batch_stats=None, task=None):
+    """Mean loss, metrics and new statistics, and the gradient."""
+    task = task or task_of(backbone, config)
+    state = start_of(task, KEEPS_GRADIENT)
+    state = state._replace(batch_stats=state.batch_stats if batch_stats is None else batch_stats)
+    loss_fn, pieces = smoothed_cross_entropy(config.label_smoothing), config.micro_batch
+    step = jax.jit(make_train_step(task.forward, loss_fn, KEEPS_GRADIENT, micro_batch=pieces))
+    after, metrics = step(state, {}, batch, KEY)
+    return (float(metrics.loss_sum) / int(metrics.num), (metrics, after.batch_stats)), after.opt_state
 
 
 def assert_close(a, b, tolerance):
@@ -70,8 +72,7 @@ def assert_close(a, b, tolerance):
 
 def train(backbone, config, dataset, epochs=1):
     tx = make_optimizer(config, -(-len(dataset.labels) // config.batch_size))
-    run = finetune_runner(config, backbone, dataset, tx, ORDER, 32)
-    return fit(start(backbone, tx), run, finetune_evaluator(backbone, dataset, 32, config.precision), epochs)
+    return fitted(task_of(backbone, config, dataset), tx, ORDER, epochs, micro_batch=config.micro_batch)
 
 
 def test_loss_falls_and_the_short_last_batch_trains(backbone, shapes):
@@ -139,13 +140,12 @@ def test_pieces_count_by_their_examples_and_a_short_last_one_does_too(backbone, 
 
 
 def test_pieces_update_the_statistics_one_after_the_other(backbone, shapes):
-    batch, state = batch_of(shapes, 7), start(backbone)
+    batch, one_by_one = batch_of(shapes, 7), None
     (_, (_, stats)), _ = gradients(backbone, config(micro_batch=4), batch)
     for rows in (slice(0, 4), slice(4, 7)):
         piece = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch)
-        (_, (_, new)), _ = gradients(backbone, config(), piece, state)
-        state = state._replace(batch_stats=new)
-    assert_close(stats, state.batch_stats, 1e-6)
+        (_, (_, one_by_one)), _ = gradients(backbone, config(), piece, one_by_one)
+    assert_close(stats, one_by_one, 1e-6)
 
 
 def test_recomputed_activations_give_the_same_gradients(backbone, shapes):
@@ -157,12 +157,12 @@ def test_recomputed_activations_give_the_same_gradients(backbone, shapes):
 
 
 def test_matrix_products_and_convolutions_have_the_same_gradients(backbone, shapes):
-    batch, state = batch_of(shapes, 8), start(backbone)
-    found = []
+    batch, found = batch_of(shapes, 8), []
+    head = init_head(jax.random.key(3), NARROW.features, (8,), 10)
     for as_dots in (False, True):
-        network = make_network(config(), NARROW).clone(convs_as_dots=as_dots)
-        grad_fn = jax.grad(make_finetune_loss(network, backbone.preprocessing, 32), has_aux=True)
-        found.append(jax.jit(grad_fn)(state.params, state.batch_stats, batch, KEY)[0])
+        function = trainable(make_network(config(), NARROW).clone(convs_as_dots=as_dots), backbone, 32)
+        task = finetune_task(head, dense_logits, backbone.variables, function, {})
+        found.append(gradients(backbone, config(), batch, task=task)[1])
     assert_close(*found, 1e-5)
 
 
@@ -185,31 +185,34 @@ def test_smoothed_labels_are_shared_out_evenly(backbone, shapes):
 
 
 def test_blocks_with_zero_gamma_begin_as_their_shortcut(backbone):
-    params = start(backbone, zero_gamma=True).params["backbone"]
+    params = with_zero_gamma(backbone.variables)["params"]
     blocks = [name for name in params if name.startswith("stage")]
     assert blocks and not any(np.any(params[name]["bn3"]["scale"]) for name in blocks)
     assert all(np.any(params[name]["bn2"]["scale"]) for name in blocks) and np.any(params["stem_bn"]["scale"])
 
 
 def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(backbone, shapes):
-    tx = make_optimizer(config(momentum=0.9), 7)
-    before = start(backbone, tx)
-    broken = jax.tree.map(lambda leaf: leaf, before.params)
+    tx, task = make_optimizer(config(momentum=0.9), 7), task_of(backbone, config())
+    broken = jax.tree.map(lambda leaf: leaf, task.params)
     broken["head"][0]["kernel"] = broken["head"][0]["kernel"].at[0, 0].set(jnp.nan)
-    before = before._replace(params=broken)
-    step = jax.jit(make_train_step(loss_of(backbone, config()), tx))
-    after, metrics = step(before, batch_of(shapes, 8), KEY)
-    assert not metrics.finite
-    jax.tree.map(np.testing.assert_array_equal, before, after)
+    before = start_of(task._replace(params=broken), tx)
+    step = jax.jit(make_train_step(task.forward, smoothed_cross_entropy(0), tx))
+    after, metrics = step(before, {}, batch_of(shapes, 8), KEY)
+    assert not metrics.finite and after.halted
+    jax.tree.map(np.testing.assert_array_equal, before._replace(halted=()), after._replace(halted=()))
 
 
 def test_divergence_names_the_step_and_keeps_what_was_good(backbone, shapes):
-    with pytest.raises(Diverged, match=r"epoch 1, step \d \(first the [a-z ]+.*\)\.") as raised:
+    with pytest.raises(Diverged, match=r"epoch 1, step \d\.$") as raised:
         train(backbone, config(learning_rate=1e30), shapes)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(raised.value.state.params))
-    more = str(raised.value.at(0.25, Position(1, 4), Path("a run")))
-    assert "The learning rate was 0.25. The checkpoint after 1 epoch and 4 steps is kept." in more
-    assert "--resume --out 'a run'" in more
+
+
+def test_a_run_that_diverges_names_the_tensor_the_rate_and_how_to_continue(tmp_path, capsys):
+    run = tmp_path / "a run"
+    arguments = ("--mode", "finetune", "--learning-rate", "1e30", "--schedule", "constant", "--out", run)
+    result = command(capsys, "train", *TINY, *arguments)
+    is_one_error(result, 1, " (first the ", "The learning rate was 1e+30.", f"--resume --out '{run}'")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The forecast of how long a job takes: after the first batches, once, and in plain words."""
 
+from contextlib import contextmanager
+
 import pytest
 from helpers import hearing
 
@@ -10,16 +12,18 @@ from cifar_jax.extraction import dataset_features
 from cifar_jax.forecast import Forecast, faster_ways, in_words
 from cifar_jax.preprocess import CAFFE
 from cifar_jax.pretrained import Backbone, load_backbone
+from cifar_jax.reporter import Silent
 from cifar_jax.resnet import ResNetConfig
 
 
 def said_of(num, per_batch, seconds, compiling=20.0):
     """What is said of a job of so many images, and how many batches after the first one."""
-    said, clock, lefts = [], [compiling], range(num - per_batch, -1, -per_batch)
-    forecast = Forecast(lambda: clock[0], "Faster: cake.")
-    with hearing(lambda text: said.append((text, lefts.index(left)))):
-        for left in lefts:
-            forecast.note(left)
+    said, clock, batches = [], [compiling], [-1]
+    forecast = Forecast(num, started=0.0, faster="Faster: cake.", now=lambda: clock[0])
+    with hearing(lambda text: said.append((text, batches[0]))):
+        for _ in range(num // per_batch):
+            batches[0] += 1
+            forecast.note(per_batch)
             clock[0] += seconds
     return said
 
@@ -53,16 +57,41 @@ def test_faster_ways_are_those_that_are_left():
     assert ways(width=16, image_size=64, weights="demo") == ""
 
 
-def test_extraction_counts_what_is_left_of_all_data_sets(tmp_path):
+class Bars(Silent):
+    """A reporter that keeps what its bars show."""
+
+    def __init__(self):
+        self.shown = []
+
+    @contextmanager
+    def progress(self, description, total, compiles=False):
+        yield self.shown.append
+
+
+def test_a_forecast_counts_the_steps_of_bars_and_not_where_they_begin():
+    clock, bars = [0.0], Bars()
+    forecast = Forecast(2000, started=0.0, now=lambda: clock[0])
+    whole, half = forecast.watch(bars), forecast.watch(bars, weight=0.5)
+    with hearing(lambda text: bars.shown.append(text)):
+        for reporter, begins in ((whole, 200), (half, 0)):
+            with reporter.progress("some", 400) as bar:
+                for done in range(begins, begins + 101, 20):
+                    bar(done)
+                    clock[0] += 1.0
+    # After the first 20 images, 20 a second: 1,920 are left after three batches more, in the 5th second.
+    assert bars.shown[:5] == [200, 220, 240, 260, 280] and bars.shown[5] == "This job will take about 2 minutes in all."
+    assert bars.shown[6:] == [300, 0, 20, 40, 60, 80, 100]
+
+
+def test_extraction_shows_what_is_done_and_kept_features_cost_nothing(tmp_path, said):
     config = TrainConfig(cache_dir=str(tmp_path), extract_batch_size=8, weights="demo", image_size=32)
     backbone = load_backbone("demo")
     some, others = (Dataset(*draw_shapes(20, seed=seed)) for seed in (0, 1))
 
-    def left_of(**datasets):
-        left = []
-        dataset_features(config, backbone, 32, datasets, on_batch=left.append)
-        return left
+    def shown_of(**datasets):
+        bars = Bars()
+        found = dataset_features(config, backbone, 32, datasets, reporter=bars)
+        return bars.shown, found.num_images
 
-    assert left_of(first=some, second=others) == [32, 24, 20, 12, 4, 0]
-    third = Dataset(*draw_shapes(20, seed=2))
-    assert left_of(third=third, first=some, second=others) == [12, 4, 0]  # what is kept costs nothing
+    assert shown_of(first=some, second=others) == ([0, 8, 16, 20] * 2, 40)
+    assert shown_of(third=Dataset(*draw_shapes(20, seed=2)), first=some, second=others) == ([0, 8, 16, 20], 20)

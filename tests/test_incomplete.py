@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -19,13 +20,16 @@ from PIL import Image
 
 from cifar_jax import UserError, files, load_run
 from cifar_jax.config import TrainConfig
-from cifar_jax.evaluation import EvalResult
-from cifar_jax.fit import Diverged, fit
-from cifar_jax.job import Interrupted, train
+from cifar_jax.experiment import Interrupted, train
+from cifar_jax.head import dense_logits, init_head
+from cifar_jax.parallel import make_mesh
 from cifar_jax.run_dir import CHECKPOINTS, CONFIG, SUMMARY
 from cifar_jax.run_writer import RunWriter
-from cifar_jax.runners import Runner
-from cifar_jax.training import StepMetrics, init_state
+from cifar_jax.train.evaluate import EvalResult
+from cifar_jax.train.loop import Diverged, EpochOrder, fit, make_advance
+from cifar_jax.train.losses import cross_entropy
+from cifar_jax.train.step import init_state, make_train_step
+from cifar_jax.train.task import Split, cached_task
 
 HERE = Path(__file__).parent
 # With this rate the first epoch ends with a loss of 1e21, and the second one with none.
@@ -151,18 +155,24 @@ def test_a_signal_met_while_a_diverged_run_ends_does_not_hide_divergence(tmp_pat
     monkeypatch.setattr(RunWriter, "finish", disturbed)
     run = tmp_path / "run"
     result = command(capsys, "train", *TINY, "--mode", "live", "--learning-rate", "1e30", "--out", run)
-    is_one_error(result, 1, "Loss or gradient was not finite in epoch 1, step 1")
+    is_one_error(result, 1, "Loss or gradient was not finite in epoch 1, step 2")
     assert read(run / SUMMARY)["status"] == "diverged"
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf])
 def test_an_epoch_after_which_the_loss_is_not_finite_is_no_good_checkpoint(loss):
-    metrics = StepMetrics(*(np.ones(1, dtype) for dtype in (np.float32, np.int32, np.int32, np.bool_)))
-    runner = Runner(1, lambda state, *_: (state, metrics), lambda *_: "")
-    results = iter([EvalResult(2.0, 0.1, np.eye(2, dtype=int)), EvalResult(loss, 0.1, np.eye(2, dtype=int))])
-    kept = []
+    tx, params = optax.sgd(0.1), init_head(jax.random.key(0), 3, (), 2)
+    task = cached_task(params, dense_logits, {"train": Split(np.ones((4, 3), np.float32), np.zeros(4, np.int32))})
+    order = EpochOrder(jax.random.key(1), jax.random.key(2), batch_size=4)
+    advance = make_advance(task, make_train_step(task.forward, cross_entropy, tx), order, make_mesh())
+    results = iter([EvalResult(value, 0.1, np.eye(2, dtype=int), np.eye(2)) for value in (2.0, loss)])
+    kept, state = [], init_state(task.params, tx)
+
+    def on_epoch(row, *_):
+        kept.append(row.epoch)
+
     with pytest.raises(Diverged, match=r"in epoch 2, step 1 \(first the loss after the epoch") as raised:
-        fit(init_state({}, optax.sgd(0.1)), runner, lambda *_: next(results), 3, lambda row, _: kept.append(row.epoch))
+        fit(state, {}, advance, lambda _: next(results), 3, on_epoch=on_epoch)
     assert kept == [1] and raised.value.epoch == 2
 
 
@@ -177,19 +187,20 @@ def test_a_full_disk_met_while_stopping_does_not_hide_divergence(tmp_path, capsy
     monkeypatch.setattr(files.os, "replace", full)
     result = command(capsys, "train", *TINY, "--mode", "live", "--learning-rate", "1e30", "--out", tmp_path / "run")
     first, second = result.err.splitlines()[-2:]
-    assert result.code == 1 and first.startswith("Error: Loss or gradient was not finite in epoch 1, step 1")
+    assert result.code == 1 and first.startswith("Error: Loss or gradient was not finite in epoch 1, step 2")
     assert second.startswith("Writing the summary failed too: ") and "No space left on device" in second
 
 
 def test_ctrl_c_in_the_first_epoch_tells_its_steps_and_resuming_raises_no_false_alarm(tmp_path, cache, narrow, said):
-    job = config(tmp_path, cache, mode="live", schedule="cosine")
+    job = config(tmp_path, cache, mode="live", schedule="cosine", batch_size=4)
     undisturbed = train(replace(job, out=str(tmp_path / "undisturbed")))
-    reporter = Disturbing(at_examples=64, happens=lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(Interrupted, match="interrupted after 0 epochs and 2 steps"):
+    reporter = Disturbing(at_examples=16, happens=lambda: signal.raise_signal(signal.SIGINT))
+    # Those that the devices had been given are finished.
+    with pytest.raises(Interrupted, match=r"interrupted after 0 epochs and 1\d steps") as stopped:
         train(job, reporter)
     said.clear()
     resumed = train(replace(job, resume=True))
-    assert f"Resuming the run in {resumed} after 0 epochs and 2 steps." in said
+    assert f"Resuming the run in {resumed} after {stopped.value.saved.words}." in said
     assert not [text for text in said if "metrics.jsonl" in text]
     figures = [
         [line.partition('"seconds"')[0] for line in (run / "metrics.jsonl").read_text().splitlines()]

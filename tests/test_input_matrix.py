@@ -11,7 +11,7 @@ import pytest
 from helpers import TINY, command, files_below, is_one_error, is_refused, narrow_networks, tiny_run
 from PIL import Image
 
-from cifar_jax.config import TrainConfig
+from cifar_jax.groups import GROUP_OF
 from cifar_jax.options import (
     ConvertOptions,
     EvaluateOptions,
@@ -196,7 +196,7 @@ def test_options_of_other_commands(tmp_path, capsys, finished, verb, name, value
 
 
 def test_no_option_is_left_out():
-    assert set(TRAIN) == {field.name for field in fields(TrainConfig)}
+    assert set(TRAIN) == {"preset", *GROUP_OF}
     for options, _, table in OTHERS.values():
         names = {field.name for field in fields(options)}
         assert names - set(table) <= PATHS | {"topic"}, names - set(table)

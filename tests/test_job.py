@@ -12,10 +12,9 @@ from PIL import Image
 
 from cifar_jax import load_run, make_extractor, predict_probs
 from cifar_jax.config import TrainConfig, preset
-from cifar_jax.job import train
+from cifar_jax.experiment import train
 from cifar_jax.predict import evaluate_run, predict_files
 from cifar_jax.run_dir import CONTENTS
-from cifar_jax.runners import probabilities
 
 TINY = {
     "dataset": "shapes",
@@ -31,7 +30,7 @@ TINY = {
 
 
 # What this project compiles in a run, as XLA names it.
-OURS = {"features_of", "epoch", "eval_step", "step", "finetune_step", "_logits"}
+OURS = {"features_of", "run", "eval_step", "train_step"}
 
 
 def rows_of(run):
@@ -69,6 +68,8 @@ def test_a_whole_run_compiles_each_function_once_for_a_shape(tmp_path, narrow, c
     compiled = Counter(re.findall(pattern, caplog.text, re.DOTALL))
     ours = Counter({key: count for key, count in compiled.items() if key[0] in OURS})
     assert len(ours) >= functions and set(ours.values()) == {1}, ours
+    # Held-out and test images, of other numbers, and the figures take one evaluation.
+    assert [name for name, _ in ours].count("eval_step") == 1, ours
 
 
 def test_run_reads_back_and_scores_the_same(run):
@@ -85,7 +86,7 @@ def test_predict_probs_is_pure_and_agrees_with_the_run(run, shapes, tmp_path):
     assert probs.shape == (20, 10)
     np.testing.assert_allclose(probs.sum(1), 1, rtol=1e-5)
     features = make_extractor(read.backbone)(shapes.images[:20])
-    np.testing.assert_allclose(probs, probabilities(read.head_params, features), rtol=1e-4)
+    np.testing.assert_allclose(probs, jax.nn.softmax(read.head.logits(read.head_params, features)), rtol=1e-4)
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path, image in zip(paths, shapes.images, strict=False):
         Image.fromarray(np.asarray(image)).save(path)

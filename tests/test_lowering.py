@@ -8,20 +8,24 @@ import optax
 import pytest
 from flax.traverse_util import unflatten_dict
 from helpers import NARROW
+from tasks import on_features, on_images, start_of
 
-from cifar_jax.augment import AUGMENTATIONS, Augmentation
+from cifar_jax.augment import AUGMENTATIONS
 from cifar_jax.config import TrainConfig
-from cifar_jax.finetune import init_finetune, make_finetune_loss, make_finetune_step, make_network
-from cifar_jax.head import init_head
+from cifar_jax.head import dense_logits, init_head
 from cifar_jax.inference import features_of, prepare
 from cifar_jax.preprocess import CAFFE
 from cifar_jax.pretrained import Backbone
 from cifar_jax.pretrained.merge import variable_shapes
-from cifar_jax.training import Batch, init_state, make_cached_epoch, make_live_step
+from cifar_jax.train.finetune import make_network, trainable
+from cifar_jax.train.losses import cross_entropy
+from cifar_jax.train.step import make_train_step, scan_steps
+from cifar_jax.train.task import Batch, finetune_task
+from cifar_jax.training import image_augmentation
 
 TX = optax.sgd(0.1, momentum=0.9)
-AUGMENTATION = Augmentation(jax.random.key(0), tuple(AUGMENTATIONS))
-KEY, GOING = jax.random.key(1), jnp.array(True)
+AUGMENT = image_augmentation(tuple(AUGMENTATIONS))
+KEY = jax.random.key(1)
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +74,20 @@ def test_extraction(backbone, platform, precision):
     assert ("bf16" in program) == (precision == "bfloat16")
 
 
+def step_of(task, augment=None):
+    return jax.jit(make_train_step(task.forward, cross_entropy, TX, augment=augment))
+
+
 def test_live_step(backbone, head, platform):
-    step = make_live_step(TX, 64, augmentation=AUGMENTATION)
-    program = lowered(platform, step, (init_state(head, TX), GOING), backbone, batch_of(IMAGES), KEY)
+    task = on_images(head, backbone, (IMAGES, jnp.zeros(8, jnp.int32)), size=64)
+    program = lowered(platform, step_of(task, AUGMENT), start_of(task, TX), backbone, batch_of(IMAGES), KEY)
     assert "stablehlo.convolution" in program and all("HIGHEST" in line for line in products(program))
 
 
 def test_finetune_step(backbone, head, platform):
-    network = make_network(TrainConfig(mode="finetune"), NARROW, platform)
-    step = make_finetune_step(make_finetune_loss(network, CAFFE, 64), TX, augmentation=AUGMENTATION)
-    state = init_finetune(backbone.variables, head, TX)
-    program = lowered(platform, step, (state, GOING), batch_of(IMAGES), KEY)
+    function = trainable(make_network(TrainConfig(mode="finetune"), NARROW, platform), backbone, 64)
+    task = finetune_task(head, dense_logits, backbone.variables, function, {})
+    program = lowered(platform, step_of(task, AUGMENT), start_of(task, TX), {}, batch_of(IMAGES), KEY)
     # Three of them, forward, and both ways back: as matrix products they would be the CPU's.
     assert len(re.findall(r"stablehlo\.convolution", program)) == 8
     assert all("HIGHEST" in line for line in products(program))
@@ -89,5 +96,7 @@ def test_finetune_step(backbone, head, platform):
 def test_cached_epoch(head, platform):
     features, labels = jnp.zeros((20, NARROW.features)), jnp.zeros(20, jnp.int32)
     indices, counts = jnp.zeros((3, 8), jnp.int32), jnp.full(3, 8, jnp.int32)
-    program = lowered(platform, make_cached_epoch(TX), init_state(head, TX), features, labels, indices, counts, KEY)
+    task = on_features(head, (features, labels))
+    epoch = jax.jit(scan_steps(make_train_step(task.forward, cross_entropy, TX)))
+    program = lowered(platform, epoch, start_of(task, TX), {}, features, labels, indices, counts, KEY)
     assert "stablehlo.while" in program and all("HIGHEST" in line for line in products(program))

@@ -70,7 +70,7 @@ def ones(params):
 def test_a_name_that_belongs_to_no_part_is_an_error(params):
     for wrong in ({"extra": jnp.ones(2)}, {"backbone": {"stage_x": {"kernel": jnp.ones(2)}}}):
         with pytest.raises(ValueError, match="belongs to no part of the network"):
-            param_labels(wrong, 0)
+            param_labels(wrong, 1)
 
 
 def test_groups_have_rates_of_their_own(params):

@@ -7,17 +7,18 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from helpers import Heard, flip_bit
+from helpers import TINY, Heard, command, flip_bit, is_one_error
 
 from cifar_jax import load_backbone, load_run, save_backbone
 from cifar_jax.checkpoint import Position, list_checkpoints, position_of
 from cifar_jax.config import TrainConfig
+from cifar_jax.console import ConsoleReporter
 from cifar_jax.data import shapes
 from cifar_jax.errors import UserError
+from cifar_jax.experiment import train
 from cifar_jax.files import write_json
-from cifar_jax.fit import EpochRow
-from cifar_jax.job import train
 from cifar_jax.predict import evaluate_run
+from cifar_jax.reporter import EpochRow
 from cifar_jax.resume import selected_epoch
 from cifar_jax.run_dir import CHECKPOINTS, SUMMARY
 from cifar_jax.run_writer import RunWriter
@@ -137,9 +138,26 @@ def test_goes_on_to_the_same_bits(tmp_path, monkeypatch, way, position, before_c
     assert newest == sorted({before, Position(3), selected} | needed)
 
 
-@pytest.mark.parametrize("way", ["live", "finetune"])
-def test_where_checkpoints_are_made_changes_no_bit_of_steps(tmp_path, way):
-    same_bits(train(config(tmp_path, way, "often", checkpoint_every=2)), train(config(tmp_path, way, "seldom")))
+@pytest.mark.parametrize(("way", "every"), [("cached", 1), ("cached", 3), ("live", 2), ("finetune", 2)])
+def test_where_checkpoints_are_made_changes_no_bit_of_steps(tmp_path, way, every):
+    """Of an epoch that is one compiled call neither, which they cut into pieces, single steps among them."""
+    smaller = {"batch_size": 8} if way == "cached" else {}
+    often = train(config(tmp_path, way, "often", checkpoint_every=every, **smaller))
+    same_bits(often, train(config(tmp_path, way, "seldom", **smaller)))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, None), (None, 2)])
+def test_checkpoints_may_be_made_elsewhere_once_a_run_is_resumed(tmp_path, said, monkeypatch, before, after):
+    undisturbed = train(config(tmp_path, "cached", "undisturbed", batch_size=8))
+    stopped = config(tmp_path, "cached", "stopped", batch_size=8, resume=True, checkpoint_every=before)
+    revive = kill_at(monkeypatch, (1, before or 0))
+    with pytest.raises(Killed):
+        train(stopped)
+    revive()
+    resumed = train(replace(stopped, checkpoint_every=after))
+    assert any("Resuming the run" in text for text in said)
+    same_bits(resumed, undisturbed)
+    assert json.loads((resumed / "config.json").read_text())["checkpoint_every"] == after
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, said, monkeypatch):
@@ -217,20 +235,29 @@ def test_what_it_was_trained_on_may_not_change_under_the_same_name(tmp_path, mon
     assert list_checkpoints(tmp_path / "stopped" / CHECKPOINTS)
 
 
-def test_an_unfinished_run_is_gone_on_with_when_asked(tmp_path, said, monkeypatch):
+def test_the_command_asks_whether_to_resume_its_own_unfinished_run(tmp_path, capsys, monkeypatch):
     revive = kill_at(monkeypatch, (1, 0))
-    plain = config(tmp_path, "cached", "run")
+    run, question = tmp_path / "run", f"{tmp_path / 'run'} holds this run, unfinished. Resume it?"
+    arguments = ["train", *TINY, "--schedule", "constant", "--cache-dir", tmp_path / "cache", "--epochs", "2"]
     with pytest.raises(Killed):
-        train(plain)
+        command(capsys, *arguments, "--out", run)
     revive()
-    asked = Heard(answer=False)
-    with pytest.raises(UserError, match="already holds a run; choose another directory or --overwrite it, or --resume"):
-        train(plain, asked)
-    assert asked.questions == [f"{tmp_path / 'run'} holds this run, unfinished. Resume it?"]
-    with pytest.raises(UserError, match="already holds a run"):
-        train(replace(plain, seed=1), Heard(answer=True))  # another run: it is not even asked
-    same_bits(train(plain, Heard(answer=True)), train(config(tmp_path, "cached", "undisturbed")))
-    assert any("Resuming the run" in text and "after 1 epoch." in text for text in said)
+    asked = []
+
+    def answers(answer):
+        monkeypatch.setattr(ConsoleReporter, "confirm", lambda _, text: asked.append(text) or answer)
+
+    answers(False)
+    refused = command(capsys, *arguments, "--out", run)
+    is_one_error(refused, 2, "already holds a run; choose another directory or --overwrite it, or --resume")
+    answers(True)
+    other = command(capsys, *arguments, "--out", run, "--seed", "1")  # another run: it is not even asked
+    is_one_error(other, 2, "already holds a run")
+    assert asked == [question]
+    resumed = command(capsys, *arguments, "--out", run)
+    assert resumed.code == 0 and f"Resuming the run in {run} after 1 epoch." in resumed.err
+    assert command(capsys, *arguments, "--out", tmp_path / "undisturbed").code == 0
+    same_bits(run, tmp_path / "undisturbed")
 
 
 def test_a_finetuned_run_reads_back_with_its_own_backbone(tmp_path):

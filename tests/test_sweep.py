@@ -6,13 +6,12 @@ import numpy as np
 import optax
 import pytest
 from conftest import relative_difference
+from tasks import fitted, on_features
 
 from cifar_jax import EpochOrder, eval_step, evaluate, train_heads
-from cifar_jax.fit import fit
 from cifar_jax.head import init_head
-from cifar_jax.runners import cached_evaluator, cached_runner
 from cifar_jax.sweep import _train, unstacked
-from cifar_jax.training import Batch, init_state
+from cifar_jax.train.task import Batch
 
 KEYS = jax.random.split(jax.random.key(3), 3)
 ORDERS = [EpochOrder(jax.random.key(seed), jax.random.key(9), batch_size=16) for seed in range(3)]
@@ -28,8 +27,7 @@ def data():
 
 def alone(key, rate, data, order, make_tx=optax.sgd, epochs=2):
     tx = make_tx(rate)
-    run, score = cached_runner(*data, tx, order), cached_evaluator(*data)
-    return fit(init_state(init_head(key, 12, **SHAPE), tx), run, score, epochs)
+    return fitted(on_features(init_head(key, 12, **SHAPE), data), tx, order, epochs)
 
 
 def momentum(rate):
@@ -45,12 +43,12 @@ def test_each_head_is_the_one_that_it_is_alone(data, at_once, orders):
     for number, head in enumerate(unstacked(params)):
         order = orders[number] if isinstance(orders, list) else orders
         state, rows = alone(KEYS[number], float(rates[number]), data, order, momentum)
-        for x, y in zip(jax.tree.leaves(head), jax.tree.leaves(state.params), strict=True):
+        for x, y in zip(jax.tree.leaves(head), jax.tree.leaves(state.params["head"]), strict=True):
             assert relative_difference(x, y) < 1e-5
         np.testing.assert_allclose(metrics.loss_sum[number].sum(-1) / 70, [row.train_loss for row in rows], rtol=1e-5)
         correct = metrics.correct[number].sum(-1) / metrics.num[number].sum(-1)
         np.testing.assert_allclose(correct, [row.train_accuracy for row in rows], rtol=1e-6)
-        assert evaluate(eval_step, head, *data).accuracy == rows[-1].val_accuracy
+        assert evaluate(eval_step, {"head": head}, *data).accuracy == rows[-1].val_accuracy
 
 
 def test_one_key_takes_several_rates_and_several_keys_one_rate(data):
@@ -70,7 +68,7 @@ def test_a_head_that_diverges_stays_where_it_was_and_the_others_go_on(data):
         assert metrics.finite[::2].all() and not metrics.finite[1, 1].any()
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
         state, _ = alone(KEYS[2], 0.1, data, ORDERS[0])
-        assert relative_difference(params[0]["kernel"][2], state.params[0]["kernel"]) < 1e-5
+        assert relative_difference(params[0]["kernel"][2], state.params["head"][0]["kernel"]) < 1e-5
 
 
 def test_heads_are_evaluated_side_by_side(data):
@@ -78,11 +76,11 @@ def test_heads_are_evaluated_side_by_side(data):
     params, _ = train_heads(KEYS, 0.1, *data, ORDERS[0], 1, **SHAPE)
     batch = Batch(jnp.asarray(features), jnp.asarray(labels), jnp.ones(70))
     for sums in (
-        jax.vmap(eval_step, in_axes=(0, None))(params, batch),
-        jax.lax.map(lambda head: eval_step(head, batch), params),
+        jax.vmap(eval_step, in_axes=(0, None))({"head": params}, batch),
+        jax.lax.map(lambda head: eval_step({"head": head}, batch), params),
     ):
         for number, head in enumerate(unstacked(params)):
-            np.testing.assert_array_equal(sums.confusion[number], eval_step(head, batch).confusion)
+            np.testing.assert_array_equal(sums.confusion[number], eval_step({"head": head}, batch).confusion)
 
 
 def test_compiled_once_for_any_keys_rates_and_orders(data):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import TINY, narrow_networks
 
-from cifar_jax import job, processes
+from cifar_jax import experiment, processes
 from cifar_jax.cli import main
 from cifar_jax.errors import UserError
 from cifar_jax.run_writer import RunWriter
@@ -48,16 +48,16 @@ def run(directory):
     """One epoch, and another by a second command; the run is not begun a second time."""
     out, found = directory / f"process{jax.process_index()}", exchange()
     train = ["train", *JOB, str(directory / "cache"), "--out", str(directory / "run")]
-    usual = job._fit
+    usual = experiment.fit
 
-    def kept(*arguments):
-        state = usual(*arguments)
+    def kept(*arguments, **more):
+        state, rows = usual(*arguments, **more)
         np.savez(out, *jax.tree.leaves(jax.device_get(state.params)))
-        return state
+        return state, rows
 
     with pytest.MonkeyPatch.context() as patch:
         narrow_networks(patch)
-        patch.setattr(job, "_fit", kept)
+        patch.setattr(experiment, "fit", kept)
         patch.setattr(RunWriter, "samples", lambda self: None)
         commands = (["--epochs", "1"], ["--epochs", "2", "--resume"], [])
         found["codes"] = [main([*train, *more]) for more in commands]

@@ -15,6 +15,7 @@ import numpy as np
 from cifar_jax import Backbone, Run, load_run, save_backbone
 from cifar_jax.config import preset
 from cifar_jax.files import write_json
+from cifar_jax.groups import RUN_ONLY
 from cifar_jax.pretrained.registry import weights_dir
 from cifar_jax.run_dir import METRICS
 from cifar_jax.version import __version__
@@ -26,7 +27,7 @@ ABOUT = "A ResNet50 of a quarter of the width, pretrained from scratch by this p
 def main(run_dir: str, feature_scale: str = "1") -> None:
     """Exports the backbone of a run, its features multiplied by a power of two."""
     run = load_run(run_dir)
-    if run.summary["status"] != "complete" or run.config.mode != "finetune":
+    if run.summary["status"] != "complete" or run.config.optim.mode != "finetune":
         raise SystemExit(f"{run_dir} is no finished run in which the backbone was trained; nothing was exported.")
     dataset = run.summary["dataset"]
     backbone = scale_features(run.backbone, float(feature_scale))
@@ -69,10 +70,9 @@ def scale_features(backbone: Backbone, factor: float) -> Backbone:
 
 def provenance(run: Run, feature_scale: float, digest: str) -> dict[str, Any]:
     """Where the file comes from, and how to make one like it."""
-    summary, default = run.summary, preset(run.config.preset)
-    where = {"preset", "data_dir", "cache_dir", "out", "overwrite", "resume", "progress", "debug"}
-    changed = {name: value for name, value in vars(run.config).items() if value != getattr(default, name)}
-    options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items() if name not in where)
+    summary, usual = run.summary, preset(run.config.preset).options()
+    changed = {name: value for name, value in run.config.options().items() if value != usual[name]}
+    options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items() if name not in RUN_ONLY)
     rows = (run.path / METRICS).read_text(encoding="utf-8").splitlines()
     return {
         "file": FILE,

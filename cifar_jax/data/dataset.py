@@ -1,5 +1,6 @@
 """A data set as two arrays, and what is drawn from it: balanced subsets, held-out images, the order of an epoch."""
 
+import hashlib
 from typing import NamedTuple
 
 import jax
@@ -7,9 +8,16 @@ import numpy as np
 from jaxtyping import Int32, PRNGKeyArray, UInt8
 
 from cifar_jax.errors import UserError
-from cifar_jax.files import sha256_of_arrays
+from cifar_jax.files import update_digest
 
 IMAGE_SHAPE = (32, 32, 3)
+
+
+class Digests(NamedTuple):
+    """SHA-256 digests of a data set: the same examples in the same order, the same digests."""
+
+    images: str  # of the pixels
+    examples: str  # of the pixels and labels
 
 
 class Dataset(NamedTuple):
@@ -22,9 +30,17 @@ class Dataset(NamedTuple):
         """The examples at `indices`, in that order."""
         return Dataset(self.images[indices], self.labels[indices])
 
+    def digests(self) -> Digests:
+        """Both digests, in one pass over the pixels."""
+        digest = hashlib.sha256()
+        update_digest(digest, self.images)
+        images = digest.hexdigest()
+        update_digest(digest, self.labels)
+        return Digests(images, digest.hexdigest())
+
     def fingerprint(self) -> str:
         """SHA-256 over the pixels and labels: the same examples in the same order, the same fingerprint."""
-        return sha256_of_arrays(self.images, self.labels)
+        return self.digests().examples
 
 
 class Splits(NamedTuple):

@@ -1,24 +1,39 @@
 """The images of a job, divided up by what they are used for."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.data.dataset import Dataset, Splits, hold_out
+from cifar_jax.data.dataset import Dataset, Digests, Splits, hold_out
 from cifar_jax.data.load import load_splits
 from cifar_jax.errors import UserError
 from cifar_jax.keys import stream_key
 
 
 class Problem(NamedTuple):
-    """The images of a job by what they are used for."""
+    """The images of a job by what they are used for.
+
+    Attributes:
+      train: training images.
+      val: validation images: `test` itself unless some were held out of the training images.
+      test: test images.
+      splits: the data set that they are from.
+      digests: of each of them, by `train`, `test`, and `val` where images are held out.
+    """
 
     train: Dataset
     val: Dataset
     test: Dataset
     splits: Splits
+    digests: Mapping[str, Digests]
+
+    @property
+    def parts(self) -> dict[str, Dataset]:
+        """The images by split: `train`, `test`, and `val` where images are held out."""
+        return {"train": self.train, "test": self.test} | ({"val": self.val} if self.held_out else {})
 
     @property
     def held_out(self) -> bool:
@@ -50,19 +65,28 @@ def load_problem(config: TrainConfig) -> Problem:
       UserError: when it cannot be had, or holds fewer images than a batch.
     """
     splits = load_splits(
-        config.dataset,
-        data_dir=config.data_dir,
-        cache_dir=config.cache_dir,
-        train_examples=config.train_examples,
-        test_examples=config.test_examples,
-        seed=config.seed,
+        config.data.dataset,
+        data_dir=config.run.data_dir,
+        cache_dir=config.run.cache_dir,
+        train_examples=config.data.train_examples,
+        test_examples=config.data.test_examples,
+        seed=config.optim.seed,
     )
     train, val = splits.train, splits.test
-    if config.val_fraction:
-        kept, held = hold_out(np.asarray(train.labels), config.val_fraction, stream_key(config.seed, "hold_out"))
-        train, val = splits.train.take(kept), splits.train.take(held)
-    if config.batch_size > len(train.labels):
-        raise UserError(
-            f"--batch-size {config.batch_size} is more than the {len(train.labels)} training images; choose fewer."
+    if config.data.val_fraction:
+        kept, held = hold_out(
+            np.asarray(train.labels), config.data.val_fraction, stream_key(config.optim.seed, "hold_out")
         )
-    return Problem(train, val, splits.test, splits)
+        train, val = splits.train.take(kept), splits.train.take(held)
+    if config.optim.batch_size > len(train.labels):
+        raise UserError(
+            f"--batch-size {config.optim.batch_size} is more than the {len(train.labels)} training images; choose "
+            "fewer."
+        )
+    return make_problem(train, val, splits)
+
+
+def make_problem(train: Dataset, val: Dataset, splits: Splits) -> Problem:
+    """Images divided up, with their digests, for which the pixels are gone through once."""
+    used = {"train": train, "test": splits.test} | ({} if val is splits.test else {"val": val})
+    return Problem(train, val, splits.test, splits, {name: part.digests() for name, part in used.items()})

@@ -1,12 +1,16 @@
-"""A pretrained backbone: its weights together with all that is needed to run them as they were trained."""
+"""A backbone: its weights together with all that is needed to run them as they were trained; or any function."""
 
 import dataclasses
+import functools
+import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree, UInt8
 
 from cifar_jax.preprocess import Preprocessing
 from cifar_jax.pretrained.variants import network_name
@@ -60,6 +64,87 @@ class Backbone:
             f"{self.preprocessing.name} preprocessing, {self.image_size}x{self.image_size})"
         )
 
+    @property
+    def num_features(self) -> int:
+        """Width of the pooled features: 2048 for ResNet50."""
+        return self.config.features
+
+    def input_words(self, image_size: int) -> str:
+        """The input of the network, for people."""
+        return f"{self.preprocessing.name} preprocessing, {image_size}x{image_size} pixels"
+
+    def about(self) -> dict[str, Any]:
+        """JSON values that say how the weights are run."""
+        return {"config": asdict(self.config), "preprocessing": asdict(self.preprocessing)}
+
     def replace(self, **changes: Any) -> "Backbone":
         """A copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, eq=False)
+class FunctionBackbone:
+    """Any pure function from images to features, in the place of a `Backbone`.
+
+    Attributes:
+      function: `(variables, images uint8 [batch, height, width, 3]) -> features float32 [batch, num_features]`. It
+        preprocesses the images itself, and is compiled by whoever calls it.
+      variables: its arrays.
+      source: its name, for people.
+      image_size: side in pixels of the images that it is given.
+    """
+
+    function: Callable[[PyTree, UInt8[Array, "batch h w 3"]], Float[Array, "batch features"]]
+    variables: PyTree
+    source: str
+    image_size: int = 32
+
+    variant = "a function"
+
+    def __repr__(self) -> str:
+        """One line, without the values."""
+        count = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(self.variables))
+        return f"FunctionBackbone({self.source}: {count:,} parameters, {self.image_size}x{self.image_size})"
+
+    @property
+    def num_features(self) -> int:
+        """Width of the features."""
+        return int(self._lowered.out_info.shape[-1])
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Digest of the program that the function is lowered to, constants included, and of the variables."""
+        digest = hashlib.sha256(self._lowered.as_text().encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.variables):
+            digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def _lowered(self) -> Any:
+        images = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), np.uint8)
+        return jax.jit(self.function).lower(jax.eval_shape(lambda: self.variables), images)
+
+    def input_words(self, image_size: int) -> str:
+        """The input of the function, for people."""
+        return f"{image_size}x{image_size} pixels"
+
+    def about(self) -> dict[str, Any]:
+        """JSON values that say what it is."""
+        return {"function": self.source}
+
+    def tree_flatten(self) -> tuple[tuple[PyTree], tuple[Any, str, int]]:
+        """The leaves and the static part."""
+        return (self.variables,), (self.function, self.source, self.image_size)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, str, int], children: tuple[PyTree]) -> "FunctionBackbone":
+        """Puts leaves and static part together again."""
+        return cls(static[0], children[0], *static[1:])
+
+    def replace(self, **changes: Any) -> "FunctionBackbone":
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+
+AnyBackbone = Backbone | FunctionBackbone

@@ -19,14 +19,12 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from tasks import on_all_layers, start_of, steps_of
 
-from cifar_jax import Backbone, init_head, load_backbone
+from cifar_jax import Backbone, EpochOrder, init_head, load_backbone
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Splits
-from cifar_jax.finetune import finetune_runner, init_finetune
 from cifar_jax.pretrained import keras_names
-from cifar_jax.runners import EpochOrder
-from cifar_jax.training import StepMetrics, TrainState
 from parity.networks import WRITERS, Case, Reference, Written, batch_norms, calibrate
 
 pytestmark = [
@@ -147,9 +145,8 @@ def ours(lesson: Lesson, config: TrainConfig = CONFIG) -> Trained:
     backbone = lesson.backbone
     tx = optax.sgd(config.learning_rate, momentum=config.momentum)
     order = EpochOrder(jax.random.key(0), jax.random.key(0), BATCH_SIZE, shuffle=False)
-    run = finetune_runner(config, backbone, lesson.dataset, tx, order, IMAGE_SIZE)
-    result: tuple[TrainState, StepMetrics] = run(init_finetune(backbone.variables, lesson.head, tx), 0)
-    state, metrics = result
+    task = on_all_layers(config, lesson.head, backbone, lesson.dataset, size=IMAGE_SIZE)
+    state, metrics = steps_of(task, tx, order)(start_of(task, tx), {}, 0, range(STEPS))
     variables = {"params": state.params["backbone"], "batch_stats": state.batch_stats}
     end = flat(variables, state.params["head"])
     return Trained(flat(backbone.variables, lesson.head), end, metrics.loss_sum / metrics.num)

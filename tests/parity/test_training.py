@@ -16,13 +16,13 @@ import jax
 import numpy as np
 import optax
 import pytest
+from tasks import fitted, on_features, on_images
 
-from cifar_jax import Backbone, init_head, init_state, load_backbone, make_extractor
+from cifar_jax import Backbone, EpochOrder, init_head, load_backbone, make_extractor
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.dataset import balanced_subset
-from cifar_jax.fit import EpochRow, fit
 from cifar_jax.head import HeadParams
-from cifar_jax.runners import EpochOrder, cached_evaluator, cached_runner, live_evaluator, live_runner
+from cifar_jax.reporter import EpochRow
 from parity.networks import WRITERS, Case, Reference, Written, teach
 
 pytestmark = [
@@ -130,16 +130,15 @@ def fit_cached(
     start: HeadParams, train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], epochs: int
 ) -> tuple[HeadParams, list[EpochRow]]:
     """Ours, on features and labels."""
-    state, history = fit(init_state(start, TX), cached_runner(*train, TX, ORDER), cached_evaluator(*val), epochs)
-    return state.params, history
+    state, history = fitted(on_features(start, train, val), TX, ORDER, epochs)
+    return state.params["head"], history
 
 
 def fit_live(start: HeadParams, lesson: Lesson) -> tuple[HeadParams, list[EpochRow]]:
     """Ours, on pixels."""
-    runner = live_runner(lesson.backbone, lesson.train, TX, ORDER, IMAGE_SIZE, "float32")
-    evaluator = live_evaluator(lesson.backbone, lesson.val, IMAGE_SIZE, "float32")
-    state, history = fit(init_state(start, TX), runner, evaluator, EPOCHS)
-    return state.params, history
+    task = on_images(start, lesson.backbone, lesson.train, lesson.val, size=IMAGE_SIZE)
+    state, history = fitted(task, TX, ORDER, EPOCHS, batch_size=64)
+    return state.params["head"], history
 
 
 def relative(a: Any, b: Any) -> float:

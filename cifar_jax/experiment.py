@@ -1,0 +1,290 @@
+"""The job from end to end: data, backbone, features, training, evaluation, figures, the run directory."""
+
+import contextlib
+import logging
+import shlex
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from cifar_jax.checkpoint import Position
+from cifar_jax.clock import Clock
+from cifar_jax.config import TrainConfig
+from cifar_jax.environment import device_description
+from cifar_jax.errors import RunError, UserError
+from cifar_jax.head import Head
+from cifar_jax.inputs import Inputs, load_inputs, require_same_inputs_everywhere, warn_of_shared_images
+from cifar_jax.interruption import Signals, listening
+from cifar_jax.optimizer import make_schedule
+from cifar_jax.parallel import make_mesh
+from cifar_jax.pretrained import AnyBackbone
+from cifar_jax.processes import agreed, arrays_from_first, from_first, is_first
+from cifar_jax.profiling import profiled
+from cifar_jax.reporter import EpochRow, Reporter, Silent
+from cifar_jax.resume import (
+    NO_PROGRESS,
+    Progress,
+    check_again,
+    find_run,
+    load_state,
+    require_same_inputs,
+    selected_epoch,
+)
+from cifar_jax.run_dir import CHECKPOINTS, claimed
+from cifar_jax.run_writer import RunWriter
+from cifar_jax.train.evaluate import EvalResult
+from cifar_jax.train.loop import Diverged, EpochPart, fit
+from cifar_jax.train.losses import LossFn
+from cifar_jax.train.step import TrainState
+from cifar_jax.train.task import Augment
+from cifar_jax.training import Parts, Training, prepare
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM came; what was done until then is in the run directory."""
+
+    def __init__(self, path: Path, saved: Position, exit_code: int):
+        """Takes the run directory, the position of its newest checkpoint, and what the process should end with."""
+        self.path, self.saved, self.exit_code = path, saved, exit_code
+        super().__init__(f"interrupted after {saved.words}, saved in {path}")
+
+
+def train(
+    config: TrainConfig,
+    reporter: Reporter | None = None,
+    *,
+    loss_fn: LossFn | None = None,
+    head: Head | None = None,
+    backbone: AnyBackbone | None = None,
+    tx: optax.GradientTransformation | None = None,
+    augment: Augment | None = None,
+) -> Path:
+    """Runs the whole job, traced where `config.run.profile` asks for it.
+
+    Where there are several processes, it runs in all of them, of which the first one alone shows and writes things.
+
+    Args:
+      config: what to do.
+      reporter: shown its progress.
+      loss_fn: `(logits, labels) -> [batch]`, in the place of cross-entropy.
+      head: in the place of the dense one.
+      backbone: in the place of the one that the configuration names.
+      tx: the optimiser, in the place of SGD.
+      augment: `(key, batch) -> batch`, in the place of `--augment`; not in the mode cached, which sees pixels once.
+
+    Returns:
+      The run directory.
+
+    Raises:
+      UserError: for what the user can mend; nothing was written then.
+      RunError: when the job failed; what was done until then is in the run directory.
+      Interrupted: when Ctrl-C came.
+    """
+    reporter = (reporter if is_first() else None) or Silent()
+    parts = Parts(loss_fn, head, backbone, tx, augment)
+    with profiled(config.run.profile), listening(jax.process_count() == 1, _acknowledge) as signals:
+        mesh = make_mesh(config.optim.devices)
+        _check(config, parts, mesh)
+        found = from_first(lambda: find_run(config))
+        out, progress = Path(found["out"]), Progress.from_json(found["progress"]) if found["progress"] else NO_PROGRESS
+        if found["finished"]:
+            logger.info(f"The run in {out} is finished; there is nothing to resume.")
+            return out
+        clock = Clock()
+        inputs = load_inputs(config, clock, reporter.progress, backbone)
+        require_same_inputs_everywhere(config, inputs, parts.names())
+        require_same_inputs(out, progress, inputs.digests() | parts.names())
+        warn_of_shared_images(inputs.problem)
+        reporter.header(_header(config, inputs, parts, out, mesh.size))
+        if progress.position > (0, 0):
+            logger.info(f"Resuming the run in {out} after {progress.position.words}.")
+        writer = RunWriter(out, config, inputs, clock, progress, parts.names()) if is_first() else None
+        stopping = agreed(lambda: bool(signals.requested))
+        with claimed(out) if writer else contextlib.nullcontext(), _ended(writer, out, signals):
+            if writer:
+                check_again(out, config, found["progress"])
+                with signals.held():
+                    writer.start(resumes=found["progress"] is not None)
+                writer.samples()
+            training = prepare(config, inputs, parts, mesh, clock, reporter, progress.position.epoch, stopping)
+            if writer and training.extracted:
+                writer.extracted(training.extracted.num_images, training.extracted.seconds)
+            record = _Record(config, inputs, out, training, progress, writer, reporter)
+            with signals.noted(), record.explained():
+                with clock("training"):
+                    state, _ = fit(
+                        record.state,
+                        training.task.frozen,
+                        training.advance,
+                        record.validate,
+                        config.optim.epochs,
+                        first_epoch=progress.position.epoch,
+                        part=progress.part,
+                        checkpoint_every=config.run.checkpoint_every,
+                        on_epoch=record.epoch,
+                        on_part=record.part,
+                        stopping=stopping,
+                        reporter=training.reporter,
+                    )
+                with clock("evaluation"):
+                    val, test = record.scores(state)
+                if stopping():
+                    raise KeyboardInterrupt
+            if writer:
+                writer.pictures(val, test)
+                with signals.held():
+                    writer.finish("complete", val, test)
+    return out
+
+
+class _Record:
+    """What training has achieved, and what of it is kept: in every process, where only the first one writes."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        inputs: Inputs,
+        out: Path,
+        training: Training,
+        progress: Progress,
+        writer: RunWriter | None,
+        reporter: Reporter,
+    ) -> None:
+        """Takes up where `progress` says that the run is."""
+        self._config, self._out, self._training = config, out, training
+        self._writer, self._reporter = writer, reporter
+        self._held_out, self._rows = inputs.problem.held_out, list(progress.rows)
+        self.state = self._restored(progress.position)
+        self._best: TrainState | None = None  # of the selected epoch, where it need not be the last
+        self._result: EvalResult | None = None  # of the selected epoch
+        if self._held_out and (selected := selected_epoch(self._rows, self._held_out)):
+            self._best = self._restored(Position(selected))
+
+    def _restored(self, position: Position) -> TrainState:
+        start = self._training.state
+        if position == (0, 0):
+            return start
+        return arrays_from_first(load_state(self._out / CHECKPOINTS, start, position) if is_first() else start)
+
+    def validate(self, state: TrainState) -> EvalResult:
+        """Scores a state on the validation images."""
+        return self._training.evaluate(state, self._training.task.frozen, "val" if self._held_out else "test")
+
+    def epoch(self, row: EpochRow, result: EvalResult, state: TrainState) -> None:
+        """Keeps an epoch."""
+        self._rows.append(row)
+        if self._writer:
+            self._writer.epoch(row)
+            self._writer.checkpoint(state)
+        if selected_epoch(self._rows, self._held_out) == row.epoch:
+            self._result = result
+            if self._held_out:
+                # A copy, as the next step is given the state's own memory.
+                self._best = jax.tree.map(jnp.copy, state._replace(opt_state=()))
+        self._reporter.epoch(row, self._config.optim.epochs)
+
+    def part(self, part: EpochPart, state: TrainState) -> None:
+        """Keeps a part of an epoch."""
+        if self._writer:
+            self._writer.checkpoint(state, part)
+
+    def scores(self, last: TrainState) -> tuple[EvalResult, EvalResult]:
+        """Scores of the selected epoch on validation and test images, which are the same unless some were held out."""
+        state = self._best or last
+        val = self._result or self.validate(state)
+        return val, self._training.evaluate(state, self._training.task.frozen, "test") if self._held_out else val
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Adds to the error of a run that diverged its cause, and how to continue."""
+        try:
+            yield
+        except Diverged as error:
+            fault = error.fault or self._training.fault(error.state, error.epoch - 1, error.step - 1)
+            schedule = make_schedule(
+                self._config, self._config.optim.learning_rate, self._training.advance.steps_per_epoch
+            )
+            saved = self._writer.saved if self._writer else Position(len(self._rows))
+            kept = f"The checkpoint after {saved.words} is kept. " if saved > (0, 0) else ""
+            more = (
+                f"The learning rate was {float(schedule(error.state.step)):.3g}. {kept}Continue with a lower "
+                f"--learning-rate and --resume --out {shlex.quote(str(self._out))}, or start again with --overwrite."
+            )
+            raise Diverged(error.state, error.epoch, error.step, fault, more) from None
+
+
+@contextlib.contextmanager
+def _ended(writer: RunWriter | None, out: Path, signals: Signals) -> Iterator[None]:
+    """Writes the summary of a run that ends early."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stopped = Interrupted(out, writer.saved if writer else Position(0), signals.exit_code)
+        _finish_after(stopped, writer, "interrupted", signals)
+        raise stopped from None
+    except Diverged as error:
+        _finish_after(error, writer, "diverged", signals)
+        raise
+    except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        _finish_after(error, writer, "failed", signals)
+        raise
+
+
+def _finish_after(error: Exception, writer: RunWriter | None, status: str, signals: Signals) -> None:
+    """Writes the summary of a run that ended early. What goes wrong there is a note on the error, which comes first."""
+    try:
+        with signals.noted():
+            if writer:
+                writer.finish(status)
+    except Exception as second:
+        reason = str(second) if isinstance(second, UserError | RunError) else f"{type(second).__name__}: {second}"
+        error.add_note(f"Writing the summary failed too: {reason}")
+
+
+def _acknowledge(number: signal.Signals, is_held: bool) -> None:
+    again = "; press Ctrl-C again to quit at once" if number == signal.SIGINT else " (SIGTERM)"
+    logger.info(f"Stopping{' after this step' if is_held else ''}{again}.")
+
+
+def _check(config: TrainConfig, parts: Parts, mesh: Mesh) -> None:
+    """Refuses what does not go together, before anything is loaded.
+
+    Raises:
+      UserError: naming it.
+    """
+    micro_batch = config.finetune.micro_batch
+    if micro_batch and micro_batch % mesh.size:  # padded, pieces would be normalised by other examples
+        raise UserError(
+            f"--micro-batch {micro_batch} cannot be divided between {mesh.size} devices; name a multiple, or fewer "
+            "--devices."
+        )
+    if parts.augment and config.optim.mode == "cached":
+        raise UserError("augment needs the pixels at every step, which --mode cached sees only once; use --mode live.")
+
+
+def _header(config: TrainConfig, inputs: Inputs, parts: Parts, out: Path, devices: int) -> dict[str, str]:
+    problem, backbone, image_size = inputs
+    counts = f"{len(problem.train.labels):,} training, {len(problem.val.labels):,} {problem.val_name}"
+    if problem.held_out:
+        counts += f", {len(problem.test.labels):,} test"
+    optim = config.optim
+    chosen = "held-out training images" if problem.held_out else "test images (hold some out with --val-fraction)"
+    sgd = f", SGD {optim.learning_rate:g}" + (f", momentum {optim.momentum:g}" if optim.momentum else "")
+    replaced = ", ".join(f"{part} {name}" for part, name in parts.names().items())
+    return {
+        "data": f"{problem.splits.name} {problem.splits.version}: {counts} images",
+        "val_ figures": f"of the {chosen}",
+        "weights": f"{backbone.source}, SHA-256 {backbone.sha256[:16]}",
+        "variant": f"{backbone.variant}; {backbone.input_words(image_size)}",
+        "device": f"{device_description(devices)}, {config.backbone.precision}",
+        "training": f"{optim.mode}: {optim.epochs} epochs, batch {optim.batch_size}{'' if parts.tx else sgd}",
+        **({"replaced": replaced} if replaced else {}),
+        "run": str(out),
+    }

@@ -1,0 +1,237 @@
+"""Evaluation over all examples: sums and counts, divided once at the end, so the batch size cannot matter."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Int, Int32, PyTree
+
+from cifar_jax.head import dense_logits
+from cifar_jax.parallel import make_mesh, replicate, replicated_sharding, round_up, shard
+from cifar_jax.reporter import Reporter, Silent
+from cifar_jax.train.losses import LossFn, cross_entropy
+from cifar_jax.train.step import TrainState, classes_of
+from cifar_jax.train.task import Batch, Forward, Task, head_forward
+
+# Batches that the devices are given before the host waits for the first of them.
+AHEAD = 2
+
+
+class EvalSums(NamedTuple):
+    """Sums over a batch, and its logits."""
+
+    loss_sum: Float[Array, ""]
+    confusion: Int32[Array, "classes classes"]  # rows true, columns predicted
+    logits: Float[Array, "batch classes"]
+
+
+class EvalResult(NamedTuple):
+    """Scores on a split.
+
+    Attributes:
+      loss: mean over the examples.
+      accuracy: share of the examples that were classified rightly.
+      confusion: counts, rows true, columns predicted.
+      logits: of every example, in the order of the split.
+    """
+
+    loss: float
+    accuracy: float
+    confusion: Int[np.ndarray, "classes classes"]
+    logits: Float32[np.ndarray, "n classes"]
+
+    @property
+    def num(self) -> int:
+        """Number of examples."""
+        return int(self.confusion.sum())
+
+    @property
+    def class_accuracy(self) -> Float[np.ndarray, "classes"]:
+        """Share of each class's examples that were classified rightly; NaN for a class without examples."""
+        totals = self.confusion.sum(axis=1)
+        return np.where(totals > 0, np.diag(self.confusion) / np.maximum(totals, 1), np.nan)
+
+
+EvalStep = Callable[[PyTree, PyTree, PyTree, Batch], EvalSums]
+
+
+def make_eval_step(forward: Forward, loss_fn: LossFn) -> EvalStep:
+    """Makes the evaluation of a batch, a pure function that serves validation, test and figures.
+
+    Args:
+      forward: of a `Task`.
+      loss_fn: the loss that the task trains on, so that training and validation losses can be compared.
+
+    Returns:
+      `eval_step(params, batch_stats, frozen, batch) -> EvalSums`.
+    """
+
+    def eval_step(params: PyTree, batch_stats: PyTree, frozen: PyTree, batch: Batch) -> EvalSums:
+        logits, _ = forward(params, batch_stats, frozen, batch.inputs, train=False, key=None, mask=batch.mask)
+        num_classes = logits.shape[-1]
+        losses = loss_fn(logits, batch.labels) * batch.mask
+        cells = classes_of(batch.labels) * num_classes + jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        confusion = jnp.zeros(num_classes**2, jnp.int32).at[cells].add(batch.mask.astype(jnp.int32))
+        return EvalSums(losses.sum(), confusion.reshape(num_classes, num_classes), logits)
+
+    return eval_step
+
+
+_head_eval_step = make_eval_step(head_forward(dense_logits), cross_entropy)
+
+
+@jax.jit
+def eval_step(params: PyTree, batch: Batch) -> EvalSums:
+    """Evaluates the dense head, {"head": params of `init_head`}, on a batch of features."""
+    return _head_eval_step(params, {}, {}, batch)
+
+
+class Evaluate(Protocol):
+    """Scores a state on a split of a task."""
+
+    def __call__(self, state: TrainState, frozen: PyTree, split: str) -> EvalResult:
+        """Scores."""
+        ...
+
+
+def make_evaluate(
+    task: Task,
+    loss_fn: LossFn,
+    mesh: Mesh,
+    batch_size: int,
+    reporter: Reporter | None = None,
+    stopping: Callable[[], bool] | None = None,
+) -> Evaluate:
+    """Makes the evaluation of a task's splits, which is compiled once for all of them.
+
+    Args:
+      task: whose splits are scored, all but `train`.
+      loss_fn: the loss that it trains on.
+      mesh: the devices that a batch is divided between.
+      batch_size: examples at a time; the result does not depend on it but for rounding of the loss.
+      reporter: shown a bar of images, if these do not lie on the devices.
+      stopping: whether to stop, asked after each batch.
+
+    Returns:
+      `evaluate(state, frozen, split) -> EvalResult`, which raises KeyboardInterrupt when asked to stop.
+    """
+    step = jax.jit(make_eval_step(task.forward, loss_fn), out_shardings=replicated_sharding(mesh))
+    scored = {name: split for name, split in task.splits.items() if name != "train"}
+    batch_size = min(batch_size, max(len(split.labels) for split in scored.values()))
+    # Features lie on the devices; images go there batch by batch, each time.
+    kept = {
+        name: list(eval_batches(split.inputs, split.labels, batch_size, mesh))
+        for name, split in scored.items()
+        if split.resident
+    }
+    reporter, compiles = reporter or Silent(), iter((True,))
+
+    def evaluate(state: TrainState, frozen: PyTree, split: str) -> EvalResult:
+        inputs, labels, resident = scored[split]
+        batches = kept[split] if resident else eval_batches(inputs, labels, batch_size, mesh)
+        name, shown = {"val": "held-out"}.get(split, split), Silent() if resident else reporter
+        with shown.progress(f"Evaluating {name} images", len(labels), next(compiles, False)) as bar:
+            bar(0)
+            tally = _Tally(len(labels), bar)
+            for batch in batches:
+                if not resident and stopping and stopping():
+                    raise KeyboardInterrupt
+                tally.add(step(state.params, state.batch_stats, frozen, batch))
+            return tally.result()
+
+    return evaluate
+
+
+def evaluate(
+    step: Callable[[PyTree, Batch], EvalSums],
+    params: PyTree,
+    inputs: Array | np.ndarray,
+    labels: Int32[np.ndarray, "n"],
+    batch_size: int = 2048,
+    on_examples: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
+) -> EvalResult:
+    """Loss, accuracy, confusion matrix and logits over all examples.
+
+    Args:
+      step: `eval_step`, or another `(params, batch) -> EvalSums`.
+      params: its first argument.
+      inputs: what the step takes, [n, ...].
+      labels: in 0..classes - 1.
+      batch_size: examples at a time; the result does not depend on it but for rounding of the loss.
+      on_examples: is called with the number done after each batch.
+      mesh: the devices that a batch is divided between; one if None.
+
+    Raises:
+      ValueError: when there are no examples.
+    """
+    mesh = mesh or make_mesh()
+    tally, params = _Tally(len(labels), on_examples), replicate(mesh, params)
+    for batch in eval_batches(inputs, labels, min(batch_size, len(labels)), mesh):
+        tally.add(step(params, batch))
+    return tally.result()
+
+
+def eval_batches(
+    inputs: Array | np.ndarray, labels: Int32[np.ndarray, "n"], batch_size: int, mesh: Mesh
+) -> Iterator[Batch]:
+    """All examples in batches of one shape, divided between the devices, the last one padded."""
+    batch_size = round_up(mesh, batch_size)
+    for start in range(0, len(labels), batch_size):
+        rows = np.arange(start, start + batch_size)
+        real = rows < len(labels)
+        rows[~real] = 0
+        yield Batch(*shard(mesh, (inputs[rows], labels[rows], real.astype(np.float32))))
+
+
+class _Tally:
+    """Adds up batches that the devices are still working on, a few of them behind the newest."""
+
+    def __init__(self, num_examples: int, on_examples: Callable[[int], None] | None = None) -> None:
+        if not num_examples:
+            raise ValueError("there are no examples to evaluate on")
+        self._num, self._on_examples = num_examples, on_examples
+        self._running: deque[EvalSums] = deque()
+        self._loss_sum, self._done = 0.0, 0
+        self._confusions: list[np.ndarray] = []
+        self._logits: list[np.ndarray] = []
+
+    def add(self, sums: EvalSums) -> None:
+        """Takes the next batch."""
+        self._running.append(sums)
+        self._wait_for(AHEAD)
+
+    def _wait_for(self, left: int) -> None:
+        while len(self._running) > left:
+            loss_sum, confusion, logits = jax.device_get(self._running.popleft())
+            self._loss_sum += float(loss_sum)
+            self._confusions.append(confusion)
+            self._logits.append(logits)
+            self._done = min(self._done + len(logits), self._num)
+            if self._on_examples:
+                self._on_examples(self._done)
+
+    def result(self) -> EvalResult:
+        """Waits for the last batch."""
+        self._wait_for(0)
+        confusion = np.stack(self._confusions).astype(np.int64).sum(axis=0)
+        assert confusion.sum() == self._num, "every example is counted once"
+        accuracy = float(np.trace(confusion) / self._num)
+        return EvalResult(self._loss_sum / self._num, accuracy, confusion, np.concatenate(self._logits)[: self._num])
+
+
+def wilson_interval(accuracy: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of an accuracy measured on `count` examples.
+
+    Reference:
+      Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22.
+    """
+    centre = accuracy + z**2 / (2 * count)
+    spread = z * math.sqrt(accuracy * (1 - accuracy) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

@@ -1,0 +1,111 @@
+"""The backbone as a function that trains: BatchNorm's statistics, frozen stages, what goes on a CPU."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PyTree, UInt8
+
+from cifar_jax.config import TrainConfig
+from cifar_jax.optimizer import param_labels
+from cifar_jax.parallel import rows_sharding
+from cifar_jax.preprocess import preprocess
+from cifar_jax.pretrained.backbone import AnyBackbone, Backbone, FunctionBackbone
+from cifar_jax.resnet import ResNet, ResNetConfig
+from cifar_jax.train.task import TrainableFn
+
+
+def make_network(config: TrainConfig, network: ResNetConfig, platform: str | None = None) -> ResNet:
+    """The network as it is trained, on a platform of JAX's; on the one that is here if None."""
+    return ResNet(
+        network,
+        dtype=jnp.dtype(config.backbone.precision),
+        bn_momentum=config.finetune.bn_momentum,
+        # As matrix products the gradients of 3x3 convolutions are three to four times faster on a CPU.
+        convs_as_dots=(platform or jax.default_backend()) == "cpu",
+        frozen_stages=config.finetune.freeze_stages,
+        remat=config.finetune.remat,
+    )
+
+
+def trainable(
+    network: ResNet,
+    backbone: Backbone,
+    image_size: int,
+    bn_statistics: str = "batch",
+    mesh: Mesh | None = None,
+    has_padding: bool = False,
+) -> TrainableFn:
+    """A backbone as a function for `finetune_task`. Evaluated, it is what `extract` is, with the variables as they are.
+
+    Args:
+      network: from `make_network`; its frozen stages get no gradient and keep their statistics.
+      backbone: how images are preprocessed and the network is evaluated.
+      image_size: side in pixels that images are upsampled to.
+      bn_statistics: `batch`: BatchNorm normalises by the batch, and the running statistics become
+        `momentum * old + (1 - momentum) * batch's`, the variance being the biased one, as in Keras 3. `frozen`:
+        BatchNorm uses its running statistics and keeps them.
+      mesh: the devices that each piece of a batch is divided between; None leaves it where it lies.
+      has_padding: whether batches may hold padding, which is then left out of BatchNorm's statistics.
+    """
+
+    def features(
+        params: PyTree, batch_stats: PyTree, images: UInt8[Array, "batch h w 3"], *, train: bool, mask: Array
+    ) -> tuple[Float[Array, "batch features"], PyTree]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        if not train:
+            plain = ResNet(backbone.config, dtype=network.dtype)
+            evaluated: Any = plain.apply(variables, preprocess(images, backbone.preprocessing, image_size), train=False)
+            return evaluated.pooled, batch_stats
+        variables["params"] = _stop_frozen(params, network.frozen_stages)
+        if mesh:
+            images, mask = jax.lax.with_sharding_constraint((images, mask), rows_sharding(mesh))
+        x = preprocess(images, backbone.preprocessing, image_size)
+        output: Any
+        if bn_statistics == "batch":
+            real = mask > 0 if has_padding else None
+            output, changed = network.apply(variables, x, train=True, real=real, mutable=["batch_stats"])
+            return output.pooled, changed["batch_stats"]
+        output = network.apply(variables, x, train=False)
+        return output.pooled, batch_stats
+
+    return features
+
+
+def trainable_backbone(
+    config: TrainConfig, backbone: AnyBackbone, image_size: int, mesh: Mesh | None = None, has_padding: bool = False
+) -> tuple[dict[str, PyTree], TrainableFn]:
+    """Variables {"params", "batch_stats"} and function of a backbone that trains as a configuration says."""
+    if isinstance(backbone, FunctionBackbone):
+
+        def features(
+            params: PyTree, batch_stats: PyTree, images: UInt8[Array, "batch h w 3"], *, train: bool, mask: Array
+        ) -> tuple[Float[Array, "batch features"], PyTree]:
+            return backbone.function(params, images), batch_stats
+
+        return {"params": backbone.variables, "batch_stats": {}}, features
+    network = make_network(config, backbone.config)
+    variables = with_zero_gamma(backbone.variables) if config.finetune.zero_gamma else dict(backbone.variables)
+    return variables, trainable(network, backbone, image_size, config.finetune.bn_statistics, mesh, has_padding)
+
+
+def _stop_frozen(params: PyTree, frozen_stages: int) -> PyTree:
+    """Without a gradient for what is frozen, nothing is computed for it on the way back either."""
+    labels = param_labels({"backbone": params}, frozen_stages)["backbone"]
+    return jax.tree.map(lambda p, label: jax.lax.stop_gradient(p) if label == "frozen" else p, params, labels)
+
+
+def with_zero_gamma(variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Variables with zero scale in each block's last BatchNorm, so that every block begins as its shortcut.
+
+    Reference:
+      Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 5.1
+    """
+    params = {
+        name: part | {"bn3": part["bn3"] | {"scale": np.zeros_like(part["bn3"]["scale"])}} if "bn3" in part else part
+        for name, part in variables["params"].items()
+    }
+    return dict(variables) | {"params": params}

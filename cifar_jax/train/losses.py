@@ -1,0 +1,37 @@
+"""Loss functions: `(logits, labels) -> float32 [batch]`, a loss an example. The step masks, sums and divides."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+from jaxtyping import Array, Float, Int32
+
+# Integer labels, or a distribution over the classes for each example, as mixup makes.
+Labels = Int32[Array, "batch"] | Float[Array, "batch classes"]
+LossFn = Callable[[Float[Array, "batch classes"], Labels], Float[Array, "batch"]]
+
+
+def cross_entropy(logits: Float[Array, "batch classes"], labels: Labels) -> Float[Array, "batch"]:
+    """Softmax cross-entropy of logits.
+
+    Keras's `SparseCategoricalCrossentropy` on softmax probabilities is the same number, computed with fewer digits.
+    """
+    if labels.ndim == 1:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return optax.softmax_cross_entropy(logits, labels)
+
+
+def smoothed_cross_entropy(label_smoothing: float) -> LossFn:
+    """Cross-entropy of labels of which a share is spread evenly over all classes; `cross_entropy` itself at 0.
+
+    Reference:
+      Szegedy et al. 2015, https://arxiv.org/abs/1512.00567, section 7
+    """
+    if not label_smoothing:
+        return cross_entropy
+
+    def loss_fn(logits: Float[Array, "batch classes"], labels: Labels) -> Float[Array, "batch"]:
+        even = -jax.nn.log_softmax(logits).mean(axis=-1)
+        return (1 - label_smoothing) * cross_entropy(logits, labels) + label_smoothing * even
+
+    return loss_fn

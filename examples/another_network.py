@@ -1,0 +1,47 @@
+"""Another network: random convolutions and pooling, as a plain function in the place of the ResNet.
+
+`FunctionBackbone` takes any pure function `(variables, images uint8 [batch, 32, 32, 3]) -> features`. The function does
+its own preprocessing, and has nothing to do with Flax or with weights files. In the modes cached and live it is frozen;
+with `mode="finetune"` its variables train too. From a checkout, after `pip install .`:
+
+    python examples/another_network.py
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from cifar_jax import FunctionBackbone, TrainConfig, load_run
+from cifar_jax.config import preset
+from cifar_jax.experiment import train
+
+
+def random_convolutions(variables: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+    """The mean of what each filter finds in each of 4 x 4 fields of an image."""
+    x = images.astype(jnp.float32) / 127.5 - 1
+    x = x - x.mean(axis=(1, 2), keepdims=True)
+    x = jax.lax.conv_general_dilated(
+        x, variables["kernel"], window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    batch, side, _, filters = x.shape
+    fields = jax.nn.relu(x).reshape(batch, 4, side // 4, 4, side // 4, filters)
+    return fields.mean(axis=(2, 4)).reshape(batch, -1)
+
+
+def make_backbone(key: jax.Array, filters: int = 64) -> FunctionBackbone:
+    """A backbone with filters of 5x5 pixels drawn from a key."""
+    kernel = jax.nn.initializers.he_normal()(key, (5, 5, 3, filters), jnp.float32)
+    return FunctionBackbone(random_convolutions, {"kernel": kernel}, "random convolutions")
+
+
+def main(config: TrainConfig | None = None) -> Path:
+    """Trains a head on the network, on the demo unless told otherwise, and returns the run directory."""
+    backbone = make_backbone(jax.random.key(0))
+    run_dir = train(config or preset("demo"), backbone=backbone)
+    print(load_run(run_dir, backbone=backbone))
+    return run_dir
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The configuration: options in groups, which are typed, recorded and given in Python by their names alone."""
+
+import copy
+import json
+import pickle
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+
+import pytest
+from helpers import command, is_one_error
+
+from cifar_jax.config import (
+    FINETUNE_ONLY,
+    BackboneConfig,
+    DataConfig,
+    FinetuneConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    preset,
+)
+from cifar_jax.errors import UserError
+from cifar_jax.groups import FIELDS, GROUP_OF, GROUPS, OF_A_PROCESS, OF_THE_COMMAND, PATHS, RUN_ONLY
+from cifar_jax.options import parse_train
+from cifar_jax.run_dir import recorded
+
+CONFIGS = Path(__file__).parent / "configs"  # written before options were in groups
+FINETUNE = FinetuneConfig(2, 0.01, "batch", 0.8, False, 16, True)
+OPTIM = OptimConfig(
+    mode="finetune",
+    hidden=(64, 32),
+    epochs=9,
+    batch_size=48,
+    learning_rate=0.05,
+    momentum=0.5,
+    nesterov=True,
+    weight_decay=1e-4,
+    schedule="cosine",
+    warmup_epochs=1.5,
+    label_smoothing=0.1,
+    clip_norm=2.0,
+    seed=7,
+    devices=1,
+    deterministic=True,
+)
+RUN = RunConfig(
+    out="/runs/finetune",
+    resume=True,
+    checkpoint_every=5,
+    keep_checkpoints=4,
+    data_dir="/data",
+    cache_dir="/cache",
+    cache_limit=3.0,
+    profile="/traces",
+    progress=False,
+    debug=True,
+)
+WRITTEN = {
+    "finetune": TrainConfig(
+        "pretrain",
+        DataConfig("shapes", 1000, 200, 0.25, False, ("flip", "cutout")),
+        BackboneConfig("random-w16", None, 64, "bfloat16", 128, "float32"),
+        OPTIM,
+        FINETUNE,
+        RUN,
+    ),
+    "cached": TrainConfig(
+        "demo",
+        DataConfig("shapes", 1000, 200, 0.25, False, ()),
+        BackboneConfig("random-w16", "torchvision", 64, "bfloat16", 128, "bfloat16"),
+        replace(OPTIM, mode="cached"),
+        FinetuneConfig(),
+        replace(RUN, out="/runs/cached"),
+    ),
+    "pretrain": preset("pretrain"),
+}
+
+
+def read(name):
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_config_that_was_written_before_there_were_groups(name):
+    config = TrainConfig.from_json(read(name))
+    assert config == WRITTEN[name]
+    # The same keys are written, with the same values.
+    assert recorded(config) == config.to_json() == read(name)
+
+
+def test_those_configs_set_something_in_every_group():
+    for group in GROUPS:
+        usual = getattr(TrainConfig(), group)
+        assert any(getattr(WRITTEN[name], group) != usual for name in ("finetune", "cached")), group
+
+
+def test_every_option_is_in_one_group():
+    names = [field.name for group in GROUPS.values() for field in fields(group)]
+    assert len(names) == len(set(names)) == len(GROUP_OF)
+    assert {"preset", *GROUPS} == {field.name for field in fields(TrainConfig)}
+    assert not {"preset", *GROUPS} & set(names)  # an option of such a name could not be given in Python
+
+
+def test_options_are_given_and_read_without_their_groups():
+    config = TrainConfig(epochs=2, out="x", augment=("flip",), mode="live", image_size=64)
+    assert (config.epochs, config.out, config.augment, config.image_size) == (2, "x", ("flip",), 64)
+    assert (config.optim.epochs, config.run.out, config.data.augment) == (2, "x", ("flip",))
+    assert config == TrainConfig(
+        data=DataConfig(augment=("flip",)),
+        backbone=BackboneConfig(image_size=64),
+        optim=OptimConfig(epochs=2, mode="live"),
+        run=RunConfig(out="x"),
+    )
+    changed = replace(config, epochs=3, run=RunConfig(out="y", overwrite=True))
+    assert (changed.epochs, changed.mode, changed.out, changed.overwrite) == (3, "live", "y", True)
+    assert (config.epochs, config.out) == (2, "x")
+    changes = {"epochs": 2, "out": "runs/notebook", "overwrite": True}
+    assert replace(preset("demo"), **changes).options() == preset("demo").options() | changes
+
+
+def test_a_single_option_goes_before_its_group():
+    assert TrainConfig(optim=OptimConfig(epochs=2, seed=5), epochs=3).optim == OptimConfig(epochs=3, seed=5)
+
+
+@pytest.mark.parametrize("make", [lambda: TrainConfig(epoch=2), lambda: replace(TrainConfig(), epoch=2)])
+def test_an_option_that_there_is_not_is_a_type_error(make):
+    with pytest.raises(TypeError, match=r"There is no option 'epoch'\. Did you mean epochs\?"):
+        make()
+
+
+def test_a_field_that_there_is_not_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'TrainConfig' object has no attribute 'epoch'"):
+        TrainConfig().epoch  # noqa: B018
+    assert not hasattr(TrainConfig(), "__fspath__")
+    with pytest.raises(UserError, match="unknown fields: optim; remove them"):
+        TrainConfig.from_json({"optim": {"epochs": 2}})
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_it_is_a_value(name):
+    config = WRITTEN[name]
+    for same in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config)), replace(config)):
+        assert same == config and hash(same) == hash(config) and repr(same) == repr(config)
+    assert eval(repr(config)) == config
+    assert config != replace(config, seed=8) and len({config, replace(config, seed=8), replace(config)}) == 2
+    with pytest.raises(FrozenInstanceError):
+        config.epochs = 3
+
+
+def test_a_copy_in_the_making_has_no_groups_yet():
+    empty = TrainConfig.__new__(TrainConfig)
+    for name in ("optim", "epochs", "__setstate__"):
+        with pytest.raises(AttributeError):
+            getattr(empty, name)
+
+
+def test_values_are_checked_within_groups_too():
+    for make in (lambda: TrainConfig(optim=OptimConfig(epochs=0)), lambda: TrainConfig(epochs=0)):
+        with pytest.raises(UserError, match=r"--epochs must be at least 1, got 0\."):
+            make()
+
+
+def test_what_kind_an_option_is():
+    assert set(FINETUNE_ONLY) == {field.name for field in fields(FinetuneConfig)}
+    assert set(RUN_ONLY) == {field.name for field in fields(RunConfig)}
+    assert set(RUN_ONLY) - set(OF_THE_COMMAND) == {"data_dir", "cache_dir", "cache_limit"}
+    assert set(RUN_ONLY) - set(OF_A_PROCESS) == {"checkpoint_every"}
+    assert set(PATHS) == {"out", "config", "data_dir", "cache_dir", "profile"}
+    # What is a path says so: else it would be recorded as it was typed.
+    assert {name for name in FIELDS if name.endswith("_dir")} < set(PATHS)
+
+
+def test_a_rerun_keeps_inputs_and_caches_and_nothing_of_the_command(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(read("finetune")))
+    theirs, ours = WRITTEN["finetune"], parse_train(["--config", str(tmp_path)])
+    assert ours == replace(theirs, run=RunConfig(data_dir="/data", cache_dir="/cache", cache_limit=3.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a preset or an earlier run says, and what is typed takes the meaning from
+
+
+LIVE = {"mode": "live", "bn_momentum": 0.99, "zero_gamma": False}
+
+
+@pytest.mark.parametrize(
+    ("of", "typed", "changes"),
+    [
+        ("pretrain", "--mode live", LIVE),
+        ("pretrain", "--mode=cached", LIVE | {"mode": "cached", "augment": ()}),
+        ("pretrain", "--mode cached --mode live", LIVE),  # the last one counts
+        ("pretrain", "--schedule constant", {"schedule": "constant", "warmup_epochs": 0.0}),
+        ("pretrain", "--momentum 0", {"momentum": 0.0, "nesterov": False}),
+        ("pretrain", "--momentum=0.0", {"momentum": 0.0, "nesterov": False}),
+        ("pretrain", "--bn-statistics frozen", {"bn_statistics": "frozen", "bn_momentum": 0.99}),
+        ("pretrain", "--bn_statistics=frozen", {"bn_statistics": "frozen", "bn_momentum": 0.99}),
+        ("pretrain", "--momentum 0.5", {"momentum": 0.5}),
+        ("demo", "--schedule constant", {"schedule": "constant"}),
+        ("cached.json", "--mode live", {"mode": "live", "feature_dtype": "float32"}),
+        ("cached.json", "--mode finetune", {"mode": "finetune", "feature_dtype": "float32"}),
+        ("finetune.json", "--mode live", {"mode": "live", **{name: FIELDS[name].default for name in FINETUNE_ONLY}}),
+    ],
+)
+def test_options_that_nobody_typed_and_that_have_no_meaning_are_dropped(of, typed, changes):
+    default = ["--config", str(CONFIGS / of)] if of.endswith(".json") else ["--preset", of]
+    default += ["--dataset", "shapes"]  # which is there on every machine
+    assert parse_train([*typed.split(), *default]).options() == parse_train(default).options() | changes
+
+
+@pytest.mark.parametrize(
+    ("typed", "part"),
+    [
+        ("--preset pretrain --mode live --bn-momentum 0.9", "--bn-momentum has no meaning in --mode live"),
+        ("--mode cached --preset pretrain --zero-gamma", "--zero-gamma has no meaning in --mode cached"),
+        ("--preset pretrain --mode cached --augment flip", "--augment needs the pixels at every step"),
+        ("--preset pretrain --mode live --feature-dtype float16", "--feature-dtype says what --mode cached keeps"),
+        ("--preset pretrain --schedule constant --warmup-epochs 2", "--warmup-epochs goes with --schedule cosine"),
+        ("--preset pretrain --momentum 0 --nesterov", "--nesterov is a form of momentum"),
+        ("--preset pretrain --bn-statistics frozen --bn-momentum 0.9", "--bn-momentum moves no statistics"),
+        ("--preset demo --momentum 1", "--momentum must be at least 0 and below 1, got 1.0."),
+    ],
+)
+def test_the_same_options_typed_are_refused(capsys, typed, part):
+    is_one_error(command(capsys, "train", *typed.split()), 2, part)
+
+
+def test_in_python_they_are_refused():
+    with pytest.raises(UserError, match="--bn-momentum has no meaning in --mode live"):
+        replace(preset("pretrain"), mode="live")

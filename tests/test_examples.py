@@ -1,0 +1,261 @@
+"""Each example runs in each of its modes, its part takes effect, and its run is read back and resumed only with it."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import narrow_networks
+from PIL import Image
+
+from cifar_jax import Batch, Run, TrainConfig, UserError, dense_head, extract, load_run
+from cifar_jax.checkpoint import load_checkpoint
+from cifar_jax.config import preset
+from cifar_jax.data import load_problem
+from cifar_jax.experiment import train
+from cifar_jax.predict import evaluate_run, predict_files
+from cifar_jax.run_dir import CHECKPOINTS, CONTENTS
+from cifar_jax.run_writer import RunWriter
+from examples import another_augmentation, another_loss, another_network, another_optimizer, dropout_head
+
+MODES = ("cached", "live", "finetune")
+EXAMPLES = {
+    "another_loss": another_loss,
+    "dropout_head": dropout_head,
+    "another_network": another_network,
+    "another_optimizer": another_optimizer,
+    "another_augmentation": another_augmentation,
+}
+RUNS = [(name, mode) for name in EXAMPLES for mode in MODES if (name, mode) != ("another_augmentation", "cached")]
+NETWORK = another_network.make_backbone(jax.random.key(0))
+READ_WITH = {"dropout_head": {"head": dropout_head.HEAD}, "another_network": {"backbone": NETWORK}}
+ONE_EACH = [(name, "live" if name == "another_augmentation" else "cached") for name in EXAMPLES]
+Made = Callable[..., Path]
+
+
+def config_of(mode: str, root: Path, name: str) -> TrainConfig:
+    """A job of a second or two."""
+    return replace(
+        preset("demo"),
+        **{"mode": mode, "weights": "random-w16", "image_size": 32, "hidden": (8,), "epochs": 1, "batch_size": 32},
+        **{"train_examples": 100, "test_examples": 20, "schedule": "constant", "momentum": 0.0},
+        **{"out": str(root / f"{name}-{mode}"), "cache_dir": str(root / "cache")},
+    )
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Narrow networks, no pictures, and JAX's usual promotion of dtypes, without which Optax's schedules fail."""
+    narrow_networks(monkeypatch)
+    monkeypatch.setattr(RunWriter, "samples", lambda self: None)
+    monkeypatch.setattr(RunWriter, "pictures", lambda *_: None)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Runs of examples, or of `train` alone, each made once."""
+    root, runs = tmp_path_factory.mktemp("examples"), {}
+
+    def make(name: str, mode: str) -> Path:
+        if (name, mode) not in runs:
+            main = EXAMPLES[name].main if name in EXAMPLES else train
+            runs[name, mode] = main(config_of(mode, root, name))
+        return runs[name, mode]
+
+    return make
+
+
+def read(name: str, path: Path) -> Run:
+    return load_run(path, **READ_WITH.get(name, {}))
+
+
+def test_logits(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of a run's test images, plainly, and their labels."""
+    images, labels = load_problem(run.config).test
+    logits = run.head.logits(run.head_params, extract(run.backbone, images))
+    return np.asarray(logits, np.float64), labels
+
+
+test_logits.__test__ = False
+
+
+def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Cross-entropy by its definition."""
+    return np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+
+
+def last_row(path: Path) -> dict:
+    return json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def same(a, b) -> bool:
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b))
+    )
+
+
+@pytest.mark.parametrize(("name", "mode"), RUNS)
+def test_runs_and_is_read_back(made, name, mode, tmp_path):
+    path = made(name, mode)
+    run = read(name, path)
+    assert run.summary["status"] == "complete" and run.summary["epochs"] == 1
+    assert {"config.json", "metrics.jsonl", "summary.json", CHECKPOINTS} <= {file.name for file in path.iterdir()}
+    logits, labels = test_logits(run)
+    assert np.mean(logits.argmax(axis=1) == labels) == pytest.approx(run.summary["val_accuracy"])
+    if name != "another_loss":
+        assert losses(logits, labels).mean() == pytest.approx(run.summary["val_loss"], rel=1e-4)
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    (prediction,) = predict_files(run, [tmp_path / "red.png"])
+    assert len(prediction.top) == 3 and not prediction.error
+
+
+def test_prints_its_result_and_leaves_a_whole_run_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    narrow_networks(monkeypatch)
+    path = another_loss.main(config_of("cached", tmp_path, "whole"))
+    assert set(CONTENTS) - {file.name for file in path.iterdir()} == {"test_predictions.png", "test_confusion.png"}
+    assert f"accuracy {load_run(path).summary['val_accuracy']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_is_trained_on_and_reported(made, mode):
+    path, plain = made("another_loss", mode), load_run(made("none", mode))
+    run = load_run(path)
+    entropy = losses(*test_logits(run))
+    focal = (1 - np.exp(-entropy)) ** 2 * entropy
+    assert run.summary["val_loss"] == pytest.approx(focal.mean(), rel=1e-4)
+    assert run.summary["val_loss"] == last_row(path)["val_loss"] < 0.99 * entropy.mean()
+    assert last_row(path)["train_loss"] < 0.99 * last_row(plain.path)["train_loss"]
+    assert not same(run.head_params, plain.head_params)
+
+
+def test_evaluation_of_a_run_is_told_its_loss(made, said):
+    path = made("another_loss", "cached")
+    summary = load_run(path).summary
+    assert evaluate_run(path, loss_fn=another_loss.focal_loss)["test_loss"] == pytest.approx(summary["val_loss"])
+    assert not any("focal_loss" in sentence for sentence in said)
+    assert evaluate_run(path)["test_loss"] > summary["val_loss"]
+    assert f"The run in {path} was trained with the loss focal_loss; the loss here is cross-entropy." in said
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dropout_is_on_in_training_alone(made, mode, tmp_path):
+    run = read("dropout_head", made("dropout_head", mode))
+    assert set(run.head_params) == {"Dense_0", "Dense_1"}
+    never = dropout_head.HEAD._replace(logits=lambda params, x, **_: dropout_head.HEAD.logits(params, x))
+    without = load_run(train(config_of(mode, tmp_path, "never"), head=never), head=never)
+    # What was scored in evaluation is what `test_runs_and_is_read_back` computes without dropout.
+    assert not same(run.head_params, without.head_params)
+    features = jnp.ones((2, run.backbone.num_features))
+    on, off = (
+        run.head.logits(run.head_params, features, train=train, key=jax.random.key(1) if train else None)
+        for train in (True, False)
+    )
+    assert not np.allclose(on, off)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_network_trains_only_with_finetune(made, mode):
+    run = read("another_network", made("another_network", mode))
+    assert run.backbone.num_features == 1024 and repr(run.backbone) in repr(run)
+    assert same(run.backbone.variables, NETWORK.variables) == (mode != "finetune")
+
+
+def test_network_gives_the_same_head_cached_and_live(made):
+    cached, live = (read("another_network", made("another_network", mode)).head_params for mode in ("cached", "live"))
+    for a, b in zip(jax.tree.leaves(cached), jax.tree.leaves(live), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_optimizer_takes_the_steps(made, mode):
+    path = made("another_optimizer", mode)
+    run, plain = load_run(path), load_run(made("none", mode))
+    shapes = jax.eval_shape(lambda: {"head": run.head_params})
+    states = another_optimizer.ADAMW.init(shapes["head"] and run.head_params)
+    moments = load_checkpoint(path / CHECKPOINTS, {"opt_state": [{"mu": shapes, "nu": shapes}]})["opt_state"][0]
+    assert hasattr(states[0], "mu") and all(np.all(leaf >= 0) for leaf in jax.tree.leaves(moments["nu"]))
+    assert any(np.any(leaf > 0) for leaf in jax.tree.leaves(moments["nu"]))
+    assert not same(run.head_params, plain.head_params)
+
+
+def test_mixup_mixes_images_and_labels_alike():
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    images[1] = 200
+    batch = another_augmentation.mixup(jax.random.key(0), Batch(images, np.array([0, 1, 2, 3]), np.ones(4, np.float32)))
+    assert batch.inputs.dtype == np.uint8 and batch.labels.shape == (4, 10)
+    np.testing.assert_allclose(batch.labels.sum(axis=1), 1, rtol=1e-6)
+    assert batch.inputs[2, 0, 0, 0] == round(200 * float(batch.labels[2, 1])) > 0
+    assert 0.7 <= batch.labels[2, 2] < 1
+
+
+@pytest.mark.parametrize("mode", ["live", "finetune"])
+def test_augmentation_changes_what_is_trained_on(made, mode):
+    path, plain = made("another_augmentation", mode), made("none", mode)
+    assert last_row(path)["train_loss"] != pytest.approx(last_row(plain)["train_loss"], rel=1e-3)
+    assert not same(load_run(path).head_params, load_run(plain).head_params)
+
+
+def test_augmentation_is_refused_where_pixels_are_seen_once(tmp_path):
+    with pytest.raises(UserError, match="augment needs the pixels at every step"):
+        another_augmentation.main(config_of("cached", tmp_path, "refused"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("head", [None, dense_head((8,))])
+def test_head_must_be_given_to_read_the_run(made, head):
+    path = made("dropout_head", "cached")
+    with pytest.raises(UserError) as error:
+        load_run(path, head=head)
+    assert str(error.value) == (
+        f"The run in {path} was trained with the head 'DropoutHead'; pass it to load_run as head=."
+    )
+
+
+@pytest.mark.parametrize("backbone", [None, another_network.make_backbone(jax.random.key(1))])
+def test_network_must_be_given_to_read_the_run(made, backbone):
+    path = made("another_network", "cached")
+    with pytest.raises(UserError) as error:
+        load_run(path, backbone=backbone)
+    assert str(error.value) == (
+        f"The run in {path} was trained with the function 'random convolutions' as its backbone; pass the same one to "
+        "load_run as backbone=."
+    )
+
+
+def test_network_is_not_taken_for_one_that_the_run_did_not_have(made):
+    with pytest.raises(UserError, match=r"was trained with another backbone than FunctionBackbone\(random conv"):
+        load_run(made("none", "cached"), backbone=NETWORK)
+
+
+def test_dense_head_of_other_widths_is_read_back(tmp_path):
+    head = dense_head((6, 5))
+    run = load_run(train(config_of("cached", tmp_path, "widths"), head=head), head=head)
+    assert [layer["bias"].shape for layer in run.head_params] == [(6,), (5,), (10,)]
+    with pytest.raises(UserError, match="was trained with the head 'dense-6-5'; pass it to load_run as head="):
+        load_run(run.path)
+
+
+@pytest.mark.parametrize(("name", "mode"), ONE_EACH)
+def test_run_is_resumed_only_with_its_part(made, name, mode, tmp_path):
+    path = shutil.copytree(made(name, mode), tmp_path / "run")
+    config = replace(read(name, path).config, out=str(path), epochs=2, resume=True)
+    part = {
+        "another_loss": "its loss_fn was focal_loss, now it is that of the options.",
+        "dropout_head": "its head was DropoutHead, now it is that of the options.",
+        "another_network": "its weights have changed.",
+        "another_optimizer": "its tx was GradientTransformationExtraArgs, now it is that of the options.",
+        "another_augmentation": "its augment was mixup, now it is that of the options.",
+    }[name]
+    with pytest.raises(UserError) as error:
+        train(config)
+    assert str(error.value).startswith(f"Cannot resume the run in {path}: {part}")
+    assert EXAMPLES[name].main(config) == path
+    assert read(name, path).summary["epochs"] == 2
