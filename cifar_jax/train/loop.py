@@ -133,13 +133,16 @@ class EpochPart(NamedTuple):
 
 
 class Diverged(RunError):
-    """A loss, gradient or parameter that is not finite. `state` is that after the last good step."""
+    """A loss, gradient or parameter that is not finite.
+
+    `state` is that after the last good step; where an update was not finite, it is the state that the update spoilt.
+    """
 
     def __init__(self, state: TrainState, epoch: int, step: int, fault: str = "", more: str = "") -> None:
         """Takes where it happened and what is known of its cause.
 
         Args:
-          state: after the last good step.
+          state: after the last good step, or spoilt by an update.
           epoch: counted from one.
           step: within the epoch, counted from one.
           fault: the first tensor of the step that was not finite.
@@ -182,7 +185,7 @@ def fit(
       reporter: shown a bar of examples.
 
     Raises:
-      Diverged: when a loss or gradient was not finite; it carries the last good state.
+      Diverged: when a loss, gradient or update was not finite. No state that is not finite was handed out.
       KeyboardInterrupt: when it was asked to stop, all that was done having been handed out.
     """
     state, frozen = replicate(advance.mesh, (state, frozen))
