@@ -33,7 +33,7 @@ EXAMPLES = {
 }
 RUNS = [(name, mode) for name in EXAMPLES for mode in MODES if (name, mode) != ("another_augmentation", "cached")]
 NETWORK_OF_ONE = replace(NARROW, stage_sizes=(1,))
-NETWORK = another_network.make_backbone(jax.random.key(0))
+NETWORK = another_network.make_backbone(seed=0)
 READ_WITH = {"dropout_head": {"head": dropout_head.HEAD}, "another_network": {"backbone": NETWORK}}
 ONE_EACH = [(name, "live" if name == "another_augmentation" else "cached") for name in EXAMPLES]
 Made = Callable[..., Path]
@@ -57,12 +57,17 @@ def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def as_users_have_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One narrow block, no pictures, and JAX's usual promotion of dtypes, without which Optax's schedules fail."""
+    """One narrow block, no pictures, and JAX's usual promotion of dtypes, without which Optax's schedules fail.
+
+    Nearly all time goes into compiling, so XLA is told to optimise little.
+    """
     one_block(monkeypatch)
     monkeypatch.setattr(RunWriter, "samples", lambda self: None)
     monkeypatch.setattr(RunWriter, "pictures", lambda *_: None)
+    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"):
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +155,17 @@ def test_evaluation_of_a_run_is_told_its_loss(made, said):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_dropout_is_on_in_training_alone(made, mode, tmp_path):
-    run = read("dropout_head", made("dropout_head", mode))
-    assert set(run.head_params) == {"Dense_0", "Dense_1"}
+def test_dropout_is_on_in_training_alone(mode, tmp_path):
+    """On a network that compiles quickly. That evaluation is without it is for `test_runs_and_is_read_back`."""
+
+    def trained(name, head):
+        path = train(config_of(mode, tmp_path, name), head=head, backbone=NETWORK)
+        return load_run(path, head=head, backbone=NETWORK).head_params
+
     never = dropout_head.HEAD._replace(logits=lambda params, x, **_: dropout_head.HEAD.logits(params, x))
-    without = load_run(train(config_of(mode, tmp_path, "never"), head=never), head=never)
-    assert not same(run.head_params, without.head_params)
-    # Evaluation is without dropout: `test_runs_and_is_read_back` compares its loss.
+    params = trained("dropout", dropout_head.HEAD)
+    assert set(params) == {"Dense_0", "Dense_1"}
+    assert not same(params, trained("never", never))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -215,7 +224,7 @@ def test_head_must_be_given_to_read_the_run(made, head):
     )
 
 
-@pytest.mark.parametrize("backbone", [None, another_network.make_backbone(jax.random.key(1))])
+@pytest.mark.parametrize("backbone", [None, another_network.make_backbone(seed=1)])
 def test_network_must_be_given_to_read_the_run(made, backbone):
     path = made("another_network", "cached")
     with pytest.raises(UserError) as error:
