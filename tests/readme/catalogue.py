@@ -104,6 +104,7 @@ _PROMISES: dict[str, Callable[[Typed, Path], bool]] = {
     r" features photo\.jpg": lambda _, directory: np.load(directory / "photo.npy").shape == (1, 512),
     r" verify-weights": lambda typed, _: "conv1_conv" in typed.out,
     r" convert model\.h5": lambda _, directory: (directory / "model.safetensors").stat().st_size > 9e7,
+    r"^python examples/": lambda typed, directory: (directory / typed.out.split()[-1] / "summary.json").exists(),
     r" info$": lambda typed, _: "keras-resnet50" in typed.out and "cifar10" in typed.out,
     r" info weights": lambda typed, _: "keras-resnet50" in typed.out,
     r" info devices": lambda typed, _: "cpu" in typed.out or "gpu" in typed.out,
