@@ -111,10 +111,10 @@ def load_run(
     if not about["sha256"]:
         raise UserError(f"The run in {path} has no trained backbone: writing it failed. Continue it with --resume.")
     _require_parts(path, summary, head, backbone)
-    found = backbone or _found_backbone(path, config, summary, about, weights)
-    if isinstance(
-        found, Backbone
-    ):  # what the head was trained on, which need not be the size of the backbone's training
+    found = backbone or _find_backbone(path, config, about, weights)
+    if isinstance(found, Backbone):
+        _check_run_as_before(path, found, summary["backbone"])
+        # What the head was trained on, which need not be the size of the backbone's own training.
         found = found.replace(image_size=config.backbone.image_size or found.image_size)
     chosen = head or dense_head(config.optim.hidden)
     shapes = jax.eval_shape(lambda: chosen.init(jax.random.key(0), found.num_features, len(class_names)))
@@ -127,26 +127,18 @@ def load_run(
     return Run(path, config, summary, trained, params["head"], class_names, chosen)
 
 
-def _found_backbone(
-    path: Path, config: TrainConfig, summary: Mapping[str, Any], about: Mapping[str, Any], weights: str | None
-) -> Backbone:
-    found = _find_backbone(path, config, about, weights)
-    _check_run_as_before(path, found, summary["backbone"])
-    return found
-
-
 def _require_parts(path: Path, summary: Mapping[str, Any], head: Head | None, backbone: AnyBackbone | None) -> None:
     """Refuses to guess the head or backbone of a run whose code no file holds."""
     name, function = summary.get("parts", {}).get("head"), summary["backbone"].get("function")
     if name and (head is None or head.name != name):
         raise UserError(f"The run in {path} was trained with the head {name!r}; pass it to load_run as head=.")
-    digest = summary["backbone"]["sha256"]
-    if function and (backbone is None or (backbone.sha256 != digest)):
+    differs = backbone is not None and backbone.sha256 != summary["backbone"]["sha256"]
+    if function and (backbone is None or differs):
         raise UserError(
             f"The run in {path} was trained with the function {function!r} as its backbone; pass the same one to "
             "load_run as backbone=."
         )
-    if backbone is not None and backbone.sha256 != digest:
+    if differs:
         raise UserError(f"The run in {path} was trained with another backbone than {backbone!r}; leave backbone= out.")
 
 
