@@ -29,11 +29,16 @@ def profiled(directory: str | None) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--profile {path} cannot be made ({error.strerror}); choose another directory.") from error
-    before = set(path.rglob("*.xplane.pb"))
+    before = _traces(path)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # every call of every Python function: a hundred megabytes, and minutes, of a demo
     with jax.profiler.trace(path, profiler_options=options):
         yield
-    if not (traces := set(path.rglob("*.xplane.pb")) - before):
+    if not (traces := _traces(path) - before):
         raise RunError(f"The profiler wrote no trace to {path}; make room or choose another --profile.")
-    logger.info(f"The trace is in {traces.pop().parent}.")
+    logger.info(f"The trace is in {traces.pop()[0].parent}.")
+
+
+def _traces(directory: Path) -> set[tuple[Path, int]]:
+    """The traces in a directory and when each was written: JAX names them by the second, so one can replace another."""
+    return {(path, path.stat().st_mtime_ns) for path in directory.rglob("*.xplane.pb")}

@@ -13,6 +13,7 @@ from cifar_jax.data import load_splits
 from cifar_jax.features import make_extractor
 from cifar_jax.images import read_image
 from cifar_jax.pretrained import load_backbone, random_backbone, save_backbone
+from cifar_jax.profiling import profiled
 
 SHAPES = ("shapes", "--train-examples", "20", "--test-examples", "10")
 
@@ -152,10 +153,17 @@ def traces(directory):
 
 
 def test_profile_writes_a_trace(tmp_path, capsys, weights, pictures, narrow):
-    profile = ["--profile", tmp_path / "trace"]
-    result = features(capsys, tmp_path / "of.npz", *pictures, "--weights", weights, *profile)
-    assert result.code == 0 and len(traces(tmp_path / "trace")) == 1
-    assert result.err.startswith(f"The trace is in {tmp_path / 'trace'}")
-    result = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "run", *profile)
-    assert result.code == 0 and "The trace is in" in result.err and len(traces(tmp_path / "trace")) == 2
-    assert any(b"jit_" in path.read_bytes() for path in traces(tmp_path / "trace"))  # the compiled functions are in it
+    of_features, of_train = tmp_path / "trace" / "features", tmp_path / "trace" / "train"
+    result = features(capsys, tmp_path / "of.npz", *pictures, "--weights", weights, "--profile", of_features)
+    assert result.code == 0 and len(traces(of_features)) == 1
+    assert result.err.startswith(f"The trace is in {of_features}")
+    result = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "run", "--profile", of_train)
+    assert result.code == 0 and f"The trace is in {of_train}" in result.err and len(traces(of_train)) == 1
+    assert b"jit_" in traces(of_train)[0].read_bytes()  # the compiled functions are in it
+
+
+def test_a_trace_of_the_same_second_replaces_the_one_before_and_is_named(tmp_path, caplog):
+    for _ in range(3):  # two of three end in one second
+        with caplog.at_level("INFO"), profiled(str(tmp_path)):
+            pass
+    assert caplog.text.count("The trace is in") == 3
