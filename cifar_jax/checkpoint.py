@@ -199,12 +199,16 @@ def load_checkpoint(directory: Path, like: PyTree, at: Position | None = None) -
     try:
         described = _read_about(chosen)["arrays"]
         if missing := sorted(set(wanted) - set(described)):
-            raise UserError(f"Checkpoint {chosen} has no {missing[0]}: it is of another network. Train again.")
+            raise UserError(
+                f"Checkpoint {chosen} has no {missing[0]}: it was written with another head, backbone, optimiser or "
+                "version. Give what the run was trained with, or start again with --overwrite."
+            )
         for name, leaf in wanted.items():
             if described[name]["shape"] != list(leaf.shape):
                 raise UserError(
-                    f"Checkpoint {chosen} is of another network than config.json says: {name} has shape "
-                    f"{described[name]['shape']}, not {list(leaf.shape)}. Train again."
+                    f"In checkpoint {chosen}, {name} has shape {described[name]['shape']}, expected "
+                    f"{list(leaf.shape)}: it was written with another head, backbone or optimiser. Give what the run "
+                    "was trained with, or start again with --overwrite."
                 )
         arrays = _read(chosen, {name: described[name] for name in wanted})
     except Corrupt as error:

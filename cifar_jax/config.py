@@ -154,8 +154,8 @@ def _check_values(options: Mapping[str, Any]) -> None:
         require(name, lambda v: 0 <= v < 1, "at least 0 and below 1")
     for name in ("weight_decay", "cache_limit"):
         require(name, lambda v: 0 <= v < math.inf, "a number of at least 0")
-    epochs, batch_size = options["epochs"], options["batch_size"]
-    require("warmup_epochs", lambda v: 0 <= v < epochs, f"at least 0 and below --epochs {epochs}")
+    batch_size = options["batch_size"]
+    require("warmup_epochs", lambda v: 0 <= v < math.inf, "a number of at least 0")
     require("freeze_stages", lambda v: 0 <= v <= 4, "between 0 and 4")
     require("augment", lambda v: len(set(v)) == len(v), "a list without repetitions")
     at_most = f"at most --batch-size {batch_size}"
@@ -172,7 +172,7 @@ def _check_values(options: Mapping[str, Any]) -> None:
 
 
 # Options that decide what meaning others have.
-DECIDING = ("mode", "momentum", "schedule", "bn_statistics")
+DECIDING = ("mode", "momentum", "schedule", "bn_statistics", "epochs")
 
 
 def _meaningless(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -198,7 +198,13 @@ def _meaningless(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     if options["nesterov"] and not options["momentum"]:
         yield "nesterov", "--nesterov is a form of momentum; give --momentum as well, or leave it out."
-    if options["warmup_epochs"] and options["schedule"] != "cosine":
+    if options["warmup_epochs"] >= options["epochs"]:
+        yield (
+            "warmup_epochs",
+            f"--warmup-epochs must be at least 0 and below --epochs {options['epochs']}, got "
+            f"{options['warmup_epochs']!r}.",
+        )
+    elif options["warmup_epochs"] and options["schedule"] != "cosine":
         yield "warmup_epochs", "--warmup-epochs goes with --schedule cosine; give that as well, or leave it out."
     if "bn_momentum" in is_set and options["bn_statistics"] == "frozen":
         yield (

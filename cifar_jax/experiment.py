@@ -92,7 +92,7 @@ def train(
     with profiled(config.run.profile), listening(jax.process_count() == 1, _acknowledge) as signals:
         mesh = make_mesh(config.optim.devices)
         _check(config, parts, mesh)
-        found = from_first(lambda: find_run(config))
+        found = from_first(lambda: find_run(config, parts.tx is not None))
         out, progress = Path(found["out"]), Progress.from_json(found["progress"]) if found["progress"] else NO_PROGRESS
         if found["finished"]:
             logger.info(f"The run in {out} is finished; there is nothing to resume.")
@@ -109,7 +109,7 @@ def train(
         stopping = agreed(lambda: bool(signals.requested))
         with claimed(out) if writer else contextlib.nullcontext(), _ended(writer, out, signals):
             if writer:
-                check_again(out, config, found["progress"])
+                check_again(out, config, found["progress"], parts.tx is not None)
                 with signals.held():
                     writer.start(resumes=found["progress"] is not None)
                 writer.samples()
@@ -117,7 +117,7 @@ def train(
             if writer and training.extracted:
                 writer.extracted(training.extracted.num_images, training.extracted.seconds)
             record = _Record(config, inputs, out, training, progress, writer, reporter)
-            with signals.noted(), record.explained():
+            with signals.noted(), record.explained(own_tx=parts.tx is not None):
                 with clock("training"):
                     state, _ = fit(
                         record.state,
@@ -202,8 +202,8 @@ class _Record:
         return val, self._training.evaluate(state, self._training.task.frozen, "test") if self._held_out else val
 
     @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """Adds to the error of a run that diverged its cause, and how to continue."""
+    def explained(self, own_tx: bool) -> Iterator[None]:
+        """Adds to the error of a run that diverged its cause, and how to continue; `own_tx` is that of `find_run`."""
         try:
             yield
         except Diverged as error:
@@ -213,10 +213,14 @@ class _Record:
             )
             saved = self._writer.saved if self._writer else Position(len(self._rows))
             kept = f"The checkpoint after {saved.words} is kept. " if saved > (0, 0) else ""
-            more = (
-                f"The learning rate was {float(schedule(error.state.step)):.3g}. {kept}Continue with a lower "
-                f"--learning-rate and --resume --out {shlex.quote(str(self._out))}, or start again with --overwrite."
-            )
+            if own_tx:
+                more = f"{kept}Continue with a lower rate in tx and resume=True, or start again with overwrite=True."
+            else:
+                more = (
+                    f"The learning rate was {float(schedule(error.state.step)):.3g}. {kept}Continue with a lower "
+                    f"--learning-rate and --resume --out {shlex.quote(str(self._out))}, or start again with "
+                    "--overwrite."
+                )
             raise Diverged(error.state, error.epoch, error.step, fault, more) from None
 
 

@@ -211,13 +211,12 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
 
 
 def _typed(names: Iterable[str], arguments: list[str]) -> dict[str, Any]:
-    """Values of the options with these names that are typed; one that is none, of which tyro will tell, as its text."""
-    texts = {name: _value_of(f"--{name.replace('_', '-')}", arguments) for name in names}
-    found: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
-    for name in found:
-        if HINTS[name] is float:
+    """Values of the options with these names that are typed, without numbers that are none, of which tyro will tell."""
+    found: dict[str, Any] = {}
+    for name in names:
+        if (text := _value_of(f"--{name.replace('_', '-')}", arguments)) is not None:
             with contextlib.suppress(ValueError):
-                found[name] = float(found[name])
+                found[name] = HINTS[name](text) if HINTS[name] in (int, float) else text
     return found
 
 

@@ -1,19 +1,19 @@
 """Class probabilities of images: for the library's user as a pure function, for the command line from files."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 
 from cifar_jax.data import load_problem
 from cifar_jax.errors import UserError
 from cifar_jax.features import extract, extraction_batch_size, make_extractor
-from cifar_jax.head import Head, HeadParams, head_logits
+from cifar_jax.head import Head, head_logits
 from cifar_jax.images import ImageError, read_image
 from cifar_jax.pretrained.backbone import AnyBackbone, Backbone
 from cifar_jax.reporter import Reporter, Silent
@@ -30,13 +30,17 @@ AT_ONCE = 256  # image files that are in memory together
 
 def predict_probs(
     backbone: Backbone,
-    head_params: HeadParams,
+    head_params: PyTree,
     images_u8: UInt8[Array, "batch h w 3"],
     image_size: int | None = None,
     precision: str = "float32",
+    logits_fn: Callable[[PyTree, Float[Array, "batch features"]], Float[Array, "batch classes"]] = head_logits,
 ) -> Float[Array, "batch classes"]:
-    """Class probabilities of a batch of images, plainly: `extract`, head, softmax. Pure; jit it as you like."""
-    return jax.nn.softmax(head_logits(head_params, extract(backbone, images_u8, image_size, precision)))
+    """Class probabilities of a batch of images, plainly: `extract`, head, softmax. Pure; jit it as you like.
+
+    `logits_fn` is the function of the head, `run.head.logits` of a run with another one than the dense.
+    """
+    return jax.nn.softmax(logits_fn(head_params, extract(backbone, images_u8, image_size, precision)))
 
 
 class Prediction(NamedTuple):

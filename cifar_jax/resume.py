@@ -150,22 +150,28 @@ def differing(out: Path, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     return {name: (theirs[name], ours[name]) for name in ours if name not in may_differ and ours[name] != theirs[name]}
 
 
-def find_run(config: TrainConfig) -> dict[str, Any]:
+def find_run(config: TrainConfig, own_tx: bool = False) -> dict[str, Any]:
     """The run's directory, its progress (None for a new run) and whether it is finished, as JSON values.
+
+    Args:
+      config: of the run.
+      own_tx: whether the optimiser is another one than the options describe.
 
     Raises:
       UserError: if it can be neither started nor resumed.
     """
     out = Path(config.run.out) if config.run.out else default_run_dir(config)
-    progress = find_progress(out, config) if config.run.resume else None
+    progress = find_progress(out, config, own_tx) if config.run.resume else None
     finished = is_finished(out, config, progress)
     if not finished:
         check_run_dir(out, config, resumes=progress is not None)
     return {"out": str(out), "progress": progress and progress.to_json(), "finished": finished}
 
 
-def check_again(out: Path, config: TrainConfig, progress: dict[str, Any] | None) -> None:
+def check_again(out: Path, config: TrainConfig, progress: dict[str, Any] | None, own_tx: bool = False) -> None:
     """Checks the directory once more, now that no other process writes it: one may have while this one loaded.
+
+    Takes what `find_run` took and the progress that it found.
 
     Raises:
       UserError: if the directory is not what it was when `find_run` looked.
@@ -173,7 +179,7 @@ def check_again(out: Path, config: TrainConfig, progress: dict[str, Any] | None)
     check_run_dir(out, config, resumes=progress is not None)
     if progress is None:
         return
-    now = find_progress(out, config, logging.DEBUG)
+    now = find_progress(out, config, own_tx, logging.DEBUG)
     if now is None or now.to_json() != progress:
         raise UserError(f"Another process continued the run in {out} meanwhile. Run the command again.")
 
@@ -192,12 +198,14 @@ def is_unfinished(config: TrainConfig) -> bool:
         return False
 
 
-def find_progress(out: Path, config: TrainConfig, level: int = logging.INFO) -> Progress | None:
+def find_progress(out: Path, config: TrainConfig, own_tx: bool = False, level: int = logging.INFO) -> Progress | None:
     """Progress of the run in a directory; None if there is no run.
 
     Args:
       out: the run directory.
       config: of the run.
+      own_tx: whether the optimiser is another one than the options describe: then no option tells whether the run
+        would diverge again.
       level: at which corrupt checkpoints and files are logged.
 
     Raises:
@@ -206,7 +214,7 @@ def find_progress(out: Path, config: TrainConfig, level: int = logging.INFO) -> 
     """
     if not (out.is_dir() and is_run(out)):
         return None
-    if status(out) == "diverged" and config.optim.learning_rate >= (tried := _last_rate(out)):
+    if not own_tx and status(out) == "diverged" and config.optim.learning_rate >= (tried := _last_rate(out)):
         raise UserError(
             f"The run in {out} diverged and would diverge again. Resume it with a --learning-rate below {tried:g}, or "
             "start again with --overwrite."

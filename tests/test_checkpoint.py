@@ -85,7 +85,7 @@ def test_what_lies_ahead_of_where_a_run_goes_on_from_is_removed(tmp_path, head):
 
 def test_a_network_of_another_shape_is_refused(tmp_path, head):
     save_checkpoint(tmp_path, ONE, head)
-    with pytest.raises(UserError, match="another network"):
+    with pytest.raises(UserError, match="another head, backbone or optimiser"):
         load_checkpoint(tmp_path, {"params": {"head": init_head(jax.random.key(0), 16, (9,), 4)}})
 
 

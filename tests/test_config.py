@@ -190,6 +190,8 @@ LIVE = {"mode": "live", "bn_momentum": 0.99, "zero_gamma": False}
         ("pretrain", "--mode=cached", LIVE | {"mode": "cached", "augment": ()}),
         ("pretrain", "--mode cached --mode live", LIVE),  # the last one counts
         ("pretrain", "--schedule constant", {"schedule": "constant", "warmup_epochs": 0.0}),
+        ("pretrain", "--epochs 2", {"epochs": 2, "warmup_epochs": 0.0}),
+        ("pretrain", "--epochs 3", {"epochs": 3, "warmup_epochs": 2.0}),
         ("pretrain", "--momentum 0", {"momentum": 0.0, "nesterov": False}),
         ("pretrain", "--momentum=0.0", {"momentum": 0.0, "nesterov": False}),
         ("pretrain", "--bn-statistics frozen", {"bn_statistics": "frozen", "bn_momentum": 0.99}),
@@ -215,6 +217,7 @@ def test_options_that_nobody_typed_and_that_have_no_meaning_are_dropped(of, type
         ("--preset pretrain --mode cached --augment flip", "--augment needs the pixels at every step"),
         ("--preset pretrain --mode live --feature-dtype float16", "--feature-dtype says what --mode cached keeps"),
         ("--preset pretrain --schedule constant --warmup-epochs 2", "--warmup-epochs goes with --schedule cosine"),
+        ("--preset pretrain --epochs 2 --warmup-epochs 2", "--warmup-epochs must be at least 0 and below --epochs 2"),
         ("--preset pretrain --momentum 0 --nesterov", "--nesterov is a form of momentum"),
         ("--preset pretrain --bn-statistics frozen --bn-momentum 0.9", "--bn-momentum moves no statistics"),
         ("--preset demo --momentum 1", "--momentum must be at least 0 and below 1, got 1.0."),

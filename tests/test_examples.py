@@ -12,7 +12,7 @@ import pytest
 from helpers import NARROW
 from PIL import Image
 
-from cifar_jax import Batch, Run, TrainConfig, UserError, dense_head, extract, load_run
+from cifar_jax import Batch, Run, TrainConfig, UserError, dense_head, extract, load_run, predict_probs
 from cifar_jax.checkpoint import load_checkpoint
 from cifar_jax.config import preset
 from cifar_jax.data import load_problem
@@ -123,6 +123,12 @@ def test_runs_and_is_read_back(made, name, mode, tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     (prediction,) = predict_files(run, [tmp_path / "red.png"])
     assert len(prediction.top) == 3 and not prediction.error
+    red = np.full((1, 32, 32, 3), (255, 0, 0), np.uint8)
+    probs = predict_probs(
+        run.backbone, run.head_params, red, run.backbone.image_size, run.config.precision, run.head.logits
+    )
+    for label, prob in prediction.top:
+        assert prob == pytest.approx(float(probs[0, run.class_names.index(label)]), rel=1e-4)
 
 
 def test_prints_its_result_and_leaves_a_whole_run_directory(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import optax
 import pytest
 from helpers import TINY, Heard, command, flip_bit, is_one_error
 
@@ -22,6 +23,7 @@ from cifar_jax.reporter import EpochRow
 from cifar_jax.resume import selected_epoch
 from cifar_jax.run_dir import CHECKPOINTS, SUMMARY
 from cifar_jax.run_writer import RunWriter
+from cifar_jax.train.loop import Diverged
 
 # Everything that a resumed run might draw or count anew: augmentation, order, schedule, momentum, statistics.
 FULL = {
@@ -355,3 +357,17 @@ def test_a_run_that_diverged_is_not_gone_on_with(tmp_path):
         UserError, match=r"diverged and would diverge again\. Resume it with a --learning-rate below 0\.1"
     ):
         train(config(tmp_path, "cached", "run", epochs=1, resume=True))
+
+
+def test_a_run_that_diverged_with_an_optimiser_of_its_own_resumes_with_another_rate_in_it(tmp_path):
+    with pytest.raises(Diverged, match=r"Continue with a lower rate in tx and resume=True") as raised:
+        train(config(tmp_path, "cached", "run", epochs=2), tx=optax.sgd(float("inf")))
+    assert "--learning-rate" not in str(raised.value)
+    run = train(config(tmp_path, "cached", "run", epochs=2, resume=True), tx=optax.sgd(1e-3))
+    assert json.loads((run / SUMMARY).read_text())["status"] == "complete"
+
+
+def test_a_checkpoint_of_another_optimiser_says_so(tmp_path):
+    train(config(tmp_path, "cached", "run", epochs=1), tx=optax.sgd(1e-3))
+    with pytest.raises(UserError, match="it was written with another head, backbone, optimiser or version"):
+        train(config(tmp_path, "cached", "run", epochs=2, resume=True), tx=optax.sgd(1e-3, momentum=0.9))
