@@ -33,11 +33,11 @@ from benchmarks.blank import blank_backbone
 from benchmarks.hlo import collectives
 from cifar_jax.config import TrainConfig
 from cifar_jax.environment import package_versions
-from cifar_jax.features import extract
 from cifar_jax.files import write_json
 from cifar_jax.head import dense_logits, init_head
 from cifar_jax.inference import features_of, prepare
 from cifar_jax.parallel import mesh_of, rows_sharding
+from cifar_jax.pretrained.backbone import extract
 from cifar_jax.resnet import ResNetConfig
 from cifar_jax.train.finetune import make_network, trainable
 from cifar_jax.train.losses import cross_entropy

@@ -19,11 +19,12 @@ Importing it imports neither TensorFlow nor matplotlib.
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import RunError, UserError
-from cifar_jax.features import extract, make_extractor
+from cifar_jax.features import make_extractor
 from cifar_jax.head import Head, dense_head, dense_logits, flax_head, head_logits, init_head
 from cifar_jax.predict import predict_probs
 from cifar_jax.preprocess import Preprocessing, preprocess
 from cifar_jax.pretrained import Backbone, FunctionBackbone, load_backbone, random_backbone, save_backbone
+from cifar_jax.pretrained.backbone import extract
 from cifar_jax.resnet import ResNet, ResNetConfig
 from cifar_jax.saved_run import Run, load_run
 from cifar_jax.sweep import train_heads

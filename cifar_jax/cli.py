@@ -13,11 +13,10 @@ import jax
 from cifar_jax import commands
 from cifar_jax.console import ConsoleReporter
 from cifar_jax.devices import is_gone, is_out_of_memory, keep_freed_memory, missing_platform, use_all_cores
-from cifar_jax.errors import RunError, UserError
+from cifar_jax.errors import RunError, UserError, no_such
 from cifar_jax.interruption import Terminated, listening
 from cifar_jax.parsing import program
 from cifar_jax.streams import CLOSED, OutputLost, guarded, is_closed_pipe, open_missing
-from cifar_jax.suggest import no_such
 from cifar_jax.text import printable
 from cifar_jax.version import __version__
 

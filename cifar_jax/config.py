@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, no_such
 from cifar_jax.groups import (
     DEFAULTS,
     FINETUNE_ONLY,
@@ -19,7 +19,6 @@ from cifar_jax.groups import (
     OptimConfig,
     RunConfig,
 )
-from cifar_jax.suggest import no_such
 
 __all__ = [
     "DECIDING",

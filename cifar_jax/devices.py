@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from cifar_jax.suggest import did_you_mean
+from cifar_jax.errors import did_you_mean
 
 MOST = 8  # each holds a copy of the network
 # Platforms that JAX_PLATFORMS may name: what they are called, and the extra that brings the JAX for them.

@@ -1,23 +1,21 @@
-"""Pooled features of a frozen backbone: the plain reference, and an extractor for any number of images."""
+"""Pooled features of a frozen backbone for any number of images."""
 
 import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float32, UInt8
 
 from cifar_jax.devices import is_out_of_memory
 from cifar_jax.errors import RunError
 from cifar_jax.inference import features_of, prepare
 from cifar_jax.parallel import mesh_of, replicate, round_up, shard
-from cifar_jax.preprocess import preprocess, require_images
-from cifar_jax.pretrained.backbone import AnyBackbone, FunctionBackbone
-from cifar_jax.resnet import ResNet
+from cifar_jax.preprocess import require_images
+from cifar_jax.pretrained.backbone import AnyBackbone, FunctionBackbone, extract
 
 logger = logging.getLogger(__name__)
 
@@ -30,30 +28,6 @@ class Extractor(Protocol):
     ) -> Float32[np.ndarray, "n features"]:
         """Extracts."""
         ...
-
-
-def extract(
-    backbone: AnyBackbone,
-    images_u8: UInt8[Array, "batch h w 3"],
-    image_size: int | None = None,
-    precision: str = "float32",
-) -> Float[Array, "batch features"]:
-    """Pooled features of one batch, plainly: upsample, preprocess, backbone, mean over positions, `stop_gradient`.
-
-    This is the reference that everything faster is held against. It is pure and not compiled; jit it with `image_size`
-    and `precision` static.
-
-    Args:
-      backbone: from `load_backbone`, or a `FunctionBackbone`, which decides about size and precision itself.
-      images_u8: RGB pixels.
-      image_size: side in pixels that the images are upsampled to; the backbone's own if None.
-      precision: `float32` or `bfloat16`, what the network computes in; the features are float32.
-    """
-    if isinstance(backbone, FunctionBackbone):
-        return jax.lax.stop_gradient(backbone.function(backbone.variables, images_u8))
-    x = preprocess(images_u8, backbone.preprocessing, image_size or backbone.image_size)
-    output: Any = ResNet(backbone.config, dtype=jnp.dtype(precision)).apply(backbone.variables, x, train=False)
-    return jax.lax.stop_gradient(output.pooled)
 
 
 def make_extractor(

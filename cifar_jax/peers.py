@@ -19,15 +19,13 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cifar_jax.data.shapes import draw_shapes
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, WeightsError
 from cifar_jax.preprocess import preprocess
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.pretrained.configs import CONFIG, PREPROCESSOR, read_json
 from cifar_jax.pretrained.convert import fitting_variant, keras_tensors, torch_tensors, write_keras_h5
-from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.pretrained.reading import Reading
-from cifar_jax.pretrained.variants import DEPTHS
-from cifar_jax.resnet import ResNet, ResNetConfig
+from cifar_jax.resnet import DEPTHS, ResNet, ResNetConfig
 
 # The libraries by name, and the family of tensor names that each takes.
 FAMILIES = {"keras": "keras", "torchvision": "torchvision", "timm": "torchvision", "transformers": "huggingface"}

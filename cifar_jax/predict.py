@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, PyTree, UInt8
 
 from cifar_jax.data import load_problem
 from cifar_jax.errors import UserError
-from cifar_jax.features import extract, extraction_batch_size, make_extractor
+from cifar_jax.features import extraction_batch_size, make_extractor
 from cifar_jax.head import Head, head_logits
 from cifar_jax.images import ImageError, read_image
-from cifar_jax.pretrained.backbone import AnyBackbone, Backbone
+from cifar_jax.pretrained.backbone import AnyBackbone, Backbone, extract
 from cifar_jax.reporter import Reporter, Silent
 from cifar_jax.saved_run import Run, load_run
 from cifar_jax.train.evaluate import evaluate, make_eval_step, wilson_interval

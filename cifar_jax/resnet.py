@@ -56,6 +56,16 @@ class ResNetConfig:
         return 2 ** (len(self.stage_sizes) + 1)
 
 
+# The networks that are published, by the blocks of their stages.
+DEPTHS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "ResNet50", (3, 4, 23, 3): "ResNet101", (3, 8, 36, 3): "ResNet152"}
+
+
+def network_name(config: ResNetConfig) -> str:
+    """`ResNet50`, with its width where that is not the usual one."""
+    name = DEPTHS.get(config.stage_sizes, f"a ResNet with {config.stage_sizes} blocks")
+    return f"{name} of width {config.width}" if config.width != ResNetConfig.width else name
+
+
 class ResNetOutput(NamedTuple):
     """What the network computes: the last activation of each stage, and the mean of the last one over positions."""
 

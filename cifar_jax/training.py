@@ -13,7 +13,7 @@ from cifar_jax.clock import Clock
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
 from cifar_jax.extraction import Extracted, dataset_features
-from cifar_jax.features import default_batch_size, extract
+from cifar_jax.features import default_batch_size
 from cifar_jax.forecast import Forecast, faster_ways
 from cifar_jax.head import Head, dense_head
 from cifar_jax.inputs import Inputs
@@ -21,6 +21,7 @@ from cifar_jax.keys import stream_key
 from cifar_jax.optimizer import make_optimizer
 from cifar_jax.parallel import replicate
 from cifar_jax.pretrained import AnyBackbone
+from cifar_jax.pretrained.backbone import extract
 from cifar_jax.processes import gather, own_rows
 from cifar_jax.reporter import Reporter
 from cifar_jax.train.evaluate import Evaluate, make_evaluate

@@ -10,17 +10,15 @@ import numpy as np
 
 from cifar_jax import peers
 from cifar_jax.data.shapes import draw_shapes
-from cifar_jax.features import extract
+from cifar_jax.errors import WeightsError
 from cifar_jax.files import sha256_of_file, without_nan
 from cifar_jax.pretrained import registry
-from cifar_jax.pretrained.backbone import Backbone
-from cifar_jax.pretrained.errors import WeightsError
+from cifar_jax.pretrained.backbone import Backbone, extract
 from cifar_jax.pretrained.load import read_weights
 from cifar_jax.pretrained.merge import Match, match
 from cifar_jax.pretrained.merge import Path as VariablePath
 from cifar_jax.pretrained.reading import Reading, backbone_of
-from cifar_jax.pretrained.variants import network_name
-from cifar_jax.resnet import ResNetConfig
+from cifar_jax.resnet import ResNetConfig, network_name
 
 IMAGE_SIDE = 32  # of drawn images, whose multiple a network's input has to be
 FINGERPRINT_IMAGES = 4

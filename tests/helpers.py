@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 
+from cifar_jax import resnet
 from cifar_jax.cli import main
 from cifar_jax.pretrained import UNTRAINED, keras_names, layouts, variants
 from cifar_jax.pretrained.from_torch import NAMES
@@ -135,7 +136,7 @@ def full_disk(at: int) -> Iterator[None]:
 
 def narrow_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes ResNet50 a network of two narrow blocks, pretrained and untrained, so that a check takes no minute."""
-    monkeypatch.setitem(variants.DEPTHS, NARROW.stage_sizes, "a narrow one")
+    monkeypatch.setitem(resnet.DEPTHS, NARROW.stage_sizes, "a narrow one")
     for name, variant in variants.VARIANTS.items():
         config = replace(variant.config, stage_sizes=NARROW.stage_sizes, width=NARROW.width)
         monkeypatch.setitem(variants.VARIANTS, name, replace(variant, config=config))

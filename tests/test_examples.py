@@ -12,13 +12,13 @@ import pytest
 from helpers import NARROW
 from PIL import Image
 
-from cifar_jax import Batch, Run, TrainConfig, UserError, dense_head, extract, load_run, predict_probs
+from cifar_jax import Batch, Run, TrainConfig, UserError, dense_head, extract, load_run, predict_probs, resnet
 from cifar_jax.checkpoint import load_checkpoint
 from cifar_jax.config import preset
 from cifar_jax.data import load_problem
 from cifar_jax.experiment import train
 from cifar_jax.predict import evaluate_run, predict_files
-from cifar_jax.pretrained import UNTRAINED, variants
+from cifar_jax.pretrained import UNTRAINED
 from cifar_jax.run_dir import CHECKPOINTS, CONTENTS
 from cifar_jax.run_writer import RunWriter
 from examples import another_augmentation, another_loss, another_network, another_optimizer, dropout_head
@@ -51,7 +51,7 @@ def config_of(mode: str, root: Path, name: str) -> TrainConfig:
 
 def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the untrained network one of a single narrow block, which is compiled in a second."""
-    monkeypatch.setitem(variants.DEPTHS, NETWORK_OF_ONE.stage_sizes, "one block")
+    monkeypatch.setitem(resnet.DEPTHS, NETWORK_OF_ONE.stage_sizes, "one block")
     monkeypatch.setitem(UNTRAINED, "random-w16", (NETWORK_OF_ONE, 32))
 
 

@@ -7,9 +7,10 @@ from conftest import relative_difference
 
 from cifar_jax import features as features_module
 from cifar_jax.errors import RunError
-from cifar_jax.features import extract, make_extractor
+from cifar_jax.features import make_extractor
 from cifar_jax.inference import features_of
 from cifar_jax.pretrained import random_backbone
+from cifar_jax.pretrained.backbone import extract
 from cifar_jax.resnet import ResNetConfig
 
 

@@ -7,9 +7,9 @@ import pytest
 from conftest import relative_difference
 
 from cifar_jax.errors import RunError
-from cifar_jax.features import extract
 from cifar_jax.inference import features_of, prepare
 from cifar_jax.pretrained import random_backbone
+from cifar_jax.pretrained.backbone import extract
 from cifar_jax.resnet import ResNetConfig
 
 SMALL = ResNetConfig(stage_sizes=(1, 2), width=8)

@@ -9,9 +9,8 @@ from jaxtyping import PRNGKeyArray
 from cifar_jax.data import shapes
 from cifar_jax.data.dataset import Dataset, Splits, balanced_subset
 from cifar_jax.data.tfds import data_root, find_prepared, known_to_tfds, load_tfds, prepared_names
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, did_you_mean
 from cifar_jax.keys import stream_key
-from cifar_jax.suggest import did_you_mean
 
 # Drawn images cost nothing to keep apart: as many as CIFAR-10 has, unless fewer are asked for.
 SHAPES_TRAIN, SHAPES_TEST = 50_000, 10_000

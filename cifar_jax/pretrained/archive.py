@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cifar_jax.pretrained.errors import WeightsError
+from cifar_jax.errors import WeightsError
 
 MOST_ENTRIES = 20_000  # a ResNet152 with its optimizer's state has 3,000
 

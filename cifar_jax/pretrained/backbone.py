@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
-from cifar_jax.preprocess import Preprocessing
-from cifar_jax.pretrained.variants import network_name
-from cifar_jax.resnet import ResNetConfig, Variables
+from cifar_jax.preprocess import Preprocessing, preprocess
+from cifar_jax.resnet import ResNet, ResNetConfig, Variables, network_name
 
 
 @jax.tree_util.register_pytree_node_class
@@ -148,3 +148,27 @@ class FunctionBackbone:
 
 
 AnyBackbone = Backbone | FunctionBackbone
+
+
+def extract(
+    backbone: AnyBackbone,
+    images_u8: UInt8[Array, "batch h w 3"],
+    image_size: int | None = None,
+    precision: str = "float32",
+) -> Float[Array, "batch features"]:
+    """Pooled features of one batch, plainly: upsample, preprocess, backbone, mean over positions, `stop_gradient`.
+
+    This is the reference that everything faster is held against. It is pure and not compiled; jit it with `image_size`
+    and `precision` static.
+
+    Args:
+      backbone: from `load_backbone`, or a `FunctionBackbone`, which decides about size and precision itself.
+      images_u8: RGB pixels.
+      image_size: side in pixels that the images are upsampled to; the backbone's own if None.
+      precision: `float32` or `bfloat16`, what the network computes in; the features are float32.
+    """
+    if isinstance(backbone, FunctionBackbone):
+        return jax.lax.stop_gradient(backbone.function(backbone.variables, images_u8))
+    x = preprocess(images_u8, backbone.preprocessing, image_size or backbone.image_size)
+    output: Any = ResNet(backbone.config, dtype=jnp.dtype(precision)).apply(backbone.variables, x, train=False)
+    return jax.lax.stop_gradient(output.pooled)

@@ -13,10 +13,10 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
+from cifar_jax.errors import WeightsError
 from cifar_jax.files import replacing, sha256_of_arrays
 from cifar_jax.preprocess import Preprocessing
 from cifar_jax.pretrained.backbone import Backbone
-from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.pretrained.reading import Reading, backbone_of
 from cifar_jax.resnet import ResNetConfig
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cifar_jax.errors import WeightsError
 from cifar_jax.preprocess import TORCH, Preprocessing
-from cifar_jax.pretrained.errors import WeightsError
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 MOST_BYTES = 10_000_000  # a thousand class names take 80 kB

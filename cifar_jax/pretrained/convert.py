@@ -17,12 +17,11 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from cifar_jax.errors import RunError, UserError
+from cifar_jax.errors import RunError, UserError, WeightsError
 from cifar_jax.files import replacing, sha256_of_file
 from cifar_jax.pretrained import hf_names, keras_names, layouts, torch_names
 from cifar_jax.pretrained.backbone import Backbone
 from cifar_jax.pretrained.canonical import read_safetensors, to_bytes
-from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.pretrained.from_torch import NAMES
 from cifar_jax.pretrained.keras_h5 import read_keras_h5
 from cifar_jax.pretrained.load import load_backbone

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from cifar_jax.pretrained.errors import WeightsError
+from cifar_jax.errors import WeightsError
 
 # Weights in a directory as transformers and timm keep them, in the order in which they are looked for.
 IN_DIRECTORY = ("model.safetensors", "pytorch_model.bin")

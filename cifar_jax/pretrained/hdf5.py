@@ -8,7 +8,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from cifar_jax.pretrained.errors import WeightsError
+from cifar_jax.errors import WeightsError
 
 # What a file of unknown origin may cost the library that reads it: seconds of a processor, and bytes of memory beside
 # those of its size.

@@ -16,8 +16,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from cifar_jax.errors import WeightsError
 from cifar_jax.pretrained.archive import open_archive
-from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.pretrained.hdf5 import TensorReader, own
 
 # The tensors of a layer by its class, numbered from 0; a convolution without bias has one less.

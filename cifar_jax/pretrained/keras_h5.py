@@ -10,8 +10,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from cifar_jax.errors import WeightsError
 from cifar_jax.pretrained import keras3
-from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.pretrained.hdf5 import TensorReader, own, probe
 from cifar_jax.pretrained.keras_names import OLDEST_TENSORS
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from cifar_jax.errors import WeightsError, did_you_mean
 from cifar_jax.pretrained import canonical, registry
 from cifar_jax.pretrained.backbone import Backbone
-from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.pretrained.forms import form_of, weights_in
 from cifar_jax.pretrained.from_keras import reading_of_keras
 from cifar_jax.pretrained.from_torch import family_of, reading_of_torch
@@ -17,7 +17,6 @@ from cifar_jax.pretrained.reading import Reading, backbone_of
 from cifar_jax.pretrained.torch_file import read_torch, without_prefixes
 from cifar_jax.pretrained.untrained import UNTRAINED
 from cifar_jax.pretrained.variants import VARIANTS, check_variant
-from cifar_jax.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
 

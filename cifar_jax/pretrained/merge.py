@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cifar_jax.errors import WeightsError
 from cifar_jax.pretrained import layouts
-from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.resnet import ResNet, ResNetConfig, Variables
 
 Path = tuple[str, ...]  # of a variable: ("params", "stage1_block1", "conv1", "kernel")

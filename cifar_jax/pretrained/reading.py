@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from cifar_jax.errors import WeightsError
 from cifar_jax.files import sha256_of_file
 from cifar_jax.preprocess import Preprocessing
 from cifar_jax.pretrained import layouts
 from cifar_jax.pretrained.backbone import Backbone
-from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.pretrained.merge import Path as VariablePath
 from cifar_jax.pretrained.merge import merge, top_of
 from cifar_jax.resnet import ResNetConfig

@@ -8,11 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_jax.errors import RunError
+from cifar_jax.errors import RunError, WeightsError, no_such
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained.download import NotDownloaded, download, has_digest
-from cifar_jax.pretrained.errors import WeightsError
-from cifar_jax.suggest import no_such
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 

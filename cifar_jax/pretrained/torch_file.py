@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from cifar_jax.errors import WeightsError
 from cifar_jax.pretrained.archive import Archive, open_archive
-from cifar_jax.pretrained.errors import WeightsError
 from cifar_jax.pretrained.torch_pickle import Storage, Tensor, read_pickle
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

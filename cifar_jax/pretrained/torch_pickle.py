@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax.pretrained.errors import WeightsError
+from cifar_jax.errors import WeightsError
 
 # A ResNet152 with its optimizer's state takes 100,000. Bounds time and memory, whatever a few bytes may claim.
 MOST_INSTRUCTIONS = 500_000

@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cifar_jax.errors import WeightsError, no_such
 from cifar_jax.preprocess import CAFFE, TORCH, Preprocessing
-from cifar_jax.pretrained.errors import WeightsError
-from cifar_jax.resnet import ResNetConfig
-from cifar_jax.suggest import no_such
+from cifar_jax.resnet import DEPTHS, ResNetConfig
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,6 @@ ALIASES = {
     **dict.fromkeys(("timm", "torch", "pytorch"), "torchvision"),
     **dict.fromkeys(("transformers", "hf", "hugging-face"), "huggingface"),
 }
-
-# The networks that are published, by the blocks of their stages.
-DEPTHS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "ResNet50", (3, 4, 23, 3): "ResNet101", (3, 8, 36, 3): "ResNet152"}
-
-
-def network_name(config: ResNetConfig) -> str:
-    """`ResNet50`, with its width where that is not the usual one."""
-    name = DEPTHS.get(config.stage_sizes, f"a ResNet with {config.stage_sizes} blocks")
-    return f"{name} of width {config.width}" if config.width != ResNetConfig.width else name
 
 
 def check_depth(stage_sizes: tuple[int, ...], what: str) -> None:
