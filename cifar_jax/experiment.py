@@ -109,10 +109,13 @@ def train(
         stopping = agreed(lambda: bool(signals.requested))
         with claimed(out) if writer else contextlib.nullcontext(), _ended(writer, out, signals):
             if writer:
+                from cifar_jax.pictures import write_pictures, write_samples  # matplotlib takes a second
+
                 check_again(out, config, found["progress"], parts.tx is not None)
                 with signals.held():
                     writer.start(resumes=found["progress"] is not None)
-                writer.samples()
+                with writer.pictures():
+                    write_samples(out, inputs.problem)
             training = prepare(config, inputs, parts, mesh, clock, reporter, progress.position.epoch, stopping)
             if writer and training.extracted:
                 writer.extracted(training.extracted.num_images, training.extracted.seconds)
@@ -138,7 +141,8 @@ def train(
                 if stopping():
                     raise KeyboardInterrupt
             if writer:
-                writer.pictures(val, test)
+                with writer.pictures():
+                    write_pictures(out, inputs.problem, writer.history, val, test, config.optim.seed)
                 with signals.held():
                     writer.finish("complete", val, test)
     return out

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from cifar_jax.checkpoint import Position, list_checkpoints, load_checkpoint, position_of, prune, save_checkpoint
 from cifar_jax.clock import Clock
@@ -15,7 +14,6 @@ from cifar_jax.environment import device_description, package_versions, settings
 from cifar_jax.errors import RunError
 from cifar_jax.files import without_nan, write_json
 from cifar_jax.inputs import Inputs
-from cifar_jax.keys import stream_key
 from cifar_jax.parallel import make_mesh
 from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
 from cifar_jax.reporter import EpochRow
@@ -33,8 +31,6 @@ from cifar_jax.run_dir import (
 from cifar_jax.train.evaluate import EvalResult, wilson_interval
 from cifar_jax.train.loop import EpochPart
 from cifar_jax.train.step import TrainState
-
-PICTURED_PREDICTIONS = 32
 
 
 class RunWriter:
@@ -143,42 +139,11 @@ class RunWriter:
             digest = save_backbone(self.out / BACKBONE, self.backbone)
         self.backbone = self.backbone.replace(sha256=digest)
 
-    def samples(self) -> None:
-        """Writes samples.png, before any training."""
-        from cifar_jax import plots
-
-        train, val, names = self.problem.train, self.problem.val, self.problem.splits.class_names
+    @contextlib.contextmanager
+    def pictures(self) -> Iterator[None]:
+        """Times the writing of pictures into the directory; a file that cannot be written is a RunError."""
         with self.clock("pictures"), _or_run_error(self.out):
-            figure = plots.plot_samples(
-                train.images, train.labels, val.images, val.labels, names, val_name=self.problem.val_name
-            )
-            plots.save_figure(figure, self.out / "samples.png")
-
-    def pictures(self, val: EvalResult, test: EvalResult) -> None:
-        """Writes the figures of a trained head.
-
-        These are curves.png, predictions.png and confusion.png of the validation images, and where these were held out
-        also test_predictions.png and test_confusion.png.
-        """
-        from cifar_jax import plots
-
-        val_name, names = self.problem.val_name, self.problem.splits.class_names
-        with self.clock("pictures"):
-            figures = {"curves.png": plots.plot_curves([row._asdict() for row in self.history], val_name=val_name)}
-            splits = [("", val_name, self.problem.val, val)]
-            if self.problem.held_out:
-                splits.append(("test_", "test", self.problem.test, test))
-            for prefix, split, (images, labels), result in splits:
-                key = stream_key(self.config.optim.seed, "pictures")
-                shown = np.asarray(jax.random.permutation(key, len(labels))[:PICTURED_PREDICTIONS], np.int32)
-                probs = np.asarray(jax.nn.softmax(result.logits[shown]))
-                figures[f"{prefix}predictions.png"] = plots.plot_predictions(
-                    images[shown], labels[shown], probs, names, split=split
-                )
-                figures[f"{prefix}confusion.png"] = plots.plot_confusion(result.confusion, names, split=split)
-            with _or_run_error(self.out):
-                for name, figure in figures.items():
-                    plots.save_figure(figure, self.out / name)
+            yield
 
     def finish(self, status: str, val: EvalResult | None = None, test: EvalResult | None = None) -> None:
         """Writes summary.json, and in the mode finetune the selected epoch's backbone.

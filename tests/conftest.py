@@ -8,14 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import hearing, narrow_networks
+from helpers import hearing, narrow_networks, without_pictures
 from jax._src import compilation_cache
 
 from cifar_jax import commands
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.shapes import draw_shapes
 from cifar_jax.data.tfds import find_prepared
-from cifar_jax.run_writer import RunWriter
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -99,8 +98,7 @@ def own_compile_cache() -> None:
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow networks and no pictures: jobs of seconds."""
     narrow_networks(monkeypatch)
-    monkeypatch.setattr(RunWriter, "samples", lambda self: None)
-    monkeypatch.setattr(RunWriter, "pictures", lambda *_: None)
+    without_pictures(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import narrow_networks
+from helpers import narrow_networks, without_pictures
 from tasks import fitted, on_all_layers, on_features, on_images, start_of, steps_of
 
 from benchmarks.hlo import collectives
@@ -21,7 +21,6 @@ from cifar_jax.optimizer import make_optimizer
 from cifar_jax.parallel import make_mesh, replicate, shard
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.resnet import ResNetConfig
-from cifar_jax.run_writer import RunWriter
 from cifar_jax.train.evaluate import eval_step, evaluate
 from cifar_jax.train.loop import EpochOrder
 from cifar_jax.train.losses import cross_entropy
@@ -188,8 +187,7 @@ JOB = {
 def test_job(tmp_path, monkeypatch):
     """The whole job, stopped after its first epoch and gone on with, against one device."""
     narrow_networks(monkeypatch)
-    monkeypatch.setattr(RunWriter, "samples", lambda self: None)
-    monkeypatch.setattr(RunWriter, "pictures", lambda *_: None)
+    without_pictures(monkeypatch)
     config = TrainConfig(**JOB, cache_dir=str(tmp_path), devices=8, out=str(tmp_path / "eight"), resume=True)
     train(replace(config, epochs=1))
     eight = train(config)

@@ -134,6 +134,12 @@ def full_disk(at: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw nothing, which takes longer than what most of them test."""
+    monkeypatch.setattr("cifar_jax.pictures.write_samples", lambda *_: None)
+    monkeypatch.setattr("cifar_jax.pictures.write_pictures", lambda *_: None)
+
+
 def narrow_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes ResNet50 a network of two narrow blocks, pretrained and untrained, so that a check takes no minute."""
     monkeypatch.setitem(resnet.DEPTHS, NARROW.stage_sizes, "a narrow one")

@@ -12,14 +12,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import command, is_one_error, narrow_networks
+from helpers import command, is_one_error, narrow_networks, without_pictures
 from two_processes import JOB
 
 from cifar_jax import load_run
 from cifar_jax.checkpoint import list_checkpoints
 from cifar_jax.cli import main
 from cifar_jax.run_dir import CHECKPOINTS, CONTENTS
-from cifar_jax.run_writer import RunWriter
 
 HERE = Path(__file__).parent
 
@@ -65,8 +64,7 @@ def alone(tmp_path_factory):
     directory = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         narrow_networks(patch)
-        patch.setattr(RunWriter, "samples", lambda self: None)
-        patch.setattr(RunWriter, "pictures", lambda *_: None)
+        without_pictures(patch)
         arguments = ["train", *JOB, str(directory / "cache"), "--epochs", "2", "--out", str(directory / "run")]
         assert main(arguments) == 0
         return directory / "run", jax.tree.leaves(load_run(directory / "run").head_params)

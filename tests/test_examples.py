@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import NARROW
+from helpers import NARROW, without_pictures
 from PIL import Image
 
 from cifar_jax import Batch, Run, TrainConfig, UserError, dense_head, extract, load_run, predict_probs, resnet
@@ -20,7 +20,6 @@ from cifar_jax.experiment import train
 from cifar_jax.predict import evaluate_run, predict_files
 from cifar_jax.pretrained import UNTRAINED
 from cifar_jax.run_dir import CHECKPOINTS, CONTENTS
-from cifar_jax.run_writer import RunWriter
 from examples import another_augmentation, another_loss, another_network, another_optimizer, dropout_head
 
 MODES = ("cached", "live", "finetune")
@@ -62,8 +61,7 @@ def as_users_have_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Nearly all time goes into compiling, so XLA is told to optimise little.
     """
     one_block(monkeypatch)
-    monkeypatch.setattr(RunWriter, "samples", lambda self: None)
-    monkeypatch.setattr(RunWriter, "pictures", lambda *_: None)
+    without_pictures(monkeypatch)
     jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"):
         yield

@@ -12,7 +12,6 @@ from helpers import TINY, narrow_networks
 from cifar_jax import experiment, processes
 from cifar_jax.cli import main
 from cifar_jax.errors import UserError
-from cifar_jax.run_writer import RunWriter
 
 JOB = (*TINY, "--schedule", "constant", "--train-examples", "127", "--cache-dir")
 
@@ -58,7 +57,7 @@ def run(directory):
     with pytest.MonkeyPatch.context() as patch:
         narrow_networks(patch)
         patch.setattr(experiment, "fit", kept)
-        patch.setattr(RunWriter, "samples", lambda self: None)
+        patch.setattr("cifar_jax.pictures.write_samples", lambda *_: None)
         commands = (["--epochs", "1"], ["--epochs", "2", "--resume"], [])
         found["codes"] = [main([*train, *more]) for more in commands]
     out.with_suffix(".json").write_text(json.dumps(found))
