@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from cifar_jax.cli import run
+    from cifar_jax.cli.main import run
 except KeyboardInterrupt:  # imports take a second or two
     sys.exit(130)
 

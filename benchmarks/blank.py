@@ -3,10 +3,10 @@
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from cifar_jax.preprocess import CAFFE
+from cifar_jax.models.preprocess import CAFFE
+from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import Backbone
 from cifar_jax.pretrained.merge import variable_shapes
-from cifar_jax.resnet import ResNetConfig
 
 
 def blank_backbone(config: ResNetConfig, image_size: int) -> Backbone:

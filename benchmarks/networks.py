@@ -62,7 +62,7 @@ def as_for_keras(backbone: Any) -> Any:
     `random_backbone` has calibrated it for RGB divided by 255 and by ImageNet's deviation, so its first kernel does
     that now.
     """
-    from cifar_jax.preprocess import CAFFE, TORCH
+    from cifar_jax.models.preprocess import CAFFE, TORCH
 
     params = backbone.variables["params"]
     kernel = params["stem_conv"]["kernel"] / (TORCH.scale * np.asarray(TORCH.std, np.float32))[:, None]

@@ -26,7 +26,7 @@ def make_ours(
     The CPU and its memory are used as the commands use them, which must be said before JAX begins.
     """
     from cifar_jax import load_backbone, make_extractor
-    from cifar_jax.devices import keep_freed_memory, use_all_cores
+    from cifar_jax.runtime.devices import keep_freed_memory, use_all_cores
 
     use_all_cores()
     keep_freed_memory()
@@ -121,7 +121,7 @@ def make_heads(num_heads: int, num_examples: int, in_features: int, in_one_call:
 def steps_of_head(data: tuple[Any, Any], tx: Any, order: Any) -> Any:
     """The compiled steps of the dense head on features and labels."""
     from cifar_jax import Split, cached_task, cross_entropy, dense_logits, make_advance, make_train_step
-    from cifar_jax.parallel import make_mesh
+    from cifar_jax.runtime.sharding import make_mesh
 
     task = cached_task((), dense_logits, {"train": Split(*data)})
     return make_advance(task, make_train_step(task.forward, cross_entropy, tx), order, make_mesh())

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.blank import blank_backbone
-from cifar_jax import inference
-from cifar_jax.devices import keep_freed_memory, use_all_cores
-from cifar_jax.features import extraction_batch_size
-from cifar_jax.parallel import make_mesh, replicate, shard
-from cifar_jax.resnet import ResNetConfig, block_name
+from cifar_jax.features.extractor import extraction_batch_size
+from cifar_jax.models import folded as inference
+from cifar_jax.models.resnet import ResNetConfig, block_name
+from cifar_jax.runtime.devices import keep_freed_memory, use_all_cores
+from cifar_jax.runtime.sharding import make_mesh, replicate, shard
 
 ROUNDS, IMAGE_SIZE = 9, 224
 LARGE = 2048

@@ -32,13 +32,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.blank import blank_backbone
 from benchmarks.hlo import collectives
 from cifar_jax.config import TrainConfig
-from cifar_jax.environment import package_versions
 from cifar_jax.files import write_json
-from cifar_jax.head import dense_logits, init_head
-from cifar_jax.inference import features_of, prepare
-from cifar_jax.parallel import mesh_of, rows_sharding
-from cifar_jax.pretrained.backbone import extract
-from cifar_jax.resnet import ResNetConfig
+from cifar_jax.models.backbone import extract
+from cifar_jax.models.folded import features_of, prepare
+from cifar_jax.models.head import dense_logits, init_head
+from cifar_jax.models.resnet import ResNetConfig
+from cifar_jax.runtime.environment import package_versions
+from cifar_jax.runtime.sharding import mesh_of, rows_sharding
 from cifar_jax.train.finetune import make_network, trainable
 from cifar_jax.train.losses import cross_entropy
 from cifar_jax.train.step import init_state, make_train_step

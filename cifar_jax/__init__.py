@@ -19,19 +19,19 @@ Importing it imports neither TensorFlow nor matplotlib.
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import RunError, UserError
-from cifar_jax.features import make_extractor
-from cifar_jax.head import Head, dense_head, dense_logits, flax_head, head_logits, init_head
-from cifar_jax.predict import predict_probs
-from cifar_jax.preprocess import Preprocessing, preprocess
+from cifar_jax.features.extractor import make_extractor
+from cifar_jax.models.backbone import extract
+from cifar_jax.models.head import Head, dense_head, dense_logits, flax_head, head_logits, init_head
+from cifar_jax.models.preprocess import Preprocessing, preprocess
+from cifar_jax.models.resnet import ResNet, ResNetConfig
 from cifar_jax.pretrained import Backbone, FunctionBackbone, load_backbone, random_backbone, save_backbone
-from cifar_jax.pretrained.backbone import extract
-from cifar_jax.resnet import ResNet, ResNetConfig
-from cifar_jax.saved_run import Run, load_run
-from cifar_jax.sweep import train_heads
+from cifar_jax.runs.predict import predict_probs
+from cifar_jax.runs.reader import Run, load_run
 from cifar_jax.train.evaluate import EvalResult, eval_step, evaluate, make_eval_step, make_evaluate
 from cifar_jax.train.loop import EpochOrder, fit, make_advance
 from cifar_jax.train.losses import cross_entropy, smoothed_cross_entropy
 from cifar_jax.train.step import TrainState, init_state, make_train_step
+from cifar_jax.train.sweep import train_heads
 from cifar_jax.train.task import Batch, Split, Task, cached_task, finetune_task, head_forward, live_task
 from cifar_jax.version import __version__
 

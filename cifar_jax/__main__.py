@@ -1,5 +1,5 @@
 """`python -m cifar_jax`."""
 
-from cifar_jax.cli import run
+from cifar_jax.cli.main import run
 
 run()

@@ -12,21 +12,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from cifar_jax.checkpoint import Position
-from cifar_jax.clock import Clock
 from cifar_jax.config import TrainConfig
-from cifar_jax.environment import device_description
 from cifar_jax.errors import RunError, UserError
-from cifar_jax.head import Head
-from cifar_jax.inputs import Inputs, load_inputs, require_same_inputs_everywhere, warn_of_shared_images
-from cifar_jax.interruption import Signals, listening
-from cifar_jax.optimizer import make_schedule
-from cifar_jax.parallel import make_mesh
+from cifar_jax.models.head import Head
 from cifar_jax.pretrained import AnyBackbone
-from cifar_jax.processes import agreed, arrays_from_first, from_first, is_first
-from cifar_jax.profiling import profiled
-from cifar_jax.reporter import EpochRow, Reporter, Silent
-from cifar_jax.resume import (
+from cifar_jax.runs.checkpoint import Position
+from cifar_jax.runs.layout import CHECKPOINTS, claimed
+from cifar_jax.runs.resume import (
     NO_PROGRESS,
     Progress,
     check_again,
@@ -35,14 +27,22 @@ from cifar_jax.resume import (
     require_same_inputs,
     selected_epoch,
 )
-from cifar_jax.run_dir import CHECKPOINTS, claimed
-from cifar_jax.run_writer import RunWriter
+from cifar_jax.runs.writer import RunWriter
+from cifar_jax.runtime.environment import device_description
+from cifar_jax.runtime.processes import agreed, arrays_from_first, from_first, is_first
+from cifar_jax.runtime.profiling import profiled
+from cifar_jax.runtime.reporter import EpochRow, Reporter, Silent
+from cifar_jax.runtime.sharding import make_mesh
+from cifar_jax.runtime.signals import Signals, listening
+from cifar_jax.runtime.timing import Clock
 from cifar_jax.train.evaluate import EvalResult
+from cifar_jax.train.inputs import Inputs, load_inputs, require_same_inputs_everywhere, warn_of_shared_images
 from cifar_jax.train.loop import Diverged, EpochPart, fit
 from cifar_jax.train.losses import LossFn
+from cifar_jax.train.optimizer import make_schedule
+from cifar_jax.train.prepare import Parts, Training, prepare
 from cifar_jax.train.step import TrainState
 from cifar_jax.train.task import Augment
-from cifar_jax.training import Parts, Training, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def train(
         stopping = agreed(lambda: bool(signals.requested))
         with claimed(out) if writer else contextlib.nullcontext(), _ended(writer, out, signals):
             if writer:
-                from cifar_jax.pictures import write_pictures, write_samples  # matplotlib takes a second
+                from cifar_jax.report.pictures import write_pictures, write_samples  # matplotlib takes a second
 
                 check_again(out, config, found["progress"], parts.tx is not None)
                 with signals.held():

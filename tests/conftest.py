@@ -11,10 +11,10 @@ import pytest
 from helpers import hearing, narrow_networks, without_pictures
 from jax._src import compilation_cache
 
-from cifar_jax import commands
+from cifar_jax.cli import commands
 from cifar_jax.data import Dataset, Splits
-from cifar_jax.data.shapes import draw_shapes
-from cifar_jax.data.tfds import find_prepared
+from cifar_jax.data.sources.shapes import draw_shapes
+from cifar_jax.data.sources.tfds import find_prepared
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

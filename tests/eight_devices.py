@@ -11,22 +11,22 @@ from helpers import narrow_networks, without_pictures
 from tasks import fitted, on_all_layers, on_features, on_images, start_of, steps_of
 
 from benchmarks.hlo import collectives
-from cifar_jax.augment import AUGMENTATIONS
 from cifar_jax.config import TrainConfig
+from cifar_jax.data.augment import AUGMENTATIONS
 from cifar_jax.errors import UserError
 from cifar_jax.experiment import train
-from cifar_jax.features import make_extractor
-from cifar_jax.head import init_head
-from cifar_jax.optimizer import make_optimizer
-from cifar_jax.parallel import make_mesh, replicate, shard
+from cifar_jax.features.extractor import make_extractor
+from cifar_jax.models.head import init_head
+from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import random_backbone
-from cifar_jax.resnet import ResNetConfig
+from cifar_jax.runtime.sharding import make_mesh, replicate, shard
 from cifar_jax.train.evaluate import eval_step, evaluate
 from cifar_jax.train.loop import EpochOrder
 from cifar_jax.train.losses import cross_entropy
+from cifar_jax.train.optimizer import make_optimizer
+from cifar_jax.train.prepare import image_augmentation
 from cifar_jax.train.step import make_train_step, scan_steps
 from cifar_jax.train.task import Batch
-from cifar_jax.training import image_augmentation
 
 NETWORK = ResNetConfig(stage_sizes=(1,), width=4)
 KEY = jax.random.key(7)

@@ -16,14 +16,16 @@ import h5py
 import numpy as np
 import pytest
 
-from cifar_jax import resnet
-from cifar_jax.cli import main
-from cifar_jax.pretrained import UNTRAINED, keras_names, layouts, variants
+from cifar_jax.cli.main import main
+from cifar_jax.models import resnet
+from cifar_jax.models.resnet import ResNetConfig
+from cifar_jax.pretrained import UNTRAINED, variants
+from cifar_jax.pretrained.formats.keras3 import snake_case
 from cifar_jax.pretrained.from_torch import NAMES
-from cifar_jax.pretrained.keras3 import snake_case
 from cifar_jax.pretrained.merge import variable_shapes
-from cifar_jax.reporter import Silent
-from cifar_jax.resnet import ResNetConfig
+from cifar_jax.pretrained.names import keras as keras_names
+from cifar_jax.pretrained.names import layouts
+from cifar_jax.runtime.reporter import Silent
 
 NARROW = ResNetConfig(stage_sizes=(1, 1), width=4)
 NARROW_TORCH = replace(NARROW, stride_in_1x1=False, conv_bias=False, bn_epsilon=1e-5)
@@ -136,8 +138,8 @@ def full_disk(at: int) -> Iterator[None]:
 
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw nothing, which takes longer than what most of them test."""
-    monkeypatch.setattr("cifar_jax.pictures.write_samples", lambda *_: None)
-    monkeypatch.setattr("cifar_jax.pictures.write_pictures", lambda *_: None)
+    monkeypatch.setattr("cifar_jax.report.pictures.write_samples", lambda *_: None)
+    monkeypatch.setattr("cifar_jax.report.pictures.write_pictures", lambda *_: None)
 
 
 def narrow_networks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +301,7 @@ def write_tfds(
 @contextmanager
 def quiet_tensorflow() -> Iterator[Any]:
     """TensorFlow and TFDS as the library imports them."""
-    from cifar_jax.data.tfds import _tensorflow
+    from cifar_jax.data.sources.tfds import _tensorflow
 
     with _tensorflow(Path()) as tfds, redirect_stdout(io.StringIO()):
         import tensorflow as tf

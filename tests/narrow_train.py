@@ -5,7 +5,7 @@ import sys
 import pytest
 from helpers import narrow_networks
 
-from cifar_jax.cli import run
+from cifar_jax.cli.main import run
 
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:

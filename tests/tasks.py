@@ -9,9 +9,9 @@ import optax
 from jax.sharding import Mesh
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.head import dense_logits
-from cifar_jax.parallel import make_mesh
-from cifar_jax.pretrained.backbone import extract
+from cifar_jax.models.backbone import extract
+from cifar_jax.models.head import dense_logits
+from cifar_jax.runtime.sharding import make_mesh
 from cifar_jax.train.evaluate import EvalResult, make_evaluate
 from cifar_jax.train.finetune import trainable_backbone
 from cifar_jax.train.loop import Advance, EpochOrder, fit, make_advance

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_jax.augment import AUGMENTATIONS, GREY, augment, cutout, random_crop, random_flip
+from cifar_jax.data.augment import AUGMENTATIONS, GREY, augment, cutout, random_crop, random_flip
 
 KEY = jax.random.key(5)
 

@@ -16,18 +16,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from cifar_jax import checkpoint, experiment, extraction, files, inputs, pictures, run_dir
-from cifar_jax.checkpoint import newest_whole
+from cifar_jax import experiment, files
 from cifar_jax.config import PRESETS, TrainConfig
+from cifar_jax.config.groups import GROUP_OF
 from cifar_jax.data import balanced_subset, epoch_batches, hold_out
 from cifar_jax.errors import UserError
 from cifar_jax.experiment import Interrupted, train
+from cifar_jax.features import dataset as extraction
 from cifar_jax.files import load_arrays, save_arrays, write_json
-from cifar_jax.groups import GROUP_OF
 from cifar_jax.pretrained import load_backbone
-from cifar_jax.reporter import EpochRow
-from cifar_jax.run_dir import CHECKPOINTS, CONFIG, SUMMARY
-from cifar_jax.saved_run import load_run
+from cifar_jax.report import pictures
+from cifar_jax.runs import checkpoint
+from cifar_jax.runs import layout as run_dir
+from cifar_jax.runs.checkpoint import newest_whole
+from cifar_jax.runs.layout import CHECKPOINTS, CONFIG, SUMMARY
+from cifar_jax.runs.reader import load_run
+from cifar_jax.runtime.reporter import EpochRow
+from cifar_jax.train import inputs
 
 PICTURES = pictures.write_pictures
 FAST = settings(max_examples=30, deadline=None)
@@ -224,7 +229,7 @@ def test_a_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, capsys, qui
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint.json", SUMMARY, "curves.png"])
 def test_any_file_of_a_run_may_fail(tmp_path, capsys, quick, monkeypatch, name):
     if name == "curves.png":
-        monkeypatch.setattr("cifar_jax.pictures.write_pictures", PICTURES)
+        monkeypatch.setattr("cifar_jax.report.pictures.write_pictures", PICTURES)
     replace = os.replace
 
     def fail(source, target):

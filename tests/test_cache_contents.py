@@ -8,9 +8,9 @@ import pytest
 from helpers import TINY, command, files_below, is_one_error
 from test_feature_cache import IMAGES, WIDTH, features_of
 
-from cifar_jax.cache_contents import FEATURES, clear, contents, limit_features
-from cifar_jax.feature_cache import cached_features
-from cifar_jax.feature_store import locked
+from cifar_jax.features.cache import cached_features
+from cifar_jax.features.contents import FEATURES, clear, contents, limit_features
+from cifar_jax.features.store import locked
 from cifar_jax.files import save_arrays
 
 ENTRY_BYTES = 3 * (1024 * WIDTH * 4 + 4)

@@ -6,8 +6,11 @@ import pytest
 from helpers import flip_bit
 from safetensors.numpy import load_file, save_file
 
-from cifar_jax import checkpoint
-from cifar_jax.checkpoint import (
+from cifar_jax.errors import RunError, UserError
+from cifar_jax.files import read_sealed, write_sealed
+from cifar_jax.models.head import init_head
+from cifar_jax.runs import checkpoint
+from cifar_jax.runs.checkpoint import (
     Position,
     list_checkpoints,
     load_checkpoint,
@@ -16,9 +19,6 @@ from cifar_jax.checkpoint import (
     prune,
     save_checkpoint,
 )
-from cifar_jax.errors import RunError, UserError
-from cifar_jax.files import read_sealed, write_sealed
-from cifar_jax.head import init_head
 
 ONE, TWO, THREE, TEN = Position(1), Position(2), Position(3), Position(10)
 

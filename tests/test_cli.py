@@ -17,16 +17,16 @@ from helpers import NARROW, TINY, command, files_below, is_one_error, is_refused
 from PIL import Image
 
 import cifar_jax
-from cifar_jax import inputs
-from cifar_jax.checkpoint import load_checkpoint
-from cifar_jax.cli import COMMANDS, main
+from cifar_jax.cli.main import COMMANDS, main
+from cifar_jax.cli.options import parse_train
 from cifar_jax.config import TrainConfig, preset
 from cifar_jax.data.load import check_name
-from cifar_jax.devices import missing_platform
 from cifar_jax.errors import UserError
-from cifar_jax.head import init_head
-from cifar_jax.options import parse_train
+from cifar_jax.models.head import init_head
 from cifar_jax.pretrained import UNTRAINED, download, registry
+from cifar_jax.runs.checkpoint import load_checkpoint
+from cifar_jax.runtime.devices import missing_platform
+from cifar_jax.train import inputs
 
 ROOT = Path(cifar_jax.__file__).parent.parent
 
@@ -500,7 +500,7 @@ def environment(tmp_path):
 
 
 def test_the_script_runs_from_anywhere_and_imports_no_more_than_it_must(tmp_path):
-    check = "import sys, cifar_jax, cifar_jax.cli; print({'tensorflow', 'matplotlib', 'torch'} & set(sys.modules))"
+    check = "import sys, cifar_jax, cifar_jax.cli.main; print({'tensorflow', 'matplotlib', 'torch'} & set(sys.modules))"
     commands = [[sys.executable, ROOT / "train.py", "--help"], [sys.executable, "-c", check]]
     ascii_only = environment(tmp_path) | {"PYTHONIOENCODING": "ascii"}
     shown = [subprocess.run(c, cwd=tmp_path, env=ascii_only, capture_output=True, text=True) for c in commands]
@@ -512,7 +512,8 @@ def test_the_script_runs_from_anywhere_and_imports_no_more_than_it_must(tmp_path
 
 def test_ctrl_c_ends_a_live_run_cleanly(tmp_path):
     out = tmp_path / "out"
-    start = "import pytest, helpers, cifar_jax.cli; helpers.narrow_networks(pytest.MonkeyPatch()); cifar_jax.cli.run()"
+    start = "import pytest, helpers; from cifar_jax.cli.main import run; "
+    start += "helpers.narrow_networks(pytest.MonkeyPatch()); run()"
     # An epoch of a second or so, in whose midst the signal comes.
     live = ["--mode", "live", "--train-examples", "2000", "--batch-size", "2", "--epochs", "1000", "--out", out]
     with subprocess.Popen(

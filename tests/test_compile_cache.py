@@ -13,7 +13,7 @@ from helpers import files_below
 from jax._src import compilation_cache, monitoring
 
 import cifar_jax
-from cifar_jax.compile_cache import CheckedCache, use_compile_cache
+from cifar_jax.runtime.compile_cache import CheckedCache, use_compile_cache
 
 ROOT = Path(cifar_jax.__file__).parent.parent
 
@@ -155,7 +155,7 @@ def test_a_place_that_jax_was_told_of_stays(tmp_path, monkeypatch):
 
 def test_importing_the_library_sets_up_nothing_and_reads_no_chunk(tmp_path):
     check = (
-        "import sys, jax, cifar_jax, cifar_jax.cli\n"
+        "import sys, jax, cifar_jax, cifar_jax.cli.main\n"
         "print(jax.config.jax_compilation_cache_dir, {'tensorstore', 'orbax'} & set(sys.modules))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import command, is_one_error
 
+from cifar_jax.cli.options import parse_train
 from cifar_jax.config import (
     FINETUNE_ONLY,
     BackboneConfig,
@@ -19,10 +20,9 @@ from cifar_jax.config import (
     TrainConfig,
     preset,
 )
+from cifar_jax.config.groups import FIELDS, GROUP_OF, GROUPS, OF_A_PROCESS, OF_THE_COMMAND, PATHS, RUN_ONLY
 from cifar_jax.errors import UserError
-from cifar_jax.groups import FIELDS, GROUP_OF, GROUPS, OF_A_PROCESS, OF_THE_COMMAND, PATHS, RUN_ONLY
-from cifar_jax.options import parse_train
-from cifar_jax.run_dir import recorded
+from cifar_jax.runs.layout import recorded
 
 CONFIGS = Path(__file__).parent / "configs"  # written before options were in groups
 FINETUNE = FinetuneConfig(2, 0.01, "batch", 0.8, False, 16, True)

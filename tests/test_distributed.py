@@ -16,9 +16,9 @@ from helpers import command, is_one_error, narrow_networks, without_pictures
 from two_processes import JOB
 
 from cifar_jax import load_run
-from cifar_jax.checkpoint import list_checkpoints
-from cifar_jax.cli import main
-from cifar_jax.run_dir import CHECKPOINTS, CONTENTS
+from cifar_jax.cli.main import main
+from cifar_jax.runs.checkpoint import list_checkpoints
+from cifar_jax.runs.layout import CHECKPOINTS, CONTENTS
 
 HERE = Path(__file__).parent
 

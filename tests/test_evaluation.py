@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_jax.head import head_logits, init_head
+from cifar_jax.models.head import head_logits, init_head
 from cifar_jax.train.evaluate import eval_step, evaluate, wilson_interval
 
 

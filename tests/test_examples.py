@@ -12,14 +12,15 @@ import pytest
 from helpers import NARROW, without_pictures
 from PIL import Image
 
-from cifar_jax import Batch, Run, TrainConfig, UserError, dense_head, extract, load_run, predict_probs, resnet
-from cifar_jax.checkpoint import load_checkpoint
+from cifar_jax import Batch, Run, TrainConfig, UserError, dense_head, extract, load_run, predict_probs
 from cifar_jax.config import preset
 from cifar_jax.data import load_problem
 from cifar_jax.experiment import train
-from cifar_jax.predict import evaluate_run, predict_files
+from cifar_jax.models import resnet
 from cifar_jax.pretrained import UNTRAINED
-from cifar_jax.run_dir import CHECKPOINTS, CONTENTS
+from cifar_jax.runs.checkpoint import load_checkpoint
+from cifar_jax.runs.layout import CHECKPOINTS, CONTENTS
+from cifar_jax.runs.predict import evaluate_run, predict_files
 from examples import another_augmentation, another_loss, another_network, another_optimizer, dropout_head
 
 MODES = ("cached", "live", "finetune")

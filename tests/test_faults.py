@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 from helpers import TINY, command, files_below, flip_bit, full_disk, is_one_error
 
-from cifar_jax import experiment, extraction, features, load_run
+from cifar_jax import experiment, load_run
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.problem import make_problem
 from cifar_jax.errors import RunError
 from cifar_jax.experiment import train
-from cifar_jax.features import make_extractor
-from cifar_jax.inputs import warn_of_shared_images
+from cifar_jax.features import dataset as extraction
+from cifar_jax.features import extractor as features
+from cifar_jax.features.extractor import make_extractor
+from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import random_backbone
-from cifar_jax.resnet import ResNetConfig
-from cifar_jax.run_dir import CHECKPOINTS, METRICS, SUMMARY, claimed
-from cifar_jax.run_writer import RunWriter
+from cifar_jax.runs.layout import CHECKPOINTS, METRICS, SUMMARY, claimed
+from cifar_jax.runs.writer import RunWriter
+from cifar_jax.train.inputs import warn_of_shared_images
 
 HERE = Path(__file__).parent
 
@@ -71,7 +73,7 @@ def test_a_second_run_in_the_same_directory_is_refused_while_the_first_one_write
     out, ready = tmp_path / "run", tmp_path / "ready"
     code = f"""
 import sys, time, pathlib
-from cifar_jax.run_dir import claimed
+from cifar_jax.runs.layout import claimed
 with claimed(pathlib.Path({str(out)!r})):
     pathlib.Path({str(ready)!r}).touch()
     sys.stdin.read()
@@ -107,7 +109,7 @@ def test_a_read_only_directory_is_refused_to_whom_it_is_read_only(tmp_path):
     code = f"""
 import os, sys
 sys.path[:0] = [{str(HERE.parent)!r}]
-from cifar_jax.cli import main
+from cifar_jax.cli.main import main
 import cifar_jax.experiment, tyro  # before the rights to read them go
 if os.geteuid() == 0:
     os.setuid(65534)

@@ -17,11 +17,11 @@ import pytest
 from helpers import NARROW, files_below, full_disk, hearing
 
 import cifar_jax
-from cifar_jax import feature_cache
 from cifar_jax.data import Dataset
 from cifar_jax.errors import RunError
-from cifar_jax.feature_cache import cached_features, features_key
-from cifar_jax.feature_store import CHUNK_ROWS
+from cifar_jax.features import cache as feature_cache
+from cifar_jax.features.cache import cached_features, features_key
+from cifar_jax.features.store import CHUNK_ROWS
 from cifar_jax.pretrained import random_backbone
 
 KEY = "0123456789abcdef" * 4

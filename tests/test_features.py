@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from conftest import relative_difference
 
-from cifar_jax import features as features_module
 from cifar_jax.errors import RunError
-from cifar_jax.features import make_extractor
-from cifar_jax.inference import features_of
+from cifar_jax.features import extractor as features_module
+from cifar_jax.features.extractor import make_extractor
+from cifar_jax.models.backbone import extract
+from cifar_jax.models.folded import features_of
+from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import random_backbone
-from cifar_jax.pretrained.backbone import extract
-from cifar_jax.resnet import ResNetConfig
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error, is_refused
 from PIL import Image
 
-from cifar_jax import extraction
 from cifar_jax.data import load_splits
-from cifar_jax.features import make_extractor
-from cifar_jax.images import read_image
+from cifar_jax.data.sources.images import read_image
+from cifar_jax.features import dataset as extraction
+from cifar_jax.features.extractor import make_extractor
 from cifar_jax.pretrained import load_backbone, random_backbone, save_backbone
-from cifar_jax.profiling import profiled
+from cifar_jax.runtime.profiling import profiled
 
 SHAPES = ("shapes", "--train-examples", "20", "--test-examples", "10")
 

@@ -11,14 +11,14 @@ from helpers import NARROW, TINY, command, is_one_error, is_refused
 from tasks import fitted, on_all_layers, start_of
 
 from cifar_jax.config import TrainConfig, preset
-from cifar_jax.head import dense_logits, head_logits, init_head
-from cifar_jax.optimizer import make_optimizer, param_labels
-from cifar_jax.preprocess import preprocess
+from cifar_jax.models.head import dense_logits, head_logits, init_head
+from cifar_jax.models.preprocess import preprocess
+from cifar_jax.models.resnet import ResNet
 from cifar_jax.pretrained import WeightsError, load_backbone, random_backbone, save_backbone
-from cifar_jax.resnet import ResNet
 from cifar_jax.train.finetune import make_network, trainable, with_zero_gamma
 from cifar_jax.train.loop import Diverged, EpochOrder
 from cifar_jax.train.losses import smoothed_cross_entropy
+from cifar_jax.train.optimizer import make_optimizer, param_labels
 from cifar_jax.train.step import make_train_step
 from cifar_jax.train.task import Batch, finetune_task
 

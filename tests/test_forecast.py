@@ -7,13 +7,13 @@ from helpers import hearing
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
-from cifar_jax.data.shapes import draw_shapes
-from cifar_jax.extraction import dataset_features
-from cifar_jax.forecast import Forecast, faster_ways, in_words
-from cifar_jax.preprocess import CAFFE
+from cifar_jax.data.sources.shapes import draw_shapes
+from cifar_jax.features.dataset import dataset_features
+from cifar_jax.features.forecast import Forecast, faster_ways, in_words
+from cifar_jax.models.preprocess import CAFFE
+from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import Backbone, load_backbone
-from cifar_jax.reporter import Silent
-from cifar_jax.resnet import ResNetConfig
+from cifar_jax.runtime.reporter import Silent
 
 
 def said_of(num, per_batch, seconds, compiling=20.0):

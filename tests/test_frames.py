@@ -8,7 +8,7 @@ import pytest
 from helpers import TINY
 
 import cifar_jax
-from cifar_jax.cli import main
+from cifar_jax.cli.main import main
 
 PACKAGE = str(Path(cifar_jax.__file__).parent)
 # The functions that apply the stem: in a compiled step, and in extraction.

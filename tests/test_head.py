@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from cifar_jax.head import head_logits, init_head
+from cifar_jax.models.head import head_logits, init_head
 
 
 def test_logits_are_those_of_numpy():

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cifar_jax.data.sources.images import MAX_PIXELS, read_image
 from cifar_jax.errors import UserError
-from cifar_jax.images import MAX_PIXELS, read_image
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
 

@@ -21,10 +21,10 @@ from PIL import Image
 from cifar_jax import UserError, files, load_run
 from cifar_jax.config import TrainConfig
 from cifar_jax.experiment import Interrupted, train
-from cifar_jax.head import dense_logits, init_head
-from cifar_jax.parallel import make_mesh
-from cifar_jax.run_dir import CHECKPOINTS, CONFIG, SUMMARY
-from cifar_jax.run_writer import RunWriter
+from cifar_jax.models.head import dense_logits, init_head
+from cifar_jax.runs.layout import CHECKPOINTS, CONFIG, SUMMARY
+from cifar_jax.runs.writer import RunWriter
+from cifar_jax.runtime.sharding import make_mesh
 from cifar_jax.train.evaluate import EvalResult
 from cifar_jax.train.loop import Diverged, EpochOrder, fit, make_advance
 from cifar_jax.train.losses import cross_entropy

@@ -7,10 +7,10 @@ import pytest
 from conftest import relative_difference
 
 from cifar_jax.errors import RunError
-from cifar_jax.inference import features_of, prepare
+from cifar_jax.models.backbone import extract
+from cifar_jax.models.folded import features_of, prepare
+from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import random_backbone
-from cifar_jax.pretrained.backbone import extract
-from cifar_jax.resnet import ResNetConfig
 
 SMALL = ResNetConfig(stage_sizes=(1, 2), width=8)
 VARIANTS = {

@@ -11,8 +11,7 @@ import pytest
 from helpers import TINY, command, files_below, is_one_error, is_refused, narrow_networks, tiny_run
 from PIL import Image
 
-from cifar_jax.groups import GROUP_OF
-from cifar_jax.options import (
+from cifar_jax.cli.options import (
     ConvertOptions,
     EvaluateOptions,
     FeaturesOptions,
@@ -20,6 +19,7 @@ from cifar_jax.options import (
     PredictOptions,
     VerifyOptions,
 )
+from cifar_jax.config.groups import GROUP_OF
 
 SECONDS = 60  # nothing that is refused may take as long
 HUGE = 2**40  # bytes, none of which is on the disk

@@ -14,8 +14,8 @@ import pytest
 from helpers import TINY
 
 from cifar_jax import load_run
-from cifar_jax.interruption import Terminated, listening
-from cifar_jax.run_dir import SUMMARY
+from cifar_jax.runs.layout import SUMMARY
+from cifar_jax.runtime.signals import Terminated, listening
 
 HERE = Path(__file__).parent
 # Steps that take long enough to be interrupted, and few enough of them to be soon done.

@@ -10,18 +10,18 @@ from flax.traverse_util import unflatten_dict
 from helpers import NARROW
 from tasks import on_features, on_images, start_of
 
-from cifar_jax.augment import AUGMENTATIONS
 from cifar_jax.config import TrainConfig
-from cifar_jax.head import dense_logits, init_head
-from cifar_jax.inference import features_of, prepare
-from cifar_jax.preprocess import CAFFE
+from cifar_jax.data.augment import AUGMENTATIONS
+from cifar_jax.models.folded import features_of, prepare
+from cifar_jax.models.head import dense_logits, init_head
+from cifar_jax.models.preprocess import CAFFE
 from cifar_jax.pretrained import Backbone
 from cifar_jax.pretrained.merge import variable_shapes
 from cifar_jax.train.finetune import make_network, trainable
 from cifar_jax.train.losses import cross_entropy
+from cifar_jax.train.prepare import image_augmentation
 from cifar_jax.train.step import make_train_step, scan_steps
 from cifar_jax.train.task import Batch, finetune_task
-from cifar_jax.training import image_augmentation
 
 TX = optax.sgd(0.1, momentum=0.9)
 AUGMENT = image_augmentation(tuple(AUGMENTATIONS))

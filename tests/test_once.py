@@ -11,7 +11,7 @@ import pytest
 from cifar_jax import FunctionBackbone, evaluate
 from cifar_jax.config import TrainConfig
 from cifar_jax.experiment import train
-from cifar_jax.reporter import Silent
+from cifar_jax.runtime.reporter import Silent
 from cifar_jax.train.evaluate import EvalSums
 
 WIDTH, NUM_TEST = 37, 50

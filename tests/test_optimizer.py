@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.head import init_head
-from cifar_jax.optimizer import is_kernel, make_optimizer, make_schedule, param_labels
+from cifar_jax.models.head import init_head
+from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained.untrained import init_variables
-from cifar_jax.resnet import ResNetConfig
+from cifar_jax.train.optimizer import is_kernel, make_optimizer, make_schedule, param_labels
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import jax
 import pytest
 from helpers import TINY, command, is_one_error
 
-from cifar_jax.environment import device_description
 from cifar_jax.errors import UserError
-from cifar_jax.parallel import device_rows, make_mesh
+from cifar_jax.runtime.environment import device_description
+from cifar_jax.runtime.sharding import device_rows, make_mesh
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
-from cifar_jax import plots
+from cifar_jax.report import figures as plots
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -204,7 +204,7 @@ def test_no_backend_is_chosen(folder: Path) -> None:
     """Neither importing, nor drawing, nor saving imports pyplot, which chooses one for the whole program."""
     code = """
 import sys, numpy as np
-from cifar_jax import plots
+from cifar_jax.report import figures as plots
 plots.save_figure(plots.plot_confusion(np.eye(2, dtype=int), ["circle", "square"]), sys.argv[1])
 sys.exit("matplotlib.pyplot" in sys.modules)
 """

@@ -10,8 +10,8 @@ from helpers import command, is_one_error, tiny_run
 from PIL import Image
 
 from cifar_jax import load_run
-from cifar_jax.predict import predict_files
-from cifar_jax.run_dir import SUMMARY
+from cifar_jax.runs.layout import SUMMARY
+from cifar_jax.runs.predict import predict_files
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,7 @@ def test_the_run_comes_first(run, capsys, pictures):
 
 
 def test_files_are_read_a_few_at_a_time_and_that_changes_nothing(run, pictures, monkeypatch):
-    from cifar_jax import predict
+    from cifar_jax.runs import predict
 
     in_memory = []
     usual = predict.read_image

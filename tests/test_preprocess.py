@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cifar_jax import extract, load_backbone, make_extractor, predict_probs
-from cifar_jax.preprocess import CAFFE, IDENTITY, MODES, TF, TORCH, preprocess
+from cifar_jax.models.preprocess import CAFFE, IDENTITY, MODES, TF, TORCH, preprocess
 
 PIXEL = np.array([10, 100, 250], np.uint8)  # red, green, blue
 

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cifar_jax.checkpoint import Position, position_of
 from cifar_jax.data import Dataset
-from cifar_jax.feature_cache import features_key
+from cifar_jax.features.cache import features_key
 from cifar_jax.files import read_sealed, write_sealed
-from cifar_jax.head import dense_logits, init_head
-from cifar_jax.parallel import make_mesh
+from cifar_jax.models.head import dense_logits, init_head
 from cifar_jax.pretrained import random_backbone
-from cifar_jax.reporter import EpochRow
-from cifar_jax.resume import Progress
+from cifar_jax.runs.checkpoint import Position, position_of
+from cifar_jax.runs.resume import Progress
+from cifar_jax.runtime.reporter import EpochRow
+from cifar_jax.runtime.sharding import make_mesh
 from cifar_jax.train.evaluate import eval_step, evaluate, make_evaluate
 from cifar_jax.train.loop import EpochOrder, EpochPart, fit, make_advance
 from cifar_jax.train.losses import cross_entropy

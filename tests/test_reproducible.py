@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from helpers import TINY, command, is_one_error, tiny_run
 
-from cifar_jax import devices, load_run
-from cifar_jax.keys import stream_key
-from cifar_jax.options import parse_train
+from cifar_jax import load_run
+from cifar_jax.cli.options import parse_train
+from cifar_jax.rng import stream_key
+from cifar_jax.runtime import devices
 
 HERE = Path(__file__).parent
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cifar_jax.models.resnet import Conv, ResNet, ResNetConfig
 from cifar_jax.pretrained.merge import variable_shapes
 from cifar_jax.pretrained.untrained import init_variables
-from cifar_jax.resnet import Conv, ResNet, ResNetConfig
 
 NARROW = ResNetConfig(stage_sizes=(1, 2), width=4)
 

@@ -11,18 +11,18 @@ import pytest
 from helpers import TINY, Heard, command, flip_bit, is_one_error
 
 from cifar_jax import load_backbone, load_run, save_backbone
-from cifar_jax.checkpoint import Position, list_checkpoints, position_of
+from cifar_jax.cli.console import ConsoleReporter
 from cifar_jax.config import TrainConfig
-from cifar_jax.console import ConsoleReporter
-from cifar_jax.data import shapes
+from cifar_jax.data.sources import shapes
 from cifar_jax.errors import UserError
 from cifar_jax.experiment import train
 from cifar_jax.files import write_json
-from cifar_jax.predict import evaluate_run
-from cifar_jax.reporter import EpochRow
-from cifar_jax.resume import selected_epoch
-from cifar_jax.run_dir import CHECKPOINTS, SUMMARY
-from cifar_jax.run_writer import RunWriter
+from cifar_jax.runs.checkpoint import Position, list_checkpoints, position_of
+from cifar_jax.runs.layout import CHECKPOINTS, SUMMARY
+from cifar_jax.runs.predict import evaluate_run
+from cifar_jax.runs.resume import selected_epoch
+from cifar_jax.runs.writer import RunWriter
+from cifar_jax.runtime.reporter import EpochRow
 from cifar_jax.train.loop import Diverged
 
 # Everything that a resumed run might draw or count anew: augmentation, order, schedule, momentum, statistics.

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import TINY, command, files_below
 
-from cifar_jax.run_dir import CHECKPOINTS
-from cifar_jax.run_writer import RunWriter
+from cifar_jax.runs.layout import CHECKPOINTS
+from cifar_jax.runs.writer import RunWriter
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "cifar_jax").rglob("*.py")), ROOT / "train.py"]
@@ -44,7 +44,9 @@ def test_pickles_are_read_by_an_interpreter_that_knows_no_function_to_call():
     source = (ROOT / "cifar_jax" / "pretrained" / "torch_pickle.py").read_text()
     imported = {node.names[0].name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import)}
     assert "pickle" not in imported and "importlib" not in imported
-    assert not {"getattr", "globals"} & {name for name, _ in calls_in(ROOT / "cifar_jax/pretrained/torch_pickle.py")}
+    assert not {"getattr", "globals"} & {
+        name for name, _ in calls_in(ROOT / "cifar_jax/pretrained/formats/torch_pickle.py")
+    }
 
 
 @pytest.mark.parametrize("name", [CHECKPOINTS, "curves.png", "config.json", "metrics.jsonl"])

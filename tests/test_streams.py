@@ -11,7 +11,7 @@ import pytest
 from helpers import TINY, tiny_run
 from PIL import Image
 
-from cifar_jax.streams import Output, OutputLost
+from cifar_jax.cli.streams import Output, OutputLost
 
 HERE = Path(__file__).parent
 
@@ -71,7 +71,8 @@ def test_a_run_is_finished_whoever_reads(tmp_path, cache, streams, code, said):
 def test_other_commands_end_with_their_output(tmp_path, tmp_path_factory, what, kind, code, lines):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "picture.png")
     more = [tiny_run(tmp_path_factory).path, tmp_path / "picture.png"] if what == "predict" else []
-    start = "import pytest, helpers, cifar_jax.cli; helpers.narrow_networks(pytest.MonkeyPatch()); cifar_jax.cli.run()"
+    start = "import pytest, helpers; from cifar_jax.cli.main import run; "
+    start += "helpers.narrow_networks(pytest.MonkeyPatch()); run()"
     start = f"import sys; sys.path.append({str(HERE)!r}); {start}"
     ended_with, errors = ended(["-c", start, *what.split(), *more], stdout=kind)
     assert ended_with == code and len(errors.splitlines()) == lines, errors

@@ -9,8 +9,8 @@ from conftest import relative_difference
 from tasks import fitted, on_features
 
 from cifar_jax import EpochOrder, eval_step, evaluate, train_heads
-from cifar_jax.head import init_head
-from cifar_jax.sweep import _train, unstacked
+from cifar_jax.models.head import init_head
+from cifar_jax.train.sweep import _train, unstacked
 from cifar_jax.train.task import Batch
 
 KEYS = jax.random.split(jax.random.key(3), 3)

@@ -10,11 +10,11 @@ from flax import linen as nn
 from tasks import assert_same_bits, fitted, on_all_layers, on_features, on_images, start_of, steps_of
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.features import make_extractor
-from cifar_jax.head import dense_logits, flax_head, head_logits, init_head
-from cifar_jax.parallel import make_mesh
+from cifar_jax.features.extractor import make_extractor
+from cifar_jax.models.head import dense_logits, flax_head, head_logits, init_head
+from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import FunctionBackbone, random_backbone
-from cifar_jax.resnet import ResNetConfig
+from cifar_jax.runtime.sharding import make_mesh
 from cifar_jax.train.evaluate import make_evaluate
 from cifar_jax.train.loop import Diverged, EpochOrder, fit
 from cifar_jax.train.losses import cross_entropy, smoothed_cross_entropy

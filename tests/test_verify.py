@@ -10,10 +10,11 @@ import safetensors.numpy
 from helpers import NARROW_TORCH, command, is_refused, keras_tensors, narrow_networks, torch_tensors, write_keras_h5
 from torch_files import write_torch
 
-from cifar_jax import UserError, load_backbone, peers, save_backbone
+from cifar_jax import UserError, load_backbone, save_backbone
 from cifar_jax.files import sha256_of_file
+from cifar_jax.pretrained import references as peers
 from cifar_jax.pretrained import registry
-from cifar_jax.verify import verify
+from cifar_jax.pretrained.verify import verify
 
 
 @pytest.fixture(autouse=True)

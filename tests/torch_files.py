@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax.pretrained.torch_file import LEGACY_MAGIC, LEGACY_PROTOCOL
+from cifar_jax.pretrained.formats.torch_file import LEGACY_MAGIC, LEGACY_PROTOCOL
 
 STORAGE_OF = {
     np.dtype("<f4"): "FloatStorage",

@@ -29,13 +29,13 @@ import pytest
 import safetensors.numpy
 import tensorstore
 
-from cifar_jax import plots
-from cifar_jax.checkpoint import list_checkpoints, newest_whole
-from cifar_jax.cli import main as command_line
-from cifar_jax.clock import Clock
+from cifar_jax.cli.main import main as command_line
 from cifar_jax.files import sha256_of_file
-from cifar_jax.run_dir import BACKBONE, CHECKPOINTS, METRICS, SUMMARY
-from cifar_jax.run_writer import RunWriter
+from cifar_jax.report import figures as plots
+from cifar_jax.runs.checkpoint import list_checkpoints, newest_whole
+from cifar_jax.runs.layout import BACKBONE, CHECKPOINTS, METRICS, SUMMARY
+from cifar_jax.runs.writer import RunWriter
+from cifar_jax.runtime.timing import Clock
 from tests.helpers import hearing, narrow_networks
 
 # Imported for the processes that are forked from this one, none of which then takes seconds to begin. JAX itself is not

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from helpers import TINY, narrow_networks
 
-from cifar_jax import experiment, processes
-from cifar_jax.cli import main
+from cifar_jax import experiment
+from cifar_jax.cli.main import main
 from cifar_jax.errors import UserError
+from cifar_jax.runtime import processes
 
 JOB = (*TINY, "--schedule", "constant", "--train-examples", "127", "--cache-dir")
 
@@ -57,7 +58,7 @@ def run(directory):
     with pytest.MonkeyPatch.context() as patch:
         narrow_networks(patch)
         patch.setattr(experiment, "fit", kept)
-        patch.setattr("cifar_jax.pictures.write_samples", lambda *_: None)
+        patch.setattr("cifar_jax.report.pictures.write_samples", lambda *_: None)
         commands = (["--epochs", "1"], ["--epochs", "2", "--resume"], [])
         found["codes"] = [main([*train, *more]) for more in commands]
     out.with_suffix(".json").write_text(json.dumps(found))

@@ -5,7 +5,7 @@ PYTHONPATH=. python weights/make_tables.py
 
 from pathlib import Path
 
-from cifar_jax.preprocess import Preprocessing
+from cifar_jax.models.preprocess import Preprocessing
 from cifar_jax.pretrained import registry
 from cifar_jax.pretrained.variants import VARIANTS, Variant
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from cifar_jax.data import shapes
 from cifar_jax.data.dataset import Dataset, Splits, balanced_subset
-from cifar_jax.data.tfds import data_root, find_prepared, known_to_tfds, load_tfds, prepared_names
+from cifar_jax.data.sources import shapes
+from cifar_jax.data.sources.tfds import data_root, find_prepared, known_to_tfds, load_tfds, prepared_names
 from cifar_jax.errors import UserError, did_you_mean
-from cifar_jax.keys import stream_key
+from cifar_jax.rng import stream_key
 
 # Drawn images cost nothing to keep apart: as many as CIFAR-10 has, unless fewer are asked for.
 SHAPES_TRAIN, SHAPES_TEST = 50_000, 10_000

@@ -10,7 +10,7 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.data.dataset import Dataset, Digests, Splits, hold_out
 from cifar_jax.data.load import load_splits
 from cifar_jax.errors import UserError
-from cifar_jax.keys import stream_key
+from cifar_jax.rng import stream_key
 
 
 class Problem(NamedTuple):

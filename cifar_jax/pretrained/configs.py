@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_jax.errors import WeightsError
-from cifar_jax.preprocess import TORCH, Preprocessing
+from cifar_jax.models.preprocess import TORCH, Preprocessing
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 MOST_BYTES = 10_000_000  # a thousand class names take 80 kB

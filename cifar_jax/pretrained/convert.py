@@ -19,14 +19,17 @@ from flax.traverse_util import flatten_dict
 
 from cifar_jax.errors import RunError, UserError, WeightsError
 from cifar_jax.files import replacing, sha256_of_file
-from cifar_jax.pretrained import hf_names, keras_names, layouts, torch_names
-from cifar_jax.pretrained.backbone import Backbone
-from cifar_jax.pretrained.canonical import read_safetensors, to_bytes
+from cifar_jax.models.backbone import Backbone
+from cifar_jax.models.resnet import ResNetConfig
+from cifar_jax.pretrained.formats.keras_h5 import read_keras_h5
+from cifar_jax.pretrained.formats.safetensors import read_safetensors, to_bytes
 from cifar_jax.pretrained.from_torch import NAMES
-from cifar_jax.pretrained.keras_h5 import read_keras_h5
 from cifar_jax.pretrained.load import load_backbone
+from cifar_jax.pretrained.names import huggingface as hf_names
+from cifar_jax.pretrained.names import keras as keras_names
+from cifar_jax.pretrained.names import layouts
+from cifar_jax.pretrained.names import torch as torch_names
 from cifar_jax.pretrained.variants import VARIANTS, Variant
-from cifar_jax.resnet import ResNetConfig
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from cifar_jax.errors import WeightsError
-from cifar_jax.pretrained import keras_names
-from cifar_jax.pretrained.keras_h5 import KerasFile
+from cifar_jax.pretrained.formats.keras_h5 import KerasFile
+from cifar_jax.pretrained.names import keras as keras_names
 from cifar_jax.pretrained.reading import Reading
 from cifar_jax.pretrained.variants import check_depth, choose_variant, described_by_keras
 

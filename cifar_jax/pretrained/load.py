@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from cifar_jax.errors import WeightsError, did_you_mean
-from cifar_jax.pretrained import canonical, registry
-from cifar_jax.pretrained.backbone import Backbone
-from cifar_jax.pretrained.forms import form_of, weights_in
+from cifar_jax.models.backbone import Backbone
+from cifar_jax.pretrained import registry
+from cifar_jax.pretrained.formats import safetensors as canonical
+from cifar_jax.pretrained.formats.detect import form_of, weights_in
+from cifar_jax.pretrained.formats.keras_h5 import read_keras_archive, read_keras_h5
+from cifar_jax.pretrained.formats.torch_file import read_torch, without_prefixes
 from cifar_jax.pretrained.from_keras import reading_of_keras
 from cifar_jax.pretrained.from_torch import family_of, reading_of_torch
-from cifar_jax.pretrained.keras_h5 import read_keras_archive, read_keras_h5
 from cifar_jax.pretrained.reading import Reading, backbone_of
-from cifar_jax.pretrained.torch_file import read_torch, without_prefixes
 from cifar_jax.pretrained.untrained import UNTRAINED
 from cifar_jax.pretrained.variants import VARIANTS, check_variant
 

@@ -11,8 +11,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cifar_jax.errors import WeightsError
-from cifar_jax.pretrained import layouts
-from cifar_jax.resnet import ResNet, ResNetConfig, Variables
+from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables
+from cifar_jax.pretrained.names import layouts
 
 Path = tuple[str, ...]  # of a variable: ("params", "stage1_block1", "conv1", "kernel")
 

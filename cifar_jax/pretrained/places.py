@@ -14,7 +14,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import InvalidHeader, ReadTimeoutError
 from urllib3.util import Retry, parse_url
 
-from cifar_jax.pretrained.forms import WEB_PAGE
+from cifar_jax.pretrained.formats.detect import WEB_PAGE
 
 TIMEOUT = 30.0  # seconds without a byte
 LONGEST_WAIT = 60.0  # seconds that a server may ask for

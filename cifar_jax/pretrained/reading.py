@@ -8,12 +8,12 @@ import numpy as np
 
 from cifar_jax.errors import WeightsError
 from cifar_jax.files import sha256_of_file
-from cifar_jax.preprocess import Preprocessing
-from cifar_jax.pretrained import layouts
-from cifar_jax.pretrained.backbone import Backbone
+from cifar_jax.models.backbone import Backbone
+from cifar_jax.models.preprocess import Preprocessing
+from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained.merge import Path as VariablePath
 from cifar_jax.pretrained.merge import merge, top_of
-from cifar_jax.resnet import ResNetConfig
+from cifar_jax.pretrained.names import layouts
 
 
 @dataclass(frozen=True)

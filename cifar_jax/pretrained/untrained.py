@@ -9,11 +9,11 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, PRNGKeyArray, UInt8
 
-from cifar_jax.preprocess import TORCH, preprocess
-from cifar_jax.pretrained.backbone import Backbone
-from cifar_jax.pretrained.canonical import to_bytes
+from cifar_jax.models.backbone import Backbone
+from cifar_jax.models.preprocess import TORCH, preprocess
+from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables
+from cifar_jax.pretrained.formats.safetensors import to_bytes
 from cifar_jax.pretrained.merge import Path, variable_shapes
-from cifar_jax.resnet import ResNet, ResNetConfig, Variables
 
 # Names that `--weights` takes: full ResNet50 at ImageNet's size, and a quarter of its width at 64x64.
 UNTRAINED = {

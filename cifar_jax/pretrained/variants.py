@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cifar_jax.errors import WeightsError, no_such
-from cifar_jax.preprocess import CAFFE, TORCH, Preprocessing
-from cifar_jax.resnet import DEPTHS, ResNetConfig
+from cifar_jax.models.preprocess import CAFFE, TORCH, Preprocessing
+from cifar_jax.models.resnet import DEPTHS, ResNetConfig
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.optimizer import param_labels
-from cifar_jax.parallel import rows_sharding
-from cifar_jax.preprocess import preprocess
-from cifar_jax.pretrained.backbone import AnyBackbone, Backbone, FunctionBackbone
-from cifar_jax.resnet import ResNet, ResNetConfig
+from cifar_jax.models.backbone import AnyBackbone, Backbone, FunctionBackbone
+from cifar_jax.models.preprocess import preprocess
+from cifar_jax.models.resnet import ResNet, ResNetConfig
+from cifar_jax.runtime.sharding import rows_sharding
+from cifar_jax.train.optimizer import param_labels
 from cifar_jax.train.task import TrainableFn
 
 

@@ -13,8 +13,8 @@ from jaxtyping import Int32, PRNGKeyArray, PyTree
 
 from cifar_jax.data import epoch_batches
 from cifar_jax.errors import RunError
-from cifar_jax.parallel import replicate, round_up, shard
-from cifar_jax.reporter import EpochRow, Reporter, Silent
+from cifar_jax.runtime.reporter import EpochRow, Reporter, Silent
+from cifar_jax.runtime.sharding import replicate, round_up, shard
 from cifar_jax.train.evaluate import EvalResult
 from cifar_jax.train.step import StepMetrics, TrainState, TrainStep, is_finite, scan_steps
 from cifar_jax.train.task import Batch, Task

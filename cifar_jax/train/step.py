@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, PyTree
 
-from cifar_jax.keys import stream_of
+from cifar_jax.rng import stream_of
 from cifar_jax.train.losses import LossFn
 from cifar_jax.train.task import Augment, Batch, Forward
 

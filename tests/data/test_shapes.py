@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cifar_jax.data.shapes import CLASS_NAMES, LUMA_WEIGHTS, draw_shapes
+from cifar_jax.data.sources.shapes import CLASS_NAMES, LUMA_WEIGHTS, draw_shapes
 
 NUM_TRAIN, NUM_TEST = 5000, 1000
 NUM_CLASSES = len(CLASS_NAMES)

@@ -10,8 +10,8 @@ import requests
 from helpers import command, files_below, is_one_error, write_tfds
 
 from cifar_jax.data import load_splits
-from cifar_jax.data import tfds as module
-from cifar_jax.data.tfds import find_prepared, load_tfds
+from cifar_jax.data.sources import tfds as module
+from cifar_jax.data.sources.tfds import find_prepared, load_tfds
 from cifar_jax.errors import UserError
 
 TRAIN, TEST = "tiny-train.tfrecord-00000-of-00001", "tiny-test.tfrecord-00000-of-00001"

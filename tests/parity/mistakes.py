@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import pytest
 
-import cifar_jax.resnet
+import cifar_jax.models.resnet
 from cifar_jax import Backbone
-from cifar_jax.preprocess import TORCH
+from cifar_jax.models.preprocess import TORCH
 
 # A network and a patcher of its code -> the network with the mistake, or None where it would be none.
 Mistake = Callable[[Backbone, pytest.MonkeyPatch], Backbone | None]
@@ -79,8 +79,10 @@ def same_convolutions(backbone: Backbone, patch: pytest.MonkeyPatch) -> Backbone
 
 
 def same_pool(backbone: Backbone, patch: pytest.MonkeyPatch) -> Backbone:
-    usual = cifar_jax.resnet.nn.max_pool
-    patch.setattr(cifar_jax.resnet.nn, "max_pool", lambda *args, **rest: usual(*args, **rest | {"padding": "SAME"}))
+    usual = cifar_jax.models.resnet.nn.max_pool
+    patch.setattr(
+        cifar_jax.models.resnet.nn, "max_pool", lambda *args, **rest: usual(*args, **rest | {"padding": "SAME"})
+    )
     return backbone
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from cifar_jax.pretrained import variants
-from cifar_jax.verify import verify
+from cifar_jax.pretrained.verify import verify
 from parity.networks import Case, Written
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

@@ -24,7 +24,7 @@ from tasks import on_all_layers, start_of, steps_of
 from cifar_jax import Backbone, EpochOrder, init_head, load_backbone
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Splits
-from cifar_jax.pretrained import keras_names
+from cifar_jax.pretrained.names import keras as keras_names
 from parity.networks import WRITERS, Case, Reference, Written, batch_norms, calibrate
 
 pytestmark = [

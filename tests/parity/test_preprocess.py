@@ -10,7 +10,7 @@ import pytest
 
 from cifar_jax import preprocess
 from cifar_jax.data import Splits
-from cifar_jax.preprocess import MODES
+from cifar_jax.models.preprocess import MODES
 
 pytestmark = pytest.mark.parity
 

@@ -12,9 +12,9 @@ from conftest import relative_difference
 
 from cifar_jax import load_backbone
 from cifar_jax.data import Splits
-from cifar_jax.preprocess import TORCH
+from cifar_jax.models.preprocess import TORCH
 from cifar_jax.pretrained.convert import convert
-from cifar_jax.verify import verify
+from cifar_jax.pretrained.verify import verify
 from parity.compare import assert_alive, differences, differing, our_outputs
 from parity.torch_networks import TorchCase, TorchReference, TorchWritten, make_reference, statistics
 

@@ -21,8 +21,8 @@ from tasks import fitted, on_features, on_images
 from cifar_jax import Backbone, EpochOrder, init_head, load_backbone, make_extractor
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.dataset import balanced_subset
-from cifar_jax.head import HeadParams
-from cifar_jax.reporter import EpochRow
+from cifar_jax.models.head import HeadParams
+from cifar_jax.runtime.reporter import EpochRow
 from parity.networks import WRITERS, Case, Reference, Written, teach
 
 pytestmark = [

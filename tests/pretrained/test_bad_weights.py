@@ -22,10 +22,12 @@ from helpers import (
     write_keras_h5,
 )
 
-from cifar_jax.data.shapes import draw_shapes
+from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.files import sha256_of_file
-from cifar_jax.pretrained import WeightsError, canonical, forms, load_backbone, random_backbone, save_backbone
-from cifar_jax.pretrained.canonical import read_backbone
+from cifar_jax.pretrained import WeightsError, load_backbone, random_backbone, save_backbone
+from cifar_jax.pretrained.formats import detect as forms
+from cifar_jax.pretrained.formats import safetensors as canonical
+from cifar_jax.pretrained.formats.safetensors import read_backbone
 
 KERNEL, SHORTCUT, VARIANCE = "conv2_block1_2_conv/kernel", "conv2_block1_0_conv/kernel", "conv1_bn/moving_variance"
 

@@ -26,11 +26,12 @@ from helpers import (
 )
 from torch_files import write_torch
 
-from cifar_jax.data.shapes import draw_shapes
+from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.files import sha256_of_file
-from cifar_jax.pretrained import keras_names, load_backbone, random_backbone, save_backbone
+from cifar_jax.pretrained import load_backbone, random_backbone, save_backbone
 from cifar_jax.pretrained.convert import TARGETS, convert
-from cifar_jax.pretrained.keras_h5 import read_keras_h5
+from cifar_jax.pretrained.formats.keras_h5 import read_keras_h5
+from cifar_jax.pretrained.names import keras as keras_names
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "golden" / "manifests"
 

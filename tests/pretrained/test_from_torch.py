@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from helpers import NARROW_TORCH, command, files_below, is_one_error, narrow_networks, torch_tensors
 from torch_files import write_torch
 
-from cifar_jax.preprocess import TORCH
+from cifar_jax.models.preprocess import TORCH
 from cifar_jax.pretrained import WeightsError, load_backbone, registry
 
 FAMILIES = ["torchvision", "huggingface"]

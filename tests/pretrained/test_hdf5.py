@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from helpers import keras_tensors, narrow_networks, write_keras_h5
 
-from cifar_jax.pretrained import WeightsError, hdf5, load_backbone
+from cifar_jax.pretrained import WeightsError, load_backbone
+from cifar_jax.pretrained.formats import hdf5
 
 PROBE = Path(hdf5.__file__).with_name("hdf5_probe.py")
 HANGS, CRASHES = "while True: pass", "__import__('os').abort()"

@@ -9,7 +9,7 @@ import pytest
 from helpers import keras_description, keras_tensors, narrow_networks, write_keras3_h5
 
 from cifar_jax.pretrained import WeightsError, load_backbone
-from cifar_jax.pretrained.keras3 import snake_case
+from cifar_jax.pretrained.formats.keras3 import snake_case
 
 
 @pytest.fixture(autouse=True)

@@ -23,9 +23,9 @@ from golden.published import (
 )
 
 from cifar_jax import Backbone, load_backbone
-from cifar_jax.preprocess import CAFFE, TORCH
+from cifar_jax.models.preprocess import CAFFE, TORCH
+from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained.registry import entries
-from cifar_jax.resnet import ResNetConfig
 
 KERAS = {"stride_in_1x1": True, "conv_bias": True, "bn_epsilon": 1.001e-5}
 PYTORCH = {"stride_in_1x1": False, "conv_bias": False, "bn_epsilon": 1e-5}

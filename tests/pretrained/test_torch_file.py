@@ -24,8 +24,9 @@ from torch_files import (
     write_zip,
 )
 
-from cifar_jax.pretrained import WeightsError, torch_pickle
-from cifar_jax.pretrained.torch_file import read_torch
+from cifar_jax.pretrained import WeightsError
+from cifar_jax.pretrained.formats import torch_pickle
+from cifar_jax.pretrained.formats.torch_file import read_torch
 
 RNG = np.random.default_rng(0)
 TENSORS = {

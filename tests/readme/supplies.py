@@ -10,7 +10,7 @@ import numpy as np
 from helpers import write_tfds
 from PIL import Image
 
-from cifar_jax.data.shapes import draw_shapes
+from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.pretrained import Backbone, random_backbone
 from cifar_jax.pretrained.convert import keras_tensors, write_keras_h5
 from cifar_jax.pretrained.variants import VARIANTS

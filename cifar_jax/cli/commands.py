@@ -1,0 +1,222 @@
+"""The commands: each parses what it is told, calls the library, and shows by a reporter what came of it.
+
+What only one of them needs is imported inside of it, so that `--help` need not wait for all of it.
+"""
+
+import json
+import logging
+import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from cifar_jax.cli.console import ConsoleReporter
+from cifar_jax.cli.options import (
+    ConvertOptions,
+    EvaluateOptions,
+    FeaturesOptions,
+    InfoOptions,
+    PredictOptions,
+    VerifyOptions,
+    parse,
+    parse_train,
+)
+from cifar_jax.cli.text import printable
+from cifar_jax.errors import RunError, UserError
+from cifar_jax.files import without_nan
+from cifar_jax.runtime.compile_cache import use_compile_cache
+
+logger = logging.getLogger(__name__)
+
+
+def train(arguments: list[str], reporter: ConsoleReporter) -> int:
+    """Trains; 0, or after Ctrl-C or SIGTERM what shells give then."""
+    from cifar_jax import experiment
+    from cifar_jax.runs.layout import SUMMARY, read_json
+    from cifar_jax.runs.resume import is_unfinished
+    from cifar_jax.runtime.devices import use_deterministic_algorithms
+    from cifar_jax.runtime.environment import unused_accelerator
+    from cifar_jax.runtime.processes import from_first, is_first, join
+
+    config = parse_train(arguments)
+    if config.optim.deterministic:
+        use_deterministic_algorithms()
+    join()
+    if not is_first():
+        reporter.mute()
+    reporter.bars &= config.run.progress
+    use_compile_cache(config.run.cache_dir)
+    if warning := unused_accelerator():
+        logger.warning(warning)
+    try:
+        question = f"{config.run.out} holds this run, unfinished. Resume it?"
+        may_resume = not (config.run.resume or config.run.overwrite)
+        if may_resume and from_first(lambda: is_unfinished(config) and reporter.confirm(question)):
+            config = replace(config, run=replace(config.run, resume=True))
+        out = experiment.train(config, reporter)
+    except experiment.Interrupted as stop:
+        epoch, step = stop.saved
+        if step:
+            where = f"in epoch {epoch + 1} of {config.optim.epochs}, after step {step}; progress is saved"
+        else:
+            where = (
+                f"after epoch {epoch} of {config.optim.epochs}; progress is saved" if epoch else "before the first step"
+            )
+        instead = "in place of --overwrite " * config.run.overwrite
+        logger.info(
+            f"Interrupted {where}. Continue with the same command and --resume {instead}--out "
+            f"{shlex.quote(str(stop.path))}."
+        )
+        for note in getattr(stop, "__notes__", ()):
+            logger.info(note)
+        return stop.exit_code
+    if is_first():
+        reporter.closing(out, read_json(out / SUMMARY))
+    return 0
+
+
+def evaluate(arguments: list[str], reporter: ConsoleReporter) -> int:
+    """Scores a run again."""
+    from cifar_jax.runs.predict import evaluate_run
+
+    options = parse(EvaluateOptions, arguments, "evaluate")
+    use_compile_cache()
+    scores = evaluate_run(options.run, options.data_dir, options.weights, reporter, options.allow_incomplete)
+    if options.json:
+        print(json.dumps(without_nan(scores)))
+        return 0
+    classes = {f"  {name}": f"{accuracy:.4f}" for name, accuracy in scores.pop("test_class_accuracy").items()}
+    reporter.header({name: str(value) for name, value in scores.items()} | {"test_class_accuracy": ""} | classes)
+    return 0
+
+
+def predict(arguments: list[str], reporter: ConsoleReporter) -> int:
+    """Says what is in image files, a row each; 0 only where all could be read, else 1."""
+    from cifar_jax.data.sources.images import image_files
+    from cifar_jax.runs.predict import predict_files
+    from cifar_jax.runs.reader import load_run
+
+    options = parse(PredictOptions, arguments, "predict")
+    if not options.images:
+        raise UserError("predict needs images; give the paths of PNG or JPEG files behind the run directory.")
+    _check_order(options)
+    paths = image_files(options.images)
+    failed = 0
+    use_compile_cache()
+    run = load_run(options.run, options.weights, allow_incomplete=options.allow_incomplete)
+    for prediction in predict_files(run, paths, options.direct):
+        failed += bool(prediction.error)
+        if options.json:
+            found = {"error": prediction.error} if prediction.error else {"top": dict(prediction.top)}
+            print(json.dumps({"path": prediction.path} | found))
+        else:
+            probs = "  ".join(f"{name} {prob:.3f}" for name, prob in prediction.top)
+            print(printable(f"{prediction.path}  {probs or f'error: {prediction.error}'}"))
+    if failed:
+        raise RunError(f"{failed:,} of {len(paths):,} images could not be read; their rows say why.")
+    return 0
+
+
+def _check_order(options: PredictOptions) -> None:
+    """Refuses an image where the run belongs, if the run stands behind it."""
+    from cifar_jax.runs.layout import is_run
+
+    runs = [path for path in options.images if os.path.isdir(path) and is_run(Path(path))]
+    if runs and not is_run(Path(options.run)):
+        images = [options.run, *(path for path in options.images if path != runs[0])]
+        few = [*images[:3], "..."] if len(images) > 3 else images
+        raise UserError(
+            "The run directory comes before the images: "
+            f"`python -m cifar_jax predict {' '.join(map(shlex.quote, [runs[0], *few]))}`."
+        )
+
+
+def info(arguments: list[str], reporter: ConsoleReporter) -> int:
+    """Says what is on this machine."""
+    from cifar_jax.cli.info import collect
+    from cifar_jax.runtime.environment import unused_accelerator
+
+    options = parse(InfoOptions, arguments, "info")
+    if options.clear:
+        return _clear_cache(options, reporter)
+    about = collect(options.topic, options.data_dir, options.cache_dir)
+    if options.json:
+        print(json.dumps(about))
+        return 0
+    if warning := unused_accelerator():
+        logger.warning(warning)
+    for number, part in enumerate(about.values()):
+        if number:
+            reporter.out.print()
+        if isinstance(part, list):
+            reporter.table(part)
+        else:
+            reporter.header(part)
+    return 0
+
+
+def _clear_cache(options: InfoOptions, reporter: ConsoleReporter) -> int:
+    from cifar_jax.features.contents import clear
+    from cifar_jax.files import cache_root
+
+    if options.topic != "cache":
+        raise UserError("--clear goes with `info cache`; say so, or leave it out.")
+    root = cache_root(options.cache_dir)
+    freed = clear(root)
+    if options.json:
+        print(json.dumps({"cache": str(root), "freed_bytes": freed}))
+    else:
+        reporter.print(f"{freed / 1e6:,.1f} MB have left {root}; downloaded weights stay.")
+    return 0
+
+
+def features(arguments: list[str], reporter: ConsoleReporter) -> int:
+    """Writes features to a file."""
+    from cifar_jax.export.features import is_data_set, write_features
+    from cifar_jax.runtime.profiling import profiled
+
+    options = parse(FeaturesOptions, arguments, "features")
+    if not options.src:
+        raise UserError("features needs a data set or images; name one, or give the paths of PNG or JPEG files.")
+    of_data_set = is_data_set(options.src)
+    if of_data_set and options.direct:
+        raise UserError(f"--direct is for image files, and {options.src[0]} is a data set; leave it out.")
+    use_compile_cache(options.cache_dir)
+    images = () if of_data_set else options.src
+    with profiled(options.profile):
+        about = write_features(
+            options.config(), options.out, images, direct=options.direct, overwrite=options.overwrite, reporter=reporter
+        )
+    if options.json:
+        print(json.dumps(about))
+    else:
+        reporter.header(about)
+    return 0
+
+
+def convert(arguments: list[str], reporter: ConsoleReporter) -> int:
+    """Writes weights in another form."""
+    from cifar_jax.pretrained.convert import convert as convert_weights
+
+    options = parse(ConvertOptions, arguments, "convert")
+    more = {"overwrite": options.overwrite, "cache_dir": options.cache_dir, "progress": reporter.progress}
+    about = convert_weights(options.src, options.dst, options.to, options.variant, **more)
+    if options.json:
+        print(json.dumps(about))
+    else:
+        reporter.header(about)
+    return 0
+
+
+def verify_weights(arguments: list[str], reporter: ConsoleReporter) -> int:
+    """Says what a weights file is and all that is wrong with it; 0 only where nothing is, else 1."""
+    from cifar_jax.pretrained.verify import verify
+
+    options = parse(VerifyOptions, arguments, "verify-weights")
+    more = {"cache_dir": options.cache_dir, "progress": reporter.progress}
+    found = verify(options.file, options.variant, options.against, **more)
+    if options.json:
+        print(json.dumps(found.to_json()))
+    else:
+        reporter.verification(found, options.against)
+    return 1 if found.problems else 0

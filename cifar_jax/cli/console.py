@@ -1,0 +1,219 @@
+"""What the commands show: on a terminal bars and tables, elsewhere plain lines that a program can read."""
+
+import contextlib
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from cifar_jax.cli.tables import pair_lines, sentence_lines, table_lines
+from cifar_jax.cli.text import printable
+from cifar_jax.pretrained.verify import TensorRow, Verification
+from cifar_jax.runtime.reporter import EpochRow
+
+
+class _Rate(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "", style="cyan")
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """How long the rest takes; before anything is done, what is waited for."""
+
+    def render(self, task: Task) -> Text:
+        if task.completed:
+            return super().render(task)
+        return Text("compiling" if task.fields["compiling"] else "starting", style="cyan")
+
+
+class ConsoleHandler(logging.Handler):
+    """Shows what is logged for the user, a sentence each, above the bars of the same console."""
+
+    def __init__(self, console: Console) -> None:
+        """Takes the console that the bars are on."""
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows a record: what the user should not miss, from a warning on, in another colour."""
+        try:
+            is_warning = record.levelno >= logging.WARNING
+            lines = [printable("Warning: " * is_warning + record.getMessage())]
+            if self._console.is_terminal:
+                lines = sentence_lines(lines[0], self._console.width)
+            self._console.print("\n".join(lines), style="bold yellow" if is_warning else None, markup=False)
+        except Exception:  # as handlers do: a sentence that cannot be shown ends no run
+            self.handleError(record)
+
+
+class ConsoleReporter:
+    """Tells a person, or a log."""
+
+    def __init__(self) -> None:
+        """Takes the standard streams as they are whenever something is shown."""
+        # Warnings and bars go to stderr, results to stdout, so that `train.py > log` keeps a clean log.
+        self.out = Console(highlight=False, soft_wrap=True, emoji=False)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        self.bars = self.err.is_terminal
+        self._epochs_begun = False
+
+    @contextlib.contextmanager
+    def logged(self) -> Iterator[None]:
+        """Shows what the library logs, until the block ends. A command around this one shows none of it meanwhile."""
+        library, handler = logging.getLogger("cifar_jax"), ConsoleHandler(self.err)
+        level, others = library.level, [other for other in library.handlers if isinstance(other, ConsoleHandler)]
+        for other in others:
+            library.removeHandler(other)
+        library.addHandler(handler)
+        library.setLevel(min(library.getEffectiveLevel(), logging.INFO))
+        try:
+            yield
+        finally:
+            library.setLevel(level)
+            library.removeHandler(handler)
+            for other in others:
+                library.addHandler(other)
+
+    def mute(self) -> None:
+        """Shows nothing from now on, as in the processes of a run that are not the first."""
+        self.out.quiet = self.err.quiet = True
+
+    def print(self, text: str) -> None:
+        """A line of what the command was asked for."""
+        self.out.print(printable(text), markup=False)
+
+    def confirm(self, question: str) -> bool:
+        """Asks for a yes; False where nobody sits at a terminal."""
+        if not (sys.stdin.isatty() and self.err.is_terminal):
+            return False
+        self.err.print(f"{printable(question)} [y/N] ", end="", markup=False)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: int, compiles: bool = False) -> Iterator[Callable[[int], None]]:
+        """A bar with rate and time left, gone when it is done."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            _Rate(),
+            _TimeLeft(),
+        )
+        with Progress(*columns, console=self.err, transient=True, disable=not self.bars, expand=True) as bars:
+            task = bars.add_task(printable(description), total=total, compiling=False)
+            yield lambda done: bars.update(task, completed=done, compiling=compiles and done == 0)
+
+    def epoch(self, row: EpochRow, num_epochs: int) -> None:
+        """A line an epoch; on a terminal a row of a table, whose head stands above the first one."""
+        if not self.out.is_terminal:
+            self.print(
+                f"epoch {row.epoch}/{num_epochs}  train_loss {row.train_loss:.4f}  "
+                f"train_accuracy {row.train_accuracy:.4f}  val_loss {row.val_loss:.4f}  "
+                f"val_accuracy {row.val_accuracy:.4f}  seconds {row.seconds:.1f}"
+            )
+            return
+        counter = f"{row.epoch}/{num_epochs}"
+        width = max(len("epoch"), 2 * len(str(num_epochs)) + 1)
+        if not self._epochs_begun:
+            self._epochs_begun = True
+            self.out.print(Text(f"{'epoch':>{width}}  train loss  accuracy  val loss  accuracy  seconds", style="bold"))
+        self.print(
+            f"{counter:>{width}}  {row.train_loss:>10.4f}  {row.train_accuracy:>8.4f}  {row.val_loss:>8.4f}  "
+            f"{row.val_accuracy:>8.4f}  {row.seconds:>7.1f}"
+        )
+
+    def closing(self, out: Path, summary: Mapping[str, Any]) -> None:
+        """What came out, how long it took, and where everything lies."""
+        rows = {}
+        for split in ("val", "test"):
+            if f"{split}_accuracy_interval_95" in summary:
+                low, high = summary[f"{split}_accuracy_interval_95"]
+                name = (summary["val_split"] if split == "val" else "test").replace("_", "-")
+                count = summary["num_val" if split == "val" else "num_test"]
+                accuracy = summary[f"{split}_accuracy"]
+                rows[f"{split}_accuracy"] = (
+                    f"{accuracy:.4f} on {count:,} {name} images, 95 % interval {low:.4f} to {high:.4f}"
+                )
+        rows["seconds"] = ", ".join(f"{phase} {value:.1f}" for phase, value in summary["seconds"].items())
+        if summary["seconds_to_first_step"] is not None:
+            rows["first step"] = f"{summary['seconds_to_first_step']:.1f} seconds after the start"
+        if summary["images_per_second"]:
+            rows["backbone"] = f"{summary['images_per_second']:,.0f} images a second"
+        names = ("samples.png", "curves.png", "predictions.png", "confusion.png")
+        of_test = ("test_predictions.png", "test_confusion.png") if "test_accuracy" in summary else ()
+        rows["pictures"] = f"{out}/{', '.join((*names, *of_test))}"
+        rows["figures"] = f"{out}/summary.json, metrics.jsonl, config.json"
+        rows["predict"] = f"python -m cifar_jax predict {shlex.quote(str(out))} IMAGE..."
+        self.header(rows)
+
+    def verification(self, found: Verification, against: str | None) -> None:
+        """What a weights file is, its tensors, and the verdict."""
+        self.header(found.about)
+        self.out.print()
+        rows = [_tensor_cells(row) for row in found.tensors]
+        if not any(row["problem"] for row in rows):
+            rows = [{name: cell for name, cell in row.items() if name != "problem"} for row in rows]
+        self.table(rows)
+        self.out.print()
+        if found.fingerprint:
+            self.header({"fingerprint": ", ".join(f"{name} {_figures(v)}" for name, v in found.fingerprint.items())})
+        if found.differences:
+            difference = ", ".join(f"{name} {value:.2g}" for name, value in found.differences.items())
+            self.header({f"against {against}": f"max|a-b| / max|b|: {difference}"})
+        self.header({"verdict": "all holds" if not found.problems else f"{len(found.problems)} problems"})
+        for problem in found.problems:
+            self.print(f"  {problem}")
+
+    def table(self, rows: list[dict[str, Any]]) -> None:
+        """A table of equal rows; tab-separated where the output is not a terminal."""
+        if not self.out.is_terminal:
+            for line in [list(rows[0]), *(list(row.values()) for row in rows)]:
+                # rich would make spaces of the tabs
+                print(*(printable(str(cell)) for cell in line), sep="\t", file=self.out.file)
+            return
+        self._lines(table_lines(rows, self.out.width))
+
+    def header(self, rows: Mapping[str, str]) -> None:
+        """Names and what they are, a line each."""
+        self._lines(pair_lines(rows, self.out.width if self.out.is_terminal else None))
+
+    def _lines(self, lines: Iterable[Text]) -> None:
+        for line in lines:
+            self.out.print(line)
+
+
+def _tensor_cells(row: TensorRow) -> dict[str, str]:
+    figures = {name: getattr(row, name) for name in ("mean", "std", "low", "high")}
+    return {
+        "tensor": row.name,
+        "shape": "x".join(map(str, row.shape)),
+        "is": row.fate,
+        "as": row.role,
+        **{name: "" if value is None else f"{value:.4g}" for name, value in figures.items()},
+        "problem": row.problem,
+    }
+
+
+def _figures(value: Any) -> str:
+    """A figure, or several of them, with as many digits as machines agree on."""
+    if isinstance(value, list):
+        return " ".join(map(_figures, value))
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,81 @@
+"""What is on this machine: versions, devices, weights, data sets."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cifar_jax.data.sources.tfds import data_root
+from cifar_jax.features.contents import contents
+from cifar_jax.files import cache_root
+from cifar_jax.pretrained import UNTRAINED, registry
+from cifar_jax.runtime.environment import device_description, package_versions
+from cifar_jax.runtime.sharding import device_rows
+
+
+def cache_rows(cache_dir: str | None) -> list[dict[str, Any]]:
+    """What the cache holds, a row each."""
+    rows = [
+        {
+            "what": kept.what,
+            "MB": f"{kept.size / 1e6:.1f}",
+            "last used": time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used)),
+            "images": kept.images or "",
+            "backbone": kept.backbone,
+            "path": str(kept.path),
+        }
+        for kept in contents(cache_root(cache_dir))
+    ]
+    return rows or [{"what": "nothing", "path": str(cache_root(cache_dir))}]
+
+
+def collect(topic: str = "all", data_dir: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
+    """What is known of a topic, or of most of them, as JSON values: a dict to show line by line, or rows."""
+    topics: dict[str, Callable[[], Any]] = {
+        "environment": lambda: _environment(cache_dir),
+        "weights": lambda: (
+            [_weights_row(entry, cache_dir) for entry in registry.entries().values()]
+            + [_untrained_row(name) for name in UNTRAINED]
+        ),
+        "data": lambda: _data(data_dir),
+        "devices": device_rows,
+        "cache": lambda: cache_rows(cache_dir),
+    }
+    alone = {"devices", "cache"}  # which are asked for by name
+    return {name: tell() for name, tell in topics.items() if topic == name or (topic == "all" and name not in alone)}
+
+
+def _environment(cache_dir: str | None) -> dict[str, str]:
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    return {"device": device_description(), "versions": versions, "cache": str(cache_root(cache_dir))}
+
+
+def _weights_row(entry: registry.Entry, cache_dir: str | None) -> dict[str, str]:
+    found, _ = registry.find_local(entry, cache_dir)
+    return {
+        "name": entry.name,
+        "MB": f"{entry.size / 1e6:.1f}",
+        "digest": entry.digest,
+        "licence": entry.licence,
+        "top-1": entry.top1,
+        "variant": entry.variant,
+        "local copy": str(found or "none"),
+    }
+
+
+def _untrained_row(name: str) -> dict[str, str]:
+    return {
+        "name": name,
+        "MB": "",
+        "digest": "",
+        "licence": "",
+        "top-1": "",
+        "variant": "untrained",
+        "local copy": "made when needed",
+    }
+
+
+def _data(data_dir: str | None) -> dict[str, str]:
+    root = data_root(data_dir)
+    prepared = sorted(path.parent for path in root.glob("*/*/dataset_info.json"))
+    found = ", ".join(f"{path.parent.name} {path.name}" for path in prepared)
+    return {"data sets": f"{found or 'none'} in {root}", "drawn": "shapes, anywhere"}

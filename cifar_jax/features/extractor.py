@@ -1,0 +1,146 @@
+"""Pooled features of a frozen backbone for any number of images."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float32, UInt8
+
+from cifar_jax.errors import RunError
+from cifar_jax.models.backbone import AnyBackbone, FunctionBackbone, extract
+from cifar_jax.models.folded import features_of, prepare
+from cifar_jax.models.preprocess import require_images
+from cifar_jax.runtime.devices import is_out_of_memory
+from cifar_jax.runtime.sharding import mesh_of, replicate, round_up, shard
+
+logger = logging.getLogger(__name__)
+
+
+class Extractor(Protocol):
+    """Features of any number of images; `on_images` is called with the number done after each compiled call."""
+
+    def __call__(
+        self, images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] | None = None
+    ) -> Float32[np.ndarray, "n features"]:
+        """Extracts."""
+        ...
+
+
+def make_extractor(
+    backbone: AnyBackbone,
+    image_size: int | None = None,
+    precision: str = "float32",
+    batch_size: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Extractor:
+    """Prepares `extract` for many images: folded, compiled once, fed batch by batch, any number of images.
+
+    Args:
+      backbone: from `load_backbone`; what is made of it goes to the devices once.
+      image_size: side in pixels that the images are upsampled to; the backbone's own if None.
+      precision: `float32` or `bfloat16`.
+      batch_size: images a compiled call, divided between the devices; chosen by platform and image size if None. Where
+        the devices' memory is too small for that many, half of them are tried, which is logged.
+      devices: of one platform; all of this process if None.
+
+    Raises:
+      RunError: when the backbone has a value that is not finite, folded or not; the extractor, when features are not.
+      ValueError: by the extractor, when it is given anything but uint8 [n, h, w, 3].
+
+    Example:
+      >>> features = make_extractor(backbone)(splits.test.images)  # doctest: +SKIP
+      >>> features.shape  # doctest: +SKIP
+      (10000, 2048)
+    """
+    _require_finite(backbone)
+    mesh = mesh_of(devices or jax.local_devices())
+    platform, image_size = mesh.devices.flat[0].platform, image_size or backbone.image_size
+    at_once = batch_size or extraction_batch_size(image_size, platform) * mesh.size
+    if isinstance(backbone, FunctionBackbone):
+        run, on_devices = jax.jit(extract), replicate(mesh, backbone)
+    else:
+        run, on_devices = jax.jit(features_of), replicate(mesh, prepare(backbone, image_size, precision, platform))
+
+    def extractor(
+        images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] | None = None
+    ) -> Float32[np.ndarray, "n features"]:
+        nonlocal at_once
+        require_images(images_u8)
+        features, done = np.empty((len(images_u8), backbone.num_features), np.float32), 0
+        while done < len(images_u8):
+            size = round_up(mesh, min(at_once, len(images_u8)))
+            # The devices work on a batch while the one before it is copied out.
+            running: deque[tuple[slice, Array]] = deque()
+            try:
+                for rows, batch in _batches(images_u8, done, size):
+                    running.append((rows, run(on_devices, shard(mesh, batch))))
+                    while len(running) > (rows.stop < len(images_u8)):
+                        first, extracted = running.popleft()
+                        _copy_out(features, first, extracted)
+                        done = first.stop
+                        if on_images:
+                            on_images(done)
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error) or size == mesh.size:
+                    raise
+                at_once = round_up(mesh, size // 2)
+                logger.info(
+                    f"Out of memory at batch size {size}; retrying with {at_once}, which may change the last bits of "
+                    f"features. Pass --extract-batch-size {at_once} to start there."
+                )
+        return features
+
+    return extractor
+
+
+def _require_finite(backbone: AnyBackbone) -> None:
+    """Features cannot tell: compiled for a CPU, a relu makes 0 of NaN."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(backbone.variables):
+        if not np.isfinite(leaf).all():
+            raise RunError(
+                f"The backbone {backbone.source} has values that are not finite in "
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')}; get its weights again."
+            )
+
+
+def extraction_batch_size(image_size: int, platform: str) -> int:
+    """Images at a time on one device: few on a CPU, in whose caches they should stay; elsewhere enough to fill it.
+
+    A power of two, at most 1024, divides the chunks that features are kept in.
+    """
+    return _power_of_two((4 if platform == "cpu" else 256) * (224 / image_size) ** 2)
+
+
+def default_batch_size(image_size: int) -> int:
+    """The same for networks that are run plainly, as those that train are."""
+    return _power_of_two((16 if jax.default_backend() == "cpu" else 256) * (224 / image_size) ** 2)
+
+
+def _power_of_two(most: float) -> int:
+    return 2 ** max(0, min(10, int(math.log2(most))))
+
+
+def _batches(
+    images: UInt8[np.ndarray, "n h w 3"], start: int, batch_size: int
+) -> Iterator[tuple[slice, UInt8[np.ndarray, "batch h w 3"]]]:
+    """Batches of one shape, the last one filled up with black images, and the rows that are real."""
+    for first in range(start, len(images), batch_size):
+        batch = images[first : first + batch_size]
+        rows = slice(first, first + len(batch))
+        missing = batch_size - len(batch)
+        if missing:
+            batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        yield rows, np.ascontiguousarray(batch)
+
+
+def _copy_out(features: Float32[np.ndarray, "n features"], rows: slice, batch: Array) -> None:
+    features[rows] = np.asarray(batch)[: rows.stop - rows.start]
+    if not np.isfinite(features[rows]).all():
+        raise RunError(
+            f"The backbone gives features that are not finite for images {rows.start} to {rows.stop - 1}: its weights "
+            "or its preprocessing do not fit; nothing was trained."
+        )

@@ -1,0 +1,1 @@
+"""Tensor names of published ResNets, one family a module."""

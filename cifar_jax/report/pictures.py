@@ -1,0 +1,62 @@
+"""The pictures of a run: samples before it trains, and curves, predictions and confusions of a trained head."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cifar_jax.data import Problem
+from cifar_jax.report import figures as plots
+from cifar_jax.rng import stream_key
+from cifar_jax.runtime.reporter import EpochRow
+from cifar_jax.train.evaluate import EvalResult
+
+NUM_PREDICTIONS = 32
+
+
+def write_samples(out: Path, problem: Problem) -> None:
+    """Writes samples.png.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    train, val = problem.train, problem.val
+    names = problem.splits.class_names
+    figure = plots.plot_samples(train.images, train.labels, val.images, val.labels, names, val_name=problem.val_name)
+    plots.save_figure(figure, out / "samples.png")
+
+
+def write_pictures(
+    out: Path, problem: Problem, rows: Sequence[EpochRow], val: EvalResult, test: EvalResult, seed: int
+) -> None:
+    """Writes curves.png, and predictions.png and confusion.png of the validation images.
+
+    Where these were held out also test_predictions.png and test_confusion.png.
+
+    Args:
+      out: the run directory.
+      problem: the images.
+      rows: metrics of the epochs.
+      val: scores on the validation images.
+      test: scores on the test images.
+      seed: that decides which predictions are shown.
+
+    Raises:
+      OSError: if one cannot be written.
+    """
+    names = problem.splits.class_names
+    figures = {"curves.png": plots.plot_curves([row._asdict() for row in rows], val_name=problem.val_name)}
+    splits = [("", problem.val_name, problem.val, val)]
+    if problem.held_out:
+        splits.append(("test_", "test", problem.test, test))
+    for prefix, split, (images, labels), result in splits:
+        key = stream_key(seed, "pictures")
+        shown = np.asarray(jax.random.permutation(key, len(labels))[:NUM_PREDICTIONS], np.int32)
+        probs = np.asarray(jax.nn.softmax(result.logits[shown]))
+        figures[f"{prefix}predictions.png"] = plots.plot_predictions(
+            images[shown], labels[shown], probs, names, split=split
+        )
+        figures[f"{prefix}confusion.png"] = plots.plot_confusion(result.confusion, names, split=split)
+    for name, figure in figures.items():
+        plots.save_figure(figure, out / name)

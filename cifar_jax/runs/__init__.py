@@ -1,0 +1,1 @@
+"""The run directory: its layout, writer, reader and checkpoints, resuming, and prediction with what it holds."""

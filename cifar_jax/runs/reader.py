@@ -1,0 +1,202 @@
+"""A run that is read back: its configuration, its head, and the backbone it needs, wherever that lies now."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from cifar_jax.config import TrainConfig
+from cifar_jax.errors import UserError
+from cifar_jax.files import sha256_of_file
+from cifar_jax.models.head import Head, dense_head
+from cifar_jax.pretrained import AnyBackbone, Backbone, FunctionBackbone, registry
+from cifar_jax.pretrained.formats.safetensors import is_ours
+from cifar_jax.pretrained.load import read_weights
+from cifar_jax.pretrained.reading import backbone_of
+from cifar_jax.runs.checkpoint import Position, load_checkpoint
+from cifar_jax.runs.layout import BACKBONE, CHECKPOINTS, CONFIG, FORMAT_VERSION, SUMMARY, is_run, read_json
+
+logger = logging.getLogger(__name__)
+
+MOST_WEIGHTS_BYTES = 2**32  # a ResNet152 in float64 has 0.5 GB: what is larger is no backbone, and is not hashed
+
+FEW_CLASSES = 10  # so many are named where a run is shown
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was read back, ready to predict.
+
+    Attributes:
+      path: of its directory.
+      config: what it was told.
+      summary: what summary.json holds.
+      backbone: the network, found again by its hash, with the image size of the run.
+      head_params: the trained head.
+      class_names: by label.
+      head: the function of the trained head.
+    """
+
+    path: Path
+    config: TrainConfig
+    summary: dict[str, Any]
+    backbone: AnyBackbone
+    head_params: PyTree
+    class_names: tuple[str, ...]
+    head: Head = field(default_factory=dense_head)
+
+    def __repr__(self) -> str:
+        """One line: the arrays themselves would fill thousands."""
+        accuracy = self.summary.get("test_accuracy", self.summary.get("val_accuracy"))
+        scored = f", accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
+        named = self.summary.get("parts", {}).get("head")
+        hidden = [named] if named else self.config.optim.hidden
+        sizes = [self.backbone.num_features, *hidden, len(self.class_names)]
+        names = f"{len(self.class_names)} classes"
+        if len(self.class_names) <= FEW_CLASSES:
+            names += f" ({', '.join(self.class_names)})"
+        return (
+            f"Run({self.path}: {self.summary.get('status')}{scored}, {names}, head {'-'.join(map(str, sizes))}, "
+            f"{self.backbone!r})"
+        )
+
+
+def load_run(
+    path: str | os.PathLike[str],
+    weights: str | None = None,
+    *,
+    allow_incomplete: bool = False,
+    head: Head | None = None,
+    backbone: AnyBackbone | None = None,
+) -> Run:
+    """Reads a run back: its configuration, its head, and the backbone it needs, found by hash.
+
+    Args:
+      path: of the run directory.
+      weights: a file or name to take the backbone from, where it is not found by itself.
+      allow_incomplete: whether a run that was interrupted, failed or diverged may be read. Its head is that of the last
+        completed epoch, or with held-out images of the best one, and a warning is logged.
+      head: that the run was trained with, if it is not the dense one.
+      backbone: that the run was trained with, if it is a `FunctionBackbone` or lies in no file.
+
+    Raises:
+      UserError: if it is not a run, is incomplete or damaged, its backbone is not on this machine, or it was trained
+        with a head or backbone that no file holds and that is not given.
+    """
+    path = Path(path)
+    fields = read_json(path / CONFIG)
+    if not (path / SUMMARY).exists() and is_run(path):
+        raise UserError(
+            f"The run in {path} has not ended: it has no {SUMMARY}. If it is not running, continue it with --resume."
+        )
+    summary = read_json(path / SUMMARY)
+    if summary.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path} was written by another version of this program; train again.")
+    try:
+        config = TrainConfig.from_json(fields)
+    except UserError as error:
+        raise UserError(f"{path / CONFIG} is not as `train` wrote it ({error}); name another run directory.") from error
+    _require_complete(path, config, summary, allow_incomplete)
+    try:
+        class_names = tuple(map(str, summary["dataset"]["class_names"]))
+        about = {name: str(summary["backbone"][name] or "") for name in ("sha256", "source")}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / SUMMARY} is not as `train` wrote it; name another run directory.") from error
+    if not about["sha256"]:
+        raise UserError(f"The run in {path} has no trained backbone: writing it failed. Continue it with --resume.")
+    _require_parts(path, summary, head, backbone)
+    found = backbone or _find_backbone(path, config, about, weights)
+    if isinstance(found, Backbone):
+        _check_run_as_before(path, found, summary["backbone"])
+        # What the head was trained on, which need not be the size of the backbone's own training.
+        found = found.replace(image_size=config.backbone.image_size or found.image_size)
+    chosen = head or dense_head(config.optim.hidden)
+    shapes = jax.eval_shape(lambda: chosen.init(jax.random.key(0), found.num_features, len(class_names)))
+    like = {"head": shapes}
+    if isinstance(found, FunctionBackbone) and config.optim.mode == "finetune":
+        like["backbone"] = jax.eval_shape(lambda: found.variables)
+    selected = Position(int(summary.get("selected_epoch") or 0))
+    params = load_checkpoint(path / CHECKPOINTS, {"params": like}, selected)["params"]
+    trained = found.replace(variables=params["backbone"]) if "backbone" in like else found
+    return Run(path, config, summary, trained, params["head"], class_names, chosen)
+
+
+def _require_parts(path: Path, summary: Mapping[str, Any], head: Head | None, backbone: AnyBackbone | None) -> None:
+    """Refuses to guess the head or backbone of a run whose code no file holds."""
+    name, function = summary.get("parts", {}).get("head"), summary["backbone"].get("function")
+    if name and (head is None or head.name != name):
+        raise UserError(f"The run in {path} was trained with the head {name!r}; pass it to load_run as head=.")
+    differs = backbone is not None and backbone.sha256 != summary["backbone"]["sha256"]
+    if function and (backbone is None or differs):
+        raise UserError(
+            f"The run in {path} was trained with the function {function!r} as its backbone; pass the same one to "
+            "load_run as backbone=."
+        )
+    if differs:
+        raise UserError(f"The run in {path} was trained with another backbone than {backbone!r}; leave backbone= out.")
+
+
+def _require_complete(path: Path, config: TrainConfig, summary: Mapping[str, Any], allow: bool) -> None:
+    status, done = summary.get("status"), summary.get("selected_epoch") or 0
+    if status == "complete":
+        return
+    what = (
+        f"The run in {path} is incomplete ({status} after {summary.get('epochs') or 0} of {config.optim.epochs} epochs)"
+    )
+    how = "Continue it with --resume" + " and a lower --learning-rate" * (status == "diverged")
+    if not done:
+        raise UserError(f"{what} and has no trained head. {how}.")
+    if not allow:
+        raise UserError(f"{what}. {how}, or pass --allow-incomplete to use the head of epoch {done}.")
+    logger.warning(f"{what}; using the head of epoch {done}.")
+
+
+def _check_run_as_before(path: Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
+    """The hash is that of the weights; how they are run may be told by a file beside them, which may have gone."""
+    for name, value in (("config", backbone.config), ("preprocessing", backbone.preprocessing)):
+        if name in about and json.loads(json.dumps(asdict(value))) != about[name]:
+            raise UserError(
+                f"{backbone.source} has the weights of the run {path} and would be run with another {name} than there; "
+                "put back the config.json that lay beside it."
+            )
+
+
+def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], weights: str | None) -> Backbone:
+    """Tries every place where the backbone may lie; only one with the same hash will do."""
+    if weights is not None and weights not in registry.entries() and not os.path.isfile(os.path.expanduser(weights)):
+        raise UserError(f"--weights {weights} is neither a file nor a name that `info` lists; name the run's backbone.")
+    named = (
+        [os.path.expanduser(weights)] if weights else [str(path / BACKBONE), about["source"], config.backbone.weights]
+    )
+    # Of the known files only copies that are here: reading a run should not start a download.
+    copies = (registry.find_local(entry, config.run.cache_dir)[0] for entry in registry.entries().values())
+    other = ""
+    for candidate in (*map(Path, named), *filter(None, copies)):
+        if not os.path.isfile(candidate):
+            continue
+        if (reason := _why_not(candidate, about["sha256"])) is None:
+            # A file of the project's own says itself how it is run, whatever the one it was made from was told.
+            # What had to be assumed of it was logged when it was trained on.
+            return backbone_of(read_weights(candidate, None if is_ours(candidate) else config.backbone.variant))
+        if str(candidate) in named:
+            other = other or f" ({candidate} {reason})"
+    raise UserError(
+        f"The run {path} needs the backbone it was trained on, {about['source']} with SHA-256 {about['sha256']}, which "
+        f"is not found{other}; name a copy of it with --weights."
+    )
+
+
+def _why_not(candidate: Path, sha256: str) -> str | None:
+    """Why a file is not the one with that hash; None where it is."""
+    try:
+        if os.path.getsize(candidate) > MOST_WEIGHTS_BYTES:
+            return "is larger than weights are"
+        return None if sha256_of_file(candidate) == sha256 else "is another file"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"

@@ -1,0 +1,1 @@
+"""Devices, processes, signals, timing and caches."""

@@ -1,0 +1,78 @@
+"""What a run ran on: versions, devices, and an accelerator that lies idle."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cifar_jax.runtime.devices import accelerator
+from cifar_jax.version import __version__
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "safetensors", "tensorflow-datasets", "numpy")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this project, Python, and the packages that the numbers depend on."""
+    versions = {"cifar-jax": __version__, "python": platform.python_version()}
+    return versions | {name: _version(name) for name in PACKAGES}
+
+
+def device_description(used: int | None = None) -> str:
+    """The devices, for people, and how many of them are used: `tpu (TPU v5 lite), 8 of 8 devices`."""
+    devices = jax.devices()
+    kind = f"{_processor()}, {os.cpu_count()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
+    some = f", {used} of" if used else ","
+    return f"{devices[0].platform} ({kind})" + (f"{some} {len(devices)} devices" if len(devices) > 1 else "")
+
+
+def settings() -> dict[str, Any]:
+    """What else decides the last bits: variables of the environment that JAX reads, and the commit of this checkout."""
+    names = ("XLA_", "JAX_", "LIBTPU_", "NVIDIA_TF32")
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(names)}
+    return {"variables": variables, "commit": _commit(Path(__file__).parents[2])}
+
+
+def _commit(checkout: Path) -> str | None:
+    """The commit that a checkout is at, with `-dirty` where files differ from it; None where it is none."""
+    git = shutil.which("git")
+    if git is None or not (checkout / ".git").exists():
+        return None
+    command = [git, "-C", str(checkout), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def unused_accelerator() -> str | None:
+    """A sentence to warn with when this machine has an accelerator that JAX does not use, else None."""
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        return None
+    if (found := accelerator()) is None:
+        return None
+    kind, extra = found
+    return (
+        f"This machine has {kind}, but JAX runs on the CPU: `pip install '.[{extra}]'` in the checkout brings the JAX "
+        "that uses it; JAX_PLATFORMS=cpu silences this."
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

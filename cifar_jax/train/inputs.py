@@ -1,0 +1,133 @@
+"""The inputs of a job: the images, the backbone, and the size at which they meet."""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from cifar_jax.config import TrainConfig
+from cifar_jax.config.groups import OF_A_PROCESS
+from cifar_jax.data import Dataset, Problem, load_problem
+from cifar_jax.data.dataset import IMAGE_SHAPE
+from cifar_jax.data.problem import images_in_both
+from cifar_jax.errors import UserError
+from cifar_jax.pretrained import (
+    UNTRAINED,
+    AnyBackbone,
+    Backbone,
+    FunctionBackbone,
+    load_backbone,
+    random_backbone,
+)
+from cifar_jax.pretrained.untrained import calibration_images
+from cifar_jax.rng import stream_key
+from cifar_jax.runtime.processes import require_same
+from cifar_jax.runtime.reporter import Progress
+from cifar_jax.runtime.timing import Clock
+
+logger = logging.getLogger(__name__)
+
+
+class Inputs(NamedTuple):
+    """The inputs of a job."""
+
+    problem: Problem
+    backbone: AnyBackbone
+    image_size: int  # side in pixels that images are upsampled to
+
+    def digests(self) -> dict[str, str]:
+        """Digests by name of what decides the results."""
+        names = {"train": "training images", "test": "test images", "val": "validation images"}
+        images = {names[split]: digests.examples for split, digests in self.problem.digests.items()}
+        return images | {"weights": self.backbone.sha256}
+
+
+def load_inputs(
+    config: TrainConfig, clock: Clock, progress: Progress | None = None, backbone: AnyBackbone | None = None
+) -> Inputs:
+    """Loads the images and the backbone of a configuration; an untrained one is made from the images.
+
+    Args:
+      config: names both.
+      clock: gets the seconds of the phases `weights` and `data`.
+      progress: makes the bar of a download.
+      backbone: in the place of the one that the configuration names.
+
+    Raises:
+      UserError: when either cannot be had, or they do not fit together.
+    """
+    untrained = backbone is None and config.backbone.weights in UNTRAINED
+    if untrained and config.backbone.variant is not None:
+        raise UserError(
+            f"--variant {config.backbone.variant} is for pretrained weights; leave it out with --weights "
+            f"{config.backbone.weights}."
+        )
+    # Weights first: a name typed wrong should not cost the download of a data set.
+    with clock("weights"):
+        if backbone is None and not untrained:
+            more = {"progress": progress} if progress else {}
+            backbone = load_backbone(
+                config.backbone.weights, config.backbone.variant, cache_dir=config.run.cache_dir, **more
+            )
+    with clock("data"):
+        problem = load_problem(config)
+    with clock("weights"):
+        backbone = backbone or make_untrained(config, problem.train)
+    return Inputs(problem, backbone, network_image_size(config, backbone))
+
+
+def make_untrained(config: TrainConfig, train: Dataset) -> Backbone:
+    """A random backbone calibrated on the training images, which is logged as a warning."""
+    logger.warning(
+        f"--weights {config.backbone.weights} is an UNTRAINED network: random kernels, BatchNorm statistics calibrated "
+        "on training images. Its accuracy is a baseline, not transfer learning."
+    )
+    network, image_size = UNTRAINED[config.backbone.weights]
+    image_size = config.backbone.image_size or image_size
+    images = np.asarray(train.images[: calibration_images(image_size)])
+    key = stream_key(config.optim.seed, "backbone")
+    return random_backbone(key, images, network, image_size, f"{config.backbone.weights} (seed {config.optim.seed})")
+
+
+def network_image_size(config: TrainConfig, backbone: AnyBackbone) -> int:
+    """The side in pixels that images are upsampled to.
+
+    Raises:
+      UserError: when the weights ask for one that 32 pixels cannot be upsampled to.
+    """
+    if isinstance(backbone, FunctionBackbone):
+        return backbone.image_size
+    image_size = config.backbone.image_size or backbone.image_size
+    if image_size % IMAGE_SHAPE[0]:
+        raise UserError(
+            f"{backbone.source} asks for images of {image_size} pixels a side, which is no multiple of "
+            f"{IMAGE_SHAPE[0]}; name another --image-size."
+        )
+    return image_size
+
+
+def require_same_inputs_everywhere(config: TrainConfig, inputs: Inputs, parts: Mapping[str, str]) -> None:
+    """Checks that processes which train together do the same; where files lie may differ.
+
+    Raises:
+      UserError: in all of them, naming what differs.
+    """
+    if (processes := jax.process_count()) == 1:
+        return
+    fewest = min(len(part.labels) for part in inputs.problem.parts.values())
+    if fewest < processes:
+        raise UserError(f"{fewest} images cannot be divided between {processes} processes; use more images.")
+    options = {k: v for k, v in config.to_json().items() if k not in ("weights", *OF_A_PROCESS)}
+    data = {name: digest for name, digest in inputs.digests().items() if name != "weights"}
+    about = {"options": options | dict(parts), "data": data, "weights": inputs.backbone.sha256}
+    require_same({name: json.dumps(value) for name, value in about.items()})
+
+
+def warn_of_shared_images(problem: Problem) -> None:
+    """Logs a warning if validation images are training images too."""
+    if shared := images_in_both(problem.train, problem.val):
+        of = f"{shared:,} of {len(problem.val.labels):,} {problem.val_name} images"
+        logger.warning(f"{of} are training images too, bit by bit: the accuracy on them says little.")

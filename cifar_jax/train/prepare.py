@@ -1,0 +1,197 @@
+"""From a configuration and its inputs to a training that is ready to go: task, optimiser, steps and evaluation."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from cifar_jax.config import TrainConfig
+from cifar_jax.data import Dataset
+from cifar_jax.data.augment import augment as augment_images
+from cifar_jax.features.dataset import Extracted, dataset_features
+from cifar_jax.features.extractor import default_batch_size
+from cifar_jax.features.forecast import Forecast, faster_ways
+from cifar_jax.models.backbone import extract
+from cifar_jax.models.head import Head, dense_head
+from cifar_jax.pretrained import AnyBackbone
+from cifar_jax.rng import stream_key
+from cifar_jax.runtime.processes import gather, own_rows
+from cifar_jax.runtime.reporter import Reporter
+from cifar_jax.runtime.sharding import replicate
+from cifar_jax.runtime.timing import Clock
+from cifar_jax.train.evaluate import Evaluate, make_evaluate
+from cifar_jax.train.finetune import trainable_backbone
+from cifar_jax.train.inputs import Inputs
+from cifar_jax.train.loop import Advance, EpochOrder, make_advance
+from cifar_jax.train.losses import LossFn, smoothed_cross_entropy
+from cifar_jax.train.optimizer import make_optimizer
+from cifar_jax.train.step import TrainState, first_not_finite, init_state, make_train_step
+from cifar_jax.train.task import Augment, Split, Task, cached_task, finetune_task, live_task
+
+FORWARD_SHARE = 1 / 3  # of a step that trains all layers; its backward pass takes about twice as long
+FEATURES_AT_ONCE = 2048  # in evaluation
+
+
+class Parts(NamedTuple):
+    """Functions in the place of those that a configuration stands for; None keeps those."""
+
+    loss_fn: LossFn | None = None
+    head: Head | None = None
+    backbone: AnyBackbone | None = None
+    tx: optax.GradientTransformation | None = None
+    augment: Augment | None = None
+
+    def names(self) -> dict[str, str]:
+        """The replaced parts by name, for the record of a run. A backbone is recorded by its digest."""
+        return {
+            name: part.name if isinstance(part, Head) else str(getattr(part, "__qualname__", type(part).__name__))
+            for name, part in self._asdict().items()
+            if part is not None and name != "backbone"
+        }
+
+
+class Training(NamedTuple):
+    """All that `fit` takes.
+
+    Attributes:
+      task: with what is frozen on the devices.
+      state: before the first step.
+      advance: the steps.
+      evaluate: scores a state on a split.
+      extracted: in the mode cached the features, and how fast they were computed.
+      reporter: shown the bars of training.
+      fault: `(state, epoch, step) -> str`, the first tensor of a step that is not finite.
+    """
+
+    task: Task
+    state: TrainState
+    advance: Advance
+    evaluate: Evaluate
+    extracted: Extracted | None
+    reporter: Reporter
+    fault: Callable[[TrainState, int, int], str]
+
+
+def prepare(
+    config: TrainConfig,
+    inputs: Inputs,
+    parts: Parts,
+    mesh: Mesh,
+    clock: Clock,
+    reporter: Reporter,
+    first_epoch: int = 0,
+    stopping: Callable[[], bool] | None = None,
+) -> Training:
+    """Makes the training of a configuration. In the mode cached this extracts the features.
+
+    Args:
+      config: what to do.
+      inputs: images and backbone.
+      parts: in the place of its own.
+      mesh: the devices.
+      clock: gets the seconds of the phase `features`, and the first step.
+      reporter: shown bars of extraction, training and evaluation.
+      first_epoch: that training begins with, for the forecast.
+      stopping: whether to stop, asked after each batch of an evaluation.
+    """
+    extracted, bars = None, clock.watch(reporter)
+    if config.optim.mode == "cached":
+        with clock("features"):
+            extracted = extract_features(config, inputs, bars, clock)
+    task = make_task(config, inputs, mesh, extracted, parts.head or dense_head(config.optim.hidden), parts.augment)
+    num_train = len(inputs.problem.train.labels)
+    tx = make_optimizer(config, -(-num_train // config.optim.batch_size), parts.tx)
+    loss_fn = parts.loss_fn or smoothed_cross_entropy(config.optim.label_smoothing)
+    run_key, order_key = jax.random.key(config.optim.seed), stream_key(config.optim.seed, "order")
+    order = EpochOrder(order_key, run_key, config.optim.batch_size, config.data.shuffle)
+    how: dict[str, Any] = {"augment": task.augment, "micro_batch": config.finetune.micro_batch}
+    train_step = make_train_step(task.forward, loss_fn, tx, **how)
+    advance = make_advance(task, train_step, order, mesh)
+    training_bars, evaluation_bars = _forecast(config, inputs, first_epoch, clock, bars)
+    at_once = FEATURES_AT_ONCE if extracted else _images_at_once(config, inputs, mesh)
+
+    def fault(state: TrainState, epoch: int, step: int) -> str:
+        batch = advance.batch(epoch, step)
+        return first_not_finite(task.forward, loss_fn, tx, state, task.frozen, batch, run_key, **how)
+
+    return Training(
+        task,
+        init_state(task.params, tx, task.batch_stats),
+        advance,
+        make_evaluate(task, loss_fn, mesh, at_once, evaluation_bars, stopping),
+        extracted,
+        training_bars,
+        fault,
+    )
+
+
+def make_task(
+    config: TrainConfig,
+    inputs: Inputs,
+    mesh: Mesh,
+    extracted: Extracted | None,
+    head: Head,
+    augment: Augment | None = None,
+) -> Task:
+    """The task of a configuration, with what is frozen on the devices of the mesh."""
+    problem, backbone, image_size = inputs
+    num_classes = len(problem.splits.class_names)
+    params = head.init(stream_key(config.optim.seed, "init"), backbone.num_features, num_classes)
+    if extracted:
+        features = {name: Split(extracted.features[name], part.labels) for name, part in problem.parts.items()}
+        return cached_task(params, head.logits, features)
+    images = {name: Split(*part) for name, part in problem.parts.items()}
+    augment = augment or image_augmentation(config.data.augment)
+    if config.optim.mode == "live":
+        function = partial(extract, image_size=image_size, precision=config.backbone.precision)
+        return live_task(params, head.logits, replicate(mesh, backbone), function, images, augment)
+    counts = (config.optim.batch_size, len(problem.train.labels) % config.optim.batch_size)
+    has_padding = any(count % mesh.size for count in counts)
+    variables, trainable = trainable_backbone(config, backbone, image_size, mesh, has_padding)
+    return finetune_task(params, head.logits, variables, trainable, images, augment)
+
+
+def image_augmentation(names: tuple[str, ...]) -> Augment | None:
+    """The named changes to images, as a `Task` has them; None without any."""
+    if not names:
+        return None
+    return lambda key, batch: batch._replace(inputs=augment_images(key, batch.inputs, names))
+
+
+def extract_features(config: TrainConfig, inputs: Inputs, reporter: Reporter, clock: Clock) -> Extracted:
+    """Features of all images by split. Each process extracts a share, and keeps it in a cache of its own."""
+    problem, backbone, image_size = inputs
+    names = {"train": "training images", "val": f"{problem.val_name} images", "test": "test images"}
+    own, digests = {}, None
+    for split, part in problem.parts.items():
+        rows = own_rows(len(part.labels))
+        own[names[split]] = Dataset(part.images[rows], part.labels[rows])
+    if jax.process_count() == 1:
+        digests = {names[split]: problem.digests[split].images for split in problem.parts}
+    found = dataset_features(
+        config, backbone, image_size, own, digests=digests, reporter=reporter, started=clock.started
+    )
+    features = {split: gather(found.features[names[split]], len(part.labels)) for split, part in problem.parts.items()}
+    return found._replace(features=features)
+
+
+def _images_at_once(config: TrainConfig, inputs: Inputs, mesh: Mesh) -> int:
+    """Images of a batch of evaluation: as many as suit the devices, unless the user says."""
+    return config.backbone.extract_batch_size or default_batch_size(inputs.image_size) * mesh.size
+
+
+def _forecast(
+    config: TrainConfig, inputs: Inputs, first_epoch: int, clock: Clock, reporter: Reporter
+) -> tuple[Reporter, Reporter]:
+    """Reporters of training and evaluation, watched for a forecast where every image passes the network many times."""
+    if config.optim.mode == "cached":
+        return reporter, reporter  # an epoch takes seconds
+    share = FORWARD_SHARE if config.optim.mode == "finetune" else 1.0
+    num = {name: len(part.labels) for name, part in inputs.problem.parts.items()}
+    evaluated = (config.optim.epochs - first_epoch) * num.get("val", num["test"]) + (num["test"] if "val" in num else 0)
+    work = (config.optim.epochs - first_epoch) * num["train"] + share * evaluated
+    forecast = Forecast(work, clock.started, faster_ways(config, inputs.backbone, inputs.image_size))
+    return forecast.watch(reporter), forecast.watch(reporter, share)
