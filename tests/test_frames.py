@@ -12,7 +12,7 @@ from cifar_jax.cli.main import main
 
 PACKAGE = str(Path(cifar_jax.__file__).parent)
 # The functions that apply the stem: in a compiled step, and in extraction.
-STEMS = {("resnet.py", "__call__"), ("inference.py", "features_of")}
+STEMS = {("resnet.py", "__call__"), ("folded.py", "features_of")}
 MOST = 10
 
 

@@ -41,12 +41,10 @@ def test_nothing_is_unpickled_evaluated_or_given_to_a_shell():
 
 
 def test_pickles_are_read_by_an_interpreter_that_knows_no_function_to_call():
-    source = (ROOT / "cifar_jax" / "pretrained" / "torch_pickle.py").read_text()
-    imported = {node.names[0].name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import)}
+    path = ROOT / "cifar_jax" / "pretrained" / "formats" / "torch_pickle.py"
+    imported = {node.names[0].name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)}
     assert "pickle" not in imported and "importlib" not in imported
-    assert not {"getattr", "globals"} & {
-        name for name, _ in calls_in(ROOT / "cifar_jax/pretrained/formats/torch_pickle.py")
-    }
+    assert not {"getattr", "globals"} & {name for name, _ in calls_in(path)}
 
 
 @pytest.mark.parametrize("name", [CHECKPOINTS, "curves.png", "config.json", "metrics.jsonl"])
