@@ -12,8 +12,7 @@ from torch_files import write_torch
 
 from cifar_jax import UserError, load_backbone, save_backbone
 from cifar_jax.files import sha256_of_file
-from cifar_jax.pretrained import references as peers
-from cifar_jax.pretrained import registry
+from cifar_jax.pretrained import references, registry
 from cifar_jax.pretrained.verify import verify
 
 
@@ -187,10 +186,10 @@ def test_a_peer_that_computes_something_else_is_a_problem(tmp_path, monkeypatch)
     path = torch_file(tmp_path)
 
     def peer(reading, backbone, images):
-        ours = peers.our_outputs(backbone, images)
+        ours = references.our_outputs(backbone, images)
         return ours | {"stage2": ours["stage2"] * np.float32(1.001), "logits": np.zeros(3)}
 
-    monkeypatch.setitem(peers._RUNNERS, "timm", peer)
+    monkeypatch.setitem(references._RUNNERS, "timm", peer)
     found = verify(path, against="timm")
     assert found.differences["stage1"] == found.differences["pooled"] == 0
     assert found.differences["stage2"] == pytest.approx(1e-3, rel=0.01) and found.differences["logits"] == np.inf
@@ -201,7 +200,10 @@ def test_a_peer_that_computes_something_else_is_a_problem(tmp_path, monkeypatch)
 
 
 def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(peers.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(f"no {name}")))
+    def not_installed(name):
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(references.importlib, "import_module", not_installed)
     for make, library, needs in ((torch_file, "torchvision", "torch and torchvision"), (keras_file, "keras", "keras")):
         with pytest.raises(UserError, match=f"--against needs {needs}, which cannot be imported"):
             verify(make(tmp_path), against=library)

@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 def train(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Trains; 0, or after Ctrl-C or SIGTERM what shells give then."""
-    from cifar_jax import experiment
+    from cifar_jax.experiment import Interrupted
+    from cifar_jax.experiment import train as run_job
     from cifar_jax.runs.layout import SUMMARY, read_json
     from cifar_jax.runs.resume import is_unfinished
     from cifar_jax.runtime.devices import use_deterministic_algorithms
@@ -53,8 +54,8 @@ def train(arguments: list[str], reporter: ConsoleReporter) -> int:
         may_resume = not (config.run.resume or config.run.overwrite)
         if may_resume and from_first(lambda: is_unfinished(config) and reporter.confirm(question)):
             config = replace(config, run=replace(config.run, resume=True))
-        out = experiment.train(config, reporter)
-    except experiment.Interrupted as stop:
+        out = run_job(config, reporter)
+    except Interrupted as stop:
         epoch, step = stop.saved
         if step:
             where = f"in epoch {epoch + 1} of {config.optim.epochs}, after step {step}; progress is saved"

@@ -22,7 +22,7 @@ from cifar_jax.files import replacing, sha256_of_file
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained.formats.keras_h5 import read_keras_h5
-from cifar_jax.pretrained.formats.safetensors import read_safetensors, to_bytes
+from cifar_jax.pretrained.formats.native import read_safetensors, to_bytes
 from cifar_jax.pretrained.from_torch import NAMES
 from cifar_jax.pretrained.load import load_backbone
 from cifar_jax.pretrained.names import huggingface as hf_names

@@ -9,7 +9,7 @@ from pathlib import Path
 from cifar_jax.errors import WeightsError, did_you_mean
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.pretrained import registry
-from cifar_jax.pretrained.formats import safetensors as canonical
+from cifar_jax.pretrained.formats import native
 from cifar_jax.pretrained.formats.detect import form_of, weights_in
 from cifar_jax.pretrained.formats.keras_h5 import read_keras_archive, read_keras_h5
 from cifar_jax.pretrained.formats.torch_file import read_torch, without_prefixes
@@ -101,14 +101,14 @@ def _reading_of(path: Path, asked: str | None, notes: list[str]) -> Reading:
     """What a file holds; adds to the notes what is known of it before all of it is read."""
     form = form_of(path)
     if form == "safetensors":
-        safe = canonical.read_safetensors(path)
+        safe = native.read_safetensors(path)
         tensors = without_prefixes(safe.tensors)
-        if canonical.KEY in safe.metadata or family_of(tensors) is None:
+        if native.KEY in safe.metadata or family_of(tensors) is None:
             if asked is not None:
                 raise WeightsError(
                     f"--variant {asked} is not for {path}, which says itself how it is run; leave it out."
                 )
-            return canonical.reading_of_ours(path, safe)
+            return native.reading_of_ours(path, safe)
         return reading_of_torch(path, tensors, _known_variant(path, notes), asked)
     by_hash = _known_variant(path, notes)
     if form == "hdf5":

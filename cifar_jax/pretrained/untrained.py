@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, UInt8
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.preprocess import TORCH, preprocess
 from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables
-from cifar_jax.pretrained.formats.safetensors import to_bytes
+from cifar_jax.pretrained.formats.native import to_bytes
 from cifar_jax.pretrained.merge import Path, variable_shapes
 
 # Names that `--weights` takes: full ResNet50 at ImageNet's size, and a quarter of its width at 64x64.

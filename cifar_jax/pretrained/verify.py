@@ -13,8 +13,7 @@ from cifar_jax.errors import WeightsError
 from cifar_jax.files import sha256_of_file, without_nan
 from cifar_jax.models.backbone import Backbone, extract
 from cifar_jax.models.resnet import ResNetConfig, network_name
-from cifar_jax.pretrained import references as peers
-from cifar_jax.pretrained import registry
+from cifar_jax.pretrained import references, registry
 from cifar_jax.pretrained.load import read_weights
 from cifar_jax.pretrained.merge import Match, match
 from cifar_jax.pretrained.merge import Path as VariablePath
@@ -80,7 +79,7 @@ def verify(
     Args:
       path_or_name: whatever `load_backbone` takes.
       variant: how to run it, where the file leaves that open.
-      against: a library of `peers.FAMILIES`, which is asked what it computes with the same file.
+      against: a library of `references.FAMILIES`, which is asked what it computes with the same file.
       how: goes to `load_backbone`.
 
     Raises:
@@ -105,7 +104,7 @@ def verify(
         side = max(IMAGE_SIDE, backbone.image_size // IMAGE_SIDE * IMAGE_SIDE)
         fingerprint = fingerprint_of(backbone.replace(image_size=side))
         if against is not None:
-            differences = peers.differences(against, reading, backbone.replace(image_size=side))
+            differences = references.differences(against, reading, backbone.replace(image_size=side))
         problems += _of_features(fingerprint, against, differences)
     return Verification(_about(reading, registered), rows, fingerprint, differences, problems)
 
@@ -113,7 +112,7 @@ def verify(
 def _of_features(fingerprint: dict[str, Any], against: str | None, differences: dict[str, float]) -> list[str]:
     """What is wrong with what the network computes."""
     dead = ["The features of all drawn images are alike: the network is dead."] if not fingerprint["std"] > 0 else []
-    far = {name: value for name, value in differences.items() if not value <= peers.TOLERANCE}
+    far = {name: value for name, value in differences.items() if not value <= references.TOLERANCE}
     return dead + [f"{against} computes another {name}: it differs by {value:.2g}." for name, value in far.items()]
 
 

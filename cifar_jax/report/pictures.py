@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from cifar_jax.data import Problem
-from cifar_jax.report import figures as plots
+from cifar_jax.report.figures import plot_confusion, plot_curves, plot_predictions, plot_samples, save_figure
 from cifar_jax.rng import stream_key
 from cifar_jax.runtime.reporter import EpochRow
 from cifar_jax.train.evaluate import EvalResult
@@ -23,8 +23,8 @@ def write_samples(out: Path, problem: Problem) -> None:
     """
     train, val = problem.train, problem.val
     names = problem.splits.class_names
-    figure = plots.plot_samples(train.images, train.labels, val.images, val.labels, names, val_name=problem.val_name)
-    plots.save_figure(figure, out / "samples.png")
+    figure = plot_samples(train.images, train.labels, val.images, val.labels, names, val_name=problem.val_name)
+    save_figure(figure, out / "samples.png")
 
 
 def write_pictures(
@@ -46,7 +46,7 @@ def write_pictures(
       OSError: if one cannot be written.
     """
     names = problem.splits.class_names
-    figures = {"curves.png": plots.plot_curves([row._asdict() for row in rows], val_name=problem.val_name)}
+    figures = {"curves.png": plot_curves([row._asdict() for row in rows], val_name=problem.val_name)}
     splits = [("", problem.val_name, problem.val, val)]
     if problem.held_out:
         splits.append(("test_", "test", problem.test, test))
@@ -54,9 +54,7 @@ def write_pictures(
         key = stream_key(seed, "pictures")
         shown = np.asarray(jax.random.permutation(key, len(labels))[:NUM_PREDICTIONS], np.int32)
         probs = np.asarray(jax.nn.softmax(result.logits[shown]))
-        figures[f"{prefix}predictions.png"] = plots.plot_predictions(
-            images[shown], labels[shown], probs, names, split=split
-        )
-        figures[f"{prefix}confusion.png"] = plots.plot_confusion(result.confusion, names, split=split)
+        figures[f"{prefix}predictions.png"] = plot_predictions(images[shown], labels[shown], probs, names, split=split)
+        figures[f"{prefix}confusion.png"] = plot_confusion(result.confusion, names, split=split)
     for name, figure in figures.items():
-        plots.save_figure(figure, out / name)
+        save_figure(figure, out / name)

@@ -16,7 +16,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.files import sha256_of_file
 from cifar_jax.models.head import Head, dense_head
 from cifar_jax.pretrained import AnyBackbone, Backbone, FunctionBackbone, registry
-from cifar_jax.pretrained.formats.safetensors import is_ours
+from cifar_jax.pretrained.formats.native import is_ours
 from cifar_jax.pretrained.load import read_weights
 from cifar_jax.pretrained.reading import backbone_of
 from cifar_jax.runs.checkpoint import Position, load_checkpoint
