@@ -14,71 +14,93 @@ The pure core, for import:
   train_heads      many seeds or learning rates on the same features, compiled once
   load_run, TrainConfig
 
-Importing it imports neither TensorFlow nor matplotlib.
+A name is imported when it is first asked for, so `import cifar_jax` costs nothing, not even JAX.
 """
 
-from cifar_jax.config import TrainConfig
-from cifar_jax.errors import RunError, UserError
-from cifar_jax.features.extractor import make_extractor
-from cifar_jax.models.backbone import extract
-from cifar_jax.models.head import Head, dense_head, dense_logits, flax_head, head_logits, init_head
-from cifar_jax.models.preprocess import Preprocessing, preprocess
-from cifar_jax.models.resnet import ResNet, ResNetConfig
-from cifar_jax.pretrained import Backbone, FunctionBackbone, load_backbone, random_backbone, save_backbone
-from cifar_jax.runs.predict import predict_probs
-from cifar_jax.runs.reader import Run, load_run
-from cifar_jax.train.evaluate import EvalResult, eval_step, evaluate, make_eval_step, make_evaluate
-from cifar_jax.train.loop import EpochOrder, fit, make_advance
-from cifar_jax.train.losses import cross_entropy, smoothed_cross_entropy
-from cifar_jax.train.step import TrainState, init_state, make_train_step
-from cifar_jax.train.sweep import train_heads
-from cifar_jax.train.task import Batch, Split, Task, cached_task, finetune_task, head_forward, live_task
-from cifar_jax.version import __version__
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Backbone",
-    "Batch",
-    "EpochOrder",
-    "EvalResult",
-    "FunctionBackbone",
-    "Head",
-    "Preprocessing",
-    "ResNet",
-    "ResNetConfig",
-    "Run",
-    "RunError",
-    "Split",
-    "Task",
-    "TrainConfig",
-    "TrainState",
-    "UserError",
-    "__version__",
-    "cached_task",
-    "cross_entropy",
-    "dense_head",
-    "dense_logits",
-    "eval_step",
-    "evaluate",
-    "extract",
-    "finetune_task",
-    "fit",
-    "flax_head",
-    "head_forward",
-    "head_logits",
-    "init_head",
-    "init_state",
-    "live_task",
-    "load_backbone",
-    "load_run",
-    "make_advance",
-    "make_eval_step",
-    "make_evaluate",
-    "make_extractor",
-    "make_train_step",
-    "predict_probs",
-    "preprocess",
-    "random_backbone",
-    "save_backbone",
-    "smoothed_cross_entropy",
-    "train_heads",
-]
+if TYPE_CHECKING:
+    from cifar_jax.config.train_config import TrainConfig as TrainConfig
+    from cifar_jax.errors import RunError as RunError, UserError as UserError
+    from cifar_jax.features.extractor import make_extractor as make_extractor
+    from cifar_jax.models.backbone import Backbone as Backbone, FunctionBackbone as FunctionBackbone, extract as extract
+    from cifar_jax.models.head import (
+        Head as Head,
+        dense_head as dense_head,
+        dense_logits as dense_logits,
+        flax_head as flax_head,
+        head_logits as head_logits,
+        init_head as init_head,
+    )
+    from cifar_jax.models.preprocess import Preprocessing as Preprocessing, preprocess as preprocess
+    from cifar_jax.models.resnet import ResNet as ResNet, ResNetConfig as ResNetConfig
+    from cifar_jax.pretrained.formats.native import save_backbone as save_backbone
+    from cifar_jax.pretrained.load import load_backbone as load_backbone
+    from cifar_jax.pretrained.untrained import random_backbone as random_backbone
+    from cifar_jax.runs.predict import predict_probs as predict_probs
+    from cifar_jax.runs.reader import Run as Run, load_run as load_run
+    from cifar_jax.train.evaluate import (
+        EvalResult as EvalResult,
+        eval_step as eval_step,
+        evaluate as evaluate,
+        make_eval_step as make_eval_step,
+        make_evaluate as make_evaluate,
+    )
+    from cifar_jax.train.loop import EpochOrder as EpochOrder, fit as fit, make_advance as make_advance
+    from cifar_jax.train.losses import cross_entropy as cross_entropy, smoothed_cross_entropy as smoothed_cross_entropy
+    from cifar_jax.train.step import (
+        TrainState as TrainState,
+        init_state as init_state,
+        make_train_step as make_train_step,
+    )
+    from cifar_jax.train.sweep import train_heads as train_heads
+    from cifar_jax.train.task import (
+        Batch as Batch,
+        Split as Split,
+        Task as Task,
+        cached_task as cached_task,
+        finetune_task as finetune_task,
+        head_forward as head_forward,
+        live_task as live_task,
+    )
+    from cifar_jax.version import __version__ as __version__
+
+# Where each public name is.
+_MODULES = {
+    "config.train_config": "TrainConfig",
+    "errors": "RunError UserError",
+    "features.extractor": "make_extractor",
+    "models.backbone": "Backbone FunctionBackbone extract",
+    "models.head": "Head dense_head dense_logits flax_head head_logits init_head",
+    "models.preprocess": "Preprocessing preprocess",
+    "models.resnet": "ResNet ResNetConfig",
+    "pretrained.formats.native": "save_backbone",
+    "pretrained.load": "load_backbone",
+    "pretrained.untrained": "random_backbone",
+    "runs.predict": "predict_probs",
+    "runs.reader": "Run load_run",
+    "train.evaluate": "EvalResult eval_step evaluate make_eval_step make_evaluate",
+    "train.loop": "EpochOrder fit make_advance",
+    "train.losses": "cross_entropy smoothed_cross_entropy",
+    "train.step": "TrainState init_state make_train_step",
+    "train.sweep": "train_heads",
+    "train.task": "Batch Split Task cached_task finetune_task head_forward live_task",
+    "version": "__version__",
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

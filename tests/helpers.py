@@ -23,8 +23,7 @@ from cifar_jax.pretrained import UNTRAINED, variants
 from cifar_jax.pretrained.formats.keras3 import snake_case
 from cifar_jax.pretrained.from_torch import NAMES
 from cifar_jax.pretrained.merge import variable_shapes
-from cifar_jax.pretrained.names import keras as keras_names
-from cifar_jax.pretrained.names import layouts
+from cifar_jax.pretrained.names import keras as keras_names, layouts
 from cifar_jax.runtime.reporter import Silent
 
 NARROW = ResNetConfig(stage_sizes=(1, 1), width=4)

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error, tiny_run
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
@@ -26,8 +25,7 @@ from cifar_jax.features import dataset as extraction
 from cifar_jax.files import load_arrays, save_arrays, write_json
 from cifar_jax.pretrained import load_backbone
 from cifar_jax.report import pictures
-from cifar_jax.runs import checkpoint
-from cifar_jax.runs import layout as run_dir
+from cifar_jax.runs import checkpoint, layout as run_dir
 from cifar_jax.runs.checkpoint import newest_whole
 from cifar_jax.runs.layout import CHECKPOINTS, CONFIG, SUMMARY
 from cifar_jax.runs.reader import load_run

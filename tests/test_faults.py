@@ -20,8 +20,7 @@ from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.problem import make_problem
 from cifar_jax.errors import RunError
 from cifar_jax.experiment import train
-from cifar_jax.features import dataset as extraction
-from cifar_jax.features import extractor as features
+from cifar_jax.features import dataset as extraction, extractor as features
 from cifar_jax.features.extractor import make_extractor
 from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import random_backbone

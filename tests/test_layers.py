@@ -1,4 +1,4 @@
-"""Imports run downwards: a module imports its own folder and what stands below it in this list, wherever the import is."""
+"""Imports run downwards: a module imports from its own folder and from what stands below that in this list."""
 
 import ast
 from pathlib import Path

@@ -9,8 +9,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import NARROW
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
 
 from cifar_jax.data import Dataset

@@ -31,8 +31,7 @@ logger = logging.getLogger(__name__)
 
 def train(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Trains; 0, or after Ctrl-C or SIGTERM what shells give then."""
-    from cifar_jax.experiment import Interrupted
-    from cifar_jax.experiment import train as run_job
+    from cifar_jax.experiment import Interrupted, train as run_job
     from cifar_jax.runs.layout import SUMMARY, read_json
     from cifar_jax.runs.resume import is_unfinished
     from cifar_jax.runtime.devices import use_deterministic_algorithms

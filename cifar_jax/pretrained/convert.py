@@ -25,10 +25,7 @@ from cifar_jax.pretrained.formats.keras_h5 import read_keras_h5
 from cifar_jax.pretrained.formats.native import read_safetensors, to_bytes
 from cifar_jax.pretrained.from_torch import NAMES
 from cifar_jax.pretrained.load import load_backbone
-from cifar_jax.pretrained.names import huggingface as hf_names
-from cifar_jax.pretrained.names import keras as keras_names
-from cifar_jax.pretrained.names import layouts
-from cifar_jax.pretrained.names import torch as torch_names
+from cifar_jax.pretrained.names import huggingface as hf_names, keras as keras_names, layouts, torch as torch_names
 from cifar_jax.pretrained.variants import VARIANTS, Variant
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,7 @@ import numpy as np
 
 from cifar_jax.errors import WeightsError
 from cifar_jax.pretrained.configs import CONFIG, PREPROCESSOR, Described, described_beside
-from cifar_jax.pretrained.names import huggingface as hf_names
-from cifar_jax.pretrained.names import layouts
-from cifar_jax.pretrained.names import torch as torch_names
+from cifar_jax.pretrained.names import huggingface as hf_names, layouts, torch as torch_names
 from cifar_jax.pretrained.names.keras import count_blocks
 from cifar_jax.pretrained.reading import Reading
 from cifar_jax.pretrained.variants import Variant, check_depth, choose_variant

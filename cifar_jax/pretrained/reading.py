@@ -11,8 +11,7 @@ from cifar_jax.files import sha256_of_file
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.preprocess import Preprocessing
 from cifar_jax.models.resnet import ResNetConfig
-from cifar_jax.pretrained.merge import Path as VariablePath
-from cifar_jax.pretrained.merge import merge, top_of
+from cifar_jax.pretrained.merge import Path as VariablePath, merge, top_of
 from cifar_jax.pretrained.names import layouts
 
 

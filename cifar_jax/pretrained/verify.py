@@ -15,8 +15,7 @@ from cifar_jax.models.backbone import Backbone, extract
 from cifar_jax.models.resnet import ResNetConfig, network_name
 from cifar_jax.pretrained import references, registry
 from cifar_jax.pretrained.load import read_weights
-from cifar_jax.pretrained.merge import Match, match
-from cifar_jax.pretrained.merge import Path as VariablePath
+from cifar_jax.pretrained.merge import Match, Path as VariablePath, match
 from cifar_jax.pretrained.reading import Reading, backbone_of
 
 IMAGE_SIDE = 32  # of drawn images, whose multiple a network's input has to be

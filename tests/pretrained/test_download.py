@@ -31,8 +31,7 @@ from file_server import (
     whole,
 )
 from helpers import files_below, full_disk, hearing
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cifar_jax.pretrained import places
 from cifar_jax.pretrained.download import WAITS, NotDownloaded, download, part_of
