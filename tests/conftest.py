@@ -11,7 +11,6 @@ import pytest
 from helpers import hearing, narrow_networks, without_pictures
 from jax._src import compilation_cache
 
-from cifar_jax.cli import commands
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.data.sources.tfds import find_prepared
@@ -66,7 +65,7 @@ def compile_cache(request: pytest.FixtureRequest, compiled: str, monkeypatch: py
     """Commands in this process share one cache; those with a cache of their own are for `own_compile_cache`."""
     own = "own_compile_cache" in request.fixturenames
     if not own:
-        monkeypatch.setattr(commands, "use_compile_cache", lambda *_, **__: None)
+        monkeypatch.setattr("cifar_jax.runtime.compile_cache.use_compile_cache", lambda *_, **__: None)
     usual = compilation_cache.get_file_cache
     _keep_compiled_in(None if own else compiled)
     yield

@@ -13,7 +13,7 @@ import cifar_jax
 def test_import_imports_nothing_heavy():
     heavy = "{'jax', 'flax', 'optax', 'numpy', 'tensorflow', 'matplotlib'}"
     program = f"import cifar_jax, sys; sys.exit(' '.join({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr.split() == []
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr == "\n"
 
 
 @pytest.mark.parametrize("name", cifar_jax.__all__)
@@ -32,3 +32,13 @@ def test_type_checkers_are_told_the_same_names():
 def test_another_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'cifar_jax' has no attribute 'head_loss'"):
         cifar_jax.head_loss  # noqa: B018
+
+
+@pytest.mark.parametrize("typed", ["--help", "--version", "train --help", "help verify-weights"])
+def test_help_imports_neither_jax_nor_a_reader_of_weights(typed):
+    program = (
+        "import sys; from cifar_jax.cli.main import main; main(sys.argv[1:]); "
+        "sys.exit(' '.join({'jax', 'flax', 'h5py', 'cifar_jax.pretrained'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", program, *typed.split()], capture_output=True, text=True)
+    assert found.stderr == "\n" and found.stdout

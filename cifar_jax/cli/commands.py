@@ -24,13 +24,13 @@ from cifar_jax.cli.options import (
 from cifar_jax.cli.text import printable
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.files import without_nan
-from cifar_jax.runtime.compile_cache import use_compile_cache
 
 logger = logging.getLogger(__name__)
 
 
 def train(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Trains; 0, or after Ctrl-C or SIGTERM what shells give then."""
+    config = parse_train(arguments)
     from cifar_jax.experiment import Interrupted, train as run_job
     from cifar_jax.runs.layout import SUMMARY, read_json
     from cifar_jax.runs.resume import is_unfinished
@@ -38,14 +38,13 @@ def train(arguments: list[str], reporter: ConsoleReporter) -> int:
     from cifar_jax.runtime.environment import unused_accelerator
     from cifar_jax.runtime.processes import from_first, is_first, join
 
-    config = parse_train(arguments)
     if config.optim.deterministic:
         use_deterministic_algorithms()
     join()
     if not is_first():
         reporter.mute()
     reporter.bars &= config.run.progress
-    use_compile_cache(config.run.cache_dir)
+    _use_compile_cache(config.run.cache_dir)
     if warning := unused_accelerator():
         logger.warning(warning)
     try:
@@ -77,10 +76,10 @@ def train(arguments: list[str], reporter: ConsoleReporter) -> int:
 
 def evaluate(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Scores a run again."""
+    options = parse(EvaluateOptions, arguments, "evaluate")
     from cifar_jax.runs.predict import evaluate_run
 
-    options = parse(EvaluateOptions, arguments, "evaluate")
-    use_compile_cache()
+    _use_compile_cache()
     scores = evaluate_run(options.run, options.data_dir, options.weights, reporter, options.allow_incomplete)
     if options.json:
         print(json.dumps(without_nan(scores)))
@@ -92,17 +91,17 @@ def evaluate(arguments: list[str], reporter: ConsoleReporter) -> int:
 
 def predict(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Says what is in image files, a row each; 0 only where all could be read, else 1."""
+    options = parse(PredictOptions, arguments, "predict")
     from cifar_jax.data.sources.images import image_files
     from cifar_jax.runs.predict import predict_files
     from cifar_jax.runs.reader import load_run
 
-    options = parse(PredictOptions, arguments, "predict")
     if not options.images:
         raise UserError("predict needs images; give the paths of PNG or JPEG files behind the run directory.")
     _check_order(options)
     paths = image_files(options.images)
     failed = 0
-    use_compile_cache()
+    _use_compile_cache()
     run = load_run(options.run, options.weights, allow_incomplete=options.allow_incomplete)
     for prediction in predict_files(run, paths, options.direct):
         failed += bool(prediction.error)
@@ -133,10 +132,10 @@ def _check_order(options: PredictOptions) -> None:
 
 def info(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Says what is on this machine."""
+    options = parse(InfoOptions, arguments, "info")
     from cifar_jax.cli.info import collect
     from cifar_jax.runtime.environment import unused_accelerator
 
-    options = parse(InfoOptions, arguments, "info")
     if options.clear:
         return _clear_cache(options, reporter)
     about = collect(options.topic, options.data_dir, options.cache_dir)
@@ -172,16 +171,16 @@ def _clear_cache(options: InfoOptions, reporter: ConsoleReporter) -> int:
 
 def features(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Writes features to a file."""
+    options = parse(FeaturesOptions, arguments, "features")
     from cifar_jax.export.features import is_data_set, write_features
     from cifar_jax.runtime.profiling import profiled
 
-    options = parse(FeaturesOptions, arguments, "features")
     if not options.src:
         raise UserError("features needs a data set or images; name one, or give the paths of PNG or JPEG files.")
     of_data_set = is_data_set(options.src)
     if of_data_set and options.direct:
         raise UserError(f"--direct is for image files, and {options.src[0]} is a data set; leave it out.")
-    use_compile_cache(options.cache_dir)
+    _use_compile_cache(options.cache_dir)
     images = () if of_data_set else options.src
     with profiled(options.profile):
         about = write_features(
@@ -196,9 +195,9 @@ def features(arguments: list[str], reporter: ConsoleReporter) -> int:
 
 def convert(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Writes weights in another form."""
+    options = parse(ConvertOptions, arguments, "convert")
     from cifar_jax.pretrained.convert import convert as convert_weights
 
-    options = parse(ConvertOptions, arguments, "convert")
     more = {"overwrite": options.overwrite, "cache_dir": options.cache_dir, "progress": reporter.progress}
     about = convert_weights(options.src, options.dst, options.to, options.variant, **more)
     if options.json:
@@ -210,9 +209,9 @@ def convert(arguments: list[str], reporter: ConsoleReporter) -> int:
 
 def verify_weights(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Says what a weights file is and all that is wrong with it; 0 only where nothing is, else 1."""
+    options = parse(VerifyOptions, arguments, "verify-weights")
     from cifar_jax.pretrained.verify import verify
 
-    options = parse(VerifyOptions, arguments, "verify-weights")
     more = {"cache_dir": options.cache_dir, "progress": reporter.progress}
     found = verify(options.file, options.variant, options.against, **more)
     if options.json:
@@ -220,3 +219,9 @@ def verify_weights(arguments: list[str], reporter: ConsoleReporter) -> int:
     else:
         reporter.verification(found, options.against)
     return 1 if found.problems else 0
+
+
+def _use_compile_cache(cache_dir: str | None = None) -> None:
+    from cifar_jax.runtime.compile_cache import use_compile_cache
+
+    use_compile_cache(cache_dir)

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -23,8 +23,10 @@ from rich.text import Text
 
 from cifar_jax.cli.tables import pair_lines, sentence_lines, table_lines
 from cifar_jax.cli.text import printable
-from cifar_jax.pretrained.verify import TensorRow, Verification
 from cifar_jax.runtime.reporter import EpochRow
+
+if TYPE_CHECKING:
+    from cifar_jax.pretrained.verify import TensorRow, Verification
 
 
 class _Rate(ProgressColumn):
@@ -164,7 +166,7 @@ class ConsoleReporter:
         rows["predict"] = f"python -m cifar_jax predict {shlex.quote(str(out))} IMAGE..."
         self.header(rows)
 
-    def verification(self, found: Verification, against: str | None) -> None:
+    def verification(self, found: "Verification", against: str | None) -> None:
         """What a weights file is, its tensors, and the verdict."""
         self.header(found.about)
         self.out.print()
@@ -200,7 +202,7 @@ class ConsoleReporter:
             self.out.print(line)
 
 
-def _tensor_cells(row: TensorRow) -> dict[str, str]:
+def _tensor_cells(row: "TensorRow") -> dict[str, str]:
     figures = {name: getattr(row, name) for name in ("mean", "std", "low", "high")}
     return {
         "tensor": row.name,

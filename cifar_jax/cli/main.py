@@ -8,15 +8,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-import jax
-
 from cifar_jax.cli import commands
 from cifar_jax.cli.console import ConsoleReporter
 from cifar_jax.cli.parsing import program
 from cifar_jax.cli.streams import CLOSED, OutputLost, guarded, is_closed_pipe, open_missing
 from cifar_jax.cli.text import printable
 from cifar_jax.errors import RunError, UserError, no_such
-from cifar_jax.runtime.devices import is_gone, is_out_of_memory, keep_freed_memory, missing_platform, use_all_cores
 from cifar_jax.runtime.signals import Terminated, listening
 from cifar_jax.version import __version__
 
@@ -44,6 +41,7 @@ COMMANDS = {
 }
 OUT_OF_MEMORY = "Out of memory. A smaller --image-size, --extract-batch-size, --batch-size or --hidden needs less"
 DEVICE_FAILED = "Device lost. Continue with --resume --out DIR once it is back"
+HELP = {"-h", "--help", "--version"}
 # What shells give to a command that Ctrl-C or SIGTERM ended.
 INTERRUPTED = (130, 143)
 
@@ -60,14 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what its encoding does not
     # A training run has its directory to finish; the other commands live by what they print.
-    goes_on = arguments[:1] == ["train"] and not {"-h", "--help", "--version"} & set(arguments)
+    goes_on = arguments[:1] == ["train"] and not HELP & set(arguments)
     with guarded(goes_on) as out:
         outcome = _Outcome()
         with contextlib.suppress(OutputLost), _explained(arguments, outcome):  # `out` has the reason
             if arguments[-1:] == ["--version"]:  # of `train` too, which train.py runs
                 print(f"cifar-jax {__version__}")
             elif name := _command_in(arguments):
-                jax.config.update("jax_debug_nans", "--debug" in arguments)
+                _debug_nans("--debug" in arguments)
                 reporter = ConsoleReporter()
                 with reporter.logged():
                     outcome.code = COMMANDS[name](arguments[1:], reporter)
@@ -76,6 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 outcome.code = 0 if arguments else 2
         out.finish()
         return _with_output(outcome.code, out.error, goes_on)
+
+
+def _debug_nans(debug: bool) -> None:
+    """Has JAX raise where a NaN comes up, or not."""
+    if debug or "jax" in sys.modules:
+        import jax
+
+        jax.config.update("jax_debug_nans", debug)
 
 
 class _Outcome:
@@ -123,6 +129,10 @@ def _explanation(error: Exception) -> tuple[str, int] | None:
     """A message and an exit code for an error that is no fault of this program; None for any other."""
     if isinstance(error, UserError | RunError):
         return str(error), 2 if isinstance(error, UserError) else 1
+    import jax
+
+    from cifar_jax.runtime.devices import is_gone, is_out_of_memory, missing_platform
+
     if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) and (is_out_of_memory(error) or is_gone(error)):
         reason = str(error).partition("\n")[0] or "no more to be had"
         return f"{OUT_OF_MEMORY if is_out_of_memory(error) else DEVICE_FAILED} ({reason}).", 1
@@ -145,9 +155,13 @@ def _with_output(code: int, error: OSError | None, goes_on: bool) -> int:
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and ends the process with its exit code."""
     open_missing()
-    use_all_cores()
-    keep_freed_memory()
-    code = main(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] != "help" and not HELP & set(arguments):  # which need no JAX and answer at once
+        from cifar_jax.runtime.devices import keep_freed_memory, use_all_cores
+
+        use_all_cores()
+        keep_freed_memory()
+    code = main(arguments)
     if code in INTERRUPTED:
         # XLA may be in the midst of a computation, on which a regular exit crashes now and then.
         sys.stdout.flush()

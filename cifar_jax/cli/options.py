@@ -14,7 +14,6 @@ import tyro
 from cifar_jax.cli.parsing import REGISTRY, program
 from cifar_jax.config import DECIDING, PRESETS, TrainConfig, preset, without_meaningless
 from cifar_jax.config.groups import DEFAULTS, GROUP_OF, HINTS, OF_THE_COMMAND
-from cifar_jax.data.load import check_name
 from cifar_jax.errors import UserError
 from cifar_jax.files import read_json_value
 
@@ -114,6 +113,7 @@ class FeaturesOptions(Common):
         Raises:
           UserError: for a value that is not allowed, or an unknown data set.
         """
+        from cifar_jax.data.load import check_name
         from cifar_jax.export.features import is_data_set
 
         theirs = {field.name for field in fields(self)} & set(GROUP_OF)
@@ -174,6 +174,8 @@ def parse_train(arguments: list[str]) -> TrainConfig:
     default = without_meaningless(default, _typed(DECIDING, arguments))
     config: TrainConfig = parse(TrainConfig, arguments, "train", default=default)
     config = replace(config, run=replace(config.run, config=None))
+    from cifar_jax.data.load import check_name
+
     # Before the weights are looked for: a name typed wrong should not cost their download.
     check_name(config.data.dataset, config.run.data_dir)
     return config
