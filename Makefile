@@ -39,7 +39,7 @@ coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not parity and not readme" $(TOGETHER) --cov=cifar_jax --cov-report=term-missing:skip-covered
 
 torture: $(VENV)/.dev
-	$(BIN)/python -m tests.torture --kills 100
+	$(BIN)/python -m tests.robustness.torture --kills 100
 
 parity: $(VENV)/.parity
 	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m "parity and not slow" -n 2 --dist loadfile tests/parity
@@ -48,7 +48,7 @@ parity-all: $(VENV)/.parity
 	CIFAR_JAX_REQUIRE_PARITY=1 $(BIN)/python -m pytest -m parity -n 2 --dist loadfile tests/parity
 
 mutations: $(VENV)/.dev
-	CIFAR_JAX_MUTATIONS=10000 $(BIN)/python -m pytest tests/pretrained/test_mutations.py
+	CIFAR_JAX_MUTATIONS=10000 $(BIN)/python -m pytest tests/robustness/test_mutations.py
 
 # Keeps its figures in benchmarks/results and puts their tables into docs/benchmarks.md. OPTIONS="--only backbone head" measures less.
 bench: $(VENV)-bench/.bench

@@ -26,6 +26,9 @@ from cifar_jax.pretrained.merge import variable_shapes
 from cifar_jax.pretrained.names import keras as keras_names, layouts
 from cifar_jax.runtime.reporter import Silent
 
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
 NARROW = ResNetConfig(stage_sizes=(1, 1), width=4)
 NARROW_TORCH = replace(NARROW, stride_in_1x1=False, conv_bias=False, bn_epsilon=1e-5)
 # A job of seconds, as it is typed.

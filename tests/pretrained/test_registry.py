@@ -6,8 +6,8 @@ import hashlib
 import json
 
 import pytest
-from file_server import PAGE, by_path, ranged, sends, serving, whole
 from helpers import files_below, full_disk, keras_tensors, narrow_networks, write_keras_h5
+from robustness.file_server import PAGE, by_path, ranged, sends, serving, whole
 
 from cifar_jax.errors import RunError
 from cifar_jax.files import sha256_of_file

@@ -5,15 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from helpers import TINY, tiny_run
+from helpers import ROOT, TESTS, TINY, tiny_run
 from PIL import Image
 
 from cifar_jax.cli.streams import Output, OutputLost
-
-HERE = Path(__file__).parent
 
 
 def ended(arguments, stdout="pipe", stderr="pipe"):
@@ -23,13 +20,13 @@ def ended(arguments, stdout="pipe", stderr="pipe"):
     """
     reader, closed = os.pipe()
     os.close(reader)
-    usual = os.environ | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    usual = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     with open("/dev/full", "wb") as full:
         kinds = {"pipe": subprocess.PIPE, "closed": closed, "full": full, "missing": None}
         streams = {"stdout": kinds[stdout], "stderr": kinds[stderr]}
         closing = f"exec {'>&-' if stdout == 'missing' else ''} {'2>&-' if stderr == 'missing' else ''}"
         command = ["bash", "-c", f'{closing} "$@"', "bash", sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, cwd=HERE.parent, env=usual, text=True, **streams)
+        done = subprocess.run(command, cwd=ROOT, env=usual, text=True, **streams)
     os.close(closed)
     return done.returncode, (done.stdout if stdout == "pipe" else done.stderr) or ""
 
@@ -52,7 +49,7 @@ def cache(tmp_path_factory):
 )
 def test_a_run_is_finished_whoever_reads(tmp_path, cache, streams, code, said):
     out = tmp_path / "run"
-    train = [HERE / "narrow_train.py", *TINY, "--epochs", "2", "--cache-dir", cache, "--out", out]
+    train = [TESTS / "narrow_train.py", *TINY, "--epochs", "2", "--cache-dir", cache, "--out", out]
     ended_with, other = ended(train, **streams)
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["status"], summary["epochs"]) == ("complete", 2) and (out / "confusion.png").exists()
@@ -73,7 +70,7 @@ def test_other_commands_end_with_their_output(tmp_path, tmp_path_factory, what, 
     more = [tiny_run(tmp_path_factory).path, tmp_path / "picture.png"] if what == "predict" else []
     start = "import pytest, helpers; from cifar_jax.cli.main import run; "
     start += "helpers.narrow_networks(pytest.MonkeyPatch()); run()"
-    start = f"import sys; sys.path.append({str(HERE)!r}); {start}"
+    start = f"import sys; sys.path.append({str(TESTS)!r}); {start}"
     ended_with, errors = ended(["-c", start, *what.split(), *more], stdout=kind)
     assert ended_with == code and len(errors.splitlines()) == lines, errors
     assert errors.startswith("Error: Standard output could not be written" if lines else "")

@@ -5,8 +5,8 @@ import os
 
 import numpy as np
 import pytest
+from features.test_cache import IMAGES, WIDTH, features_of
 from helpers import TINY, command, files_below, is_one_error
-from test_feature_cache import IMAGES, WIDTH, features_of
 
 from cifar_jax.features.cache import cached_features
 from cifar_jax.features.contents import FEATURES, clear, contents, limit_features

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from helpers import ROOT
 from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -209,7 +210,7 @@ figures.save_figure(figures.plot_confusion(np.eye(2, dtype=int), ["circle", "squ
 sys.exit("matplotlib.pyplot" in sys.modules)
 """
     command = [sys.executable, "-c", code, str(folder / "figure.png")]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    subprocess.run(command, check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (28, 20), (150, 200)])

@@ -6,18 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers import TINY
+from helpers import ROOT, TESTS, TINY
 
 from cifar_jax import load_run
 from cifar_jax.runs.layout import SUMMARY
 from cifar_jax.runtime.signals import Terminated, listening
 
-HERE = Path(__file__).parent
 # Steps that take long enough to be interrupted, and few enough of them to be soon done.
 LIVE = (
     *TINY,
@@ -70,10 +68,10 @@ def test_what_the_process_was_told_to_ignore_stays_ignored():
 
 def start(out, cache, *more):
     """A run in a process of its own, narrow as those of other tests are."""
-    command = [sys.executable, HERE / "narrow_train.py", *LIVE, "--cache-dir", cache, "--out", out, *more]
-    usual = os.environ | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, TESTS / "narrow_train.py", *LIVE, "--cache-dir", cache, "--out", out, *more]
+    usual = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.Popen(
-        list(map(str, command)), cwd=HERE.parent, env=usual, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        list(map(str, command)), cwd=ROOT, env=usual, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import TINY, command, files_below, flip_bit, full_disk, is_one_error
+from helpers import ROOT, TINY, command, files_below, flip_bit, full_disk, is_one_error
 
 from cifar_jax import experiment, load_run
 from cifar_jax.config import TrainConfig
@@ -27,8 +27,6 @@ from cifar_jax.pretrained import random_backbone
 from cifar_jax.runs.layout import CHECKPOINTS, METRICS, SUMMARY, claimed
 from cifar_jax.runs.writer import RunWriter
 from cifar_jax.train.inputs import warn_of_shared_images
-
-HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -77,7 +75,7 @@ with claimed(pathlib.Path({str(out)!r})):
     pathlib.Path({str(ready)!r}).touch()
     sys.stdin.read()
 """
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=HERE.parent, stdin=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE)
     try:
         while not ready.exists():
             assert other.poll() is None
@@ -107,7 +105,7 @@ def test_a_read_only_directory_is_refused_to_whom_it_is_read_only(tmp_path):
     out = tmp_path / "closed" / "run"
     code = f"""
 import os, sys
-sys.path[:0] = [{str(HERE.parent)!r}]
+sys.path[:0] = [{str(ROOT)!r}]
 from cifar_jax.cli.main import main
 import cifar_jax.experiment, tyro  # before the rights to read them go
 if os.geteuid() == 0:

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from file_server import (
+from helpers import files_below, full_disk, hearing
+from hypothesis import given, settings, strategies as st
+from robustness.file_server import (
     PAGE,
     by_path,
     hangs_up,
@@ -30,8 +32,6 @@ from file_server import (
     stalls,
     whole,
 )
-from helpers import files_below, full_disk, hearing
-from hypothesis import given, settings, strategies as st
 
 from cifar_jax.pretrained import places
 from cifar_jax.pretrained.download import WAITS, NotDownloaded, download, part_of

@@ -3,22 +3,19 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
-from helpers import TINY, command, is_one_error
+from helpers import ROOT, TINY, command, is_one_error
 
 from cifar_jax.errors import UserError
 from cifar_jax.runtime.environment import device_description
 from cifar_jax.runtime.sharding import device_rows, make_mesh
 
-ROOT = Path(__file__).parent.parent
-
 
 def test_eight_devices_give_what_one_gives():
     flags = "--xla_force_host_platform_device_count=8"
-    tests = [sys.executable, "-m", "pytest", "-q", "tests/eight_devices.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "tests/e2e/eight_devices.py"]
     done = subprocess.run(
         tests, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
     )

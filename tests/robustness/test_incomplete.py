@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import TINY, Heard, command, flip_bit, is_one_error
+from helpers import ROOT, TESTS, TINY, Heard, command, flip_bit, is_one_error
 from PIL import Image
 
 from cifar_jax import UserError, files, load_run
@@ -31,7 +31,6 @@ from cifar_jax.train.losses import cross_entropy
 from cifar_jax.train.step import init_state, make_train_step
 from cifar_jax.train.task import Split, cached_task
 
-HERE = Path(__file__).parent
 # With this rate the first epoch ends with a loss of 1e21, and the second one with none.
 DIVERGES = (
     *("--dataset", "shapes", "--weights", "demo", "--image-size", "32", "--train-examples", "256"),
@@ -214,9 +213,9 @@ def test_ctrl_c_is_acknowledged_while_a_compiled_epoch_runs(tmp_path, cache):
     long = ("--train-examples", "20000", "--batch-size", "4", "--hidden", "512", "512", "--epochs", "50")
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, HERE / "narrow_train.py", *TINY, *long, "--out", out, "--cache-dir", cache],
-        cwd=HERE.parent,
-        env=os.environ | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu"},
+        [sys.executable, TESTS / "narrow_train.py", *TINY, *long, "--out", out, "--cache-dir", cache],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

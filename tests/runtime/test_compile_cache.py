@@ -9,13 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import files_below
+from helpers import ROOT, files_below
 from jax._src import compilation_cache, monitoring
 
-import cifar_jax
 from cifar_jax.runtime.compile_cache import CheckedCache, use_compile_cache
-
-ROOT = Path(cifar_jax.__file__).parent.parent
 
 pytestmark = pytest.mark.usefixtures("own_compile_cache")
 

@@ -4,15 +4,13 @@ import ast
 import importlib.metadata
 import json
 import re
-from pathlib import Path
 
 import pytest
-from helpers import TINY, command, files_below
+from helpers import ROOT, TINY, command, files_below
 
 from cifar_jax.runs.layout import CHECKPOINTS
 from cifar_jax.runs.writer import RunWriter
 
-ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "cifar_jax").rglob("*.py")), ROOT / "train.py"]
 
 # What would run the content of a file, or a shell.

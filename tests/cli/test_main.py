@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import NARROW, TINY, command, files_below, is_one_error, is_refused, is_tyros_error, tiny_run
+from helpers import NARROW, ROOT, TINY, command, files_below, is_one_error, is_refused, is_tyros_error, tiny_run
 from PIL import Image
 
 import cifar_jax
@@ -27,8 +27,6 @@ from cifar_jax.pretrained import UNTRAINED, download, registry
 from cifar_jax.runs.checkpoint import load_checkpoint
 from cifar_jax.runtime.devices import missing_platform
 from cifar_jax.train import inputs
-
-ROOT = Path(cifar_jax.__file__).parent.parent
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Kills runs, goes on with them, and compares what comes out: `python -m tests.torture --kills 100`.
+"""Kills runs, goes on with them, and compares what comes out: `python -m tests.robustness.torture --kills 100`.
 
 Each run works in a directory and a cache of its own. It is killed, by SIGKILL, once it has come to a phase drawn at
 random and after a share of the time, drawn at random, that this phase takes; then the same command goes on with it, and
@@ -270,7 +270,9 @@ def torture(kills: int, ways: list[str], seed: int, root: Path) -> dict[str, Any
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs it and prints figures; 1 where something went wrong."""
-    parser = argparse.ArgumentParser(prog="python -m tests.torture", description="Kills runs and goes on with them.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.robustness.torture", description="Kills runs and goes on with them."
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--seed", type=int, default=0, help="of the moments that are drawn")

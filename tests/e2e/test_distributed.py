@@ -7,20 +7,17 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers import command, is_one_error, narrow_networks, without_pictures
-from two_processes import JOB
+from e2e.two_processes import JOB
+from helpers import ROOT, TESTS, command, is_one_error, narrow_networks, without_pictures
 
 from cifar_jax import load_run
 from cifar_jax.cli.main import main
 from cifar_jax.runs.checkpoint import list_checkpoints
 from cifar_jax.runs.layout import CHECKPOINTS, CONTENTS
-
-HERE = Path(__file__).parent
 
 
 def free_port():
@@ -36,9 +33,9 @@ def start_two(*arguments):
     return [
         subprocess.Popen(
             [sys.executable, *map(str, arguments)],
-            cwd=HERE.parent,
+            cwd=ROOT,
             env=usual
-            | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+            | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
             | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(own)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -52,7 +49,7 @@ def start_two(*arguments):
 def together(tmp_path_factory):
     """The directory that two processes have worked in, and what each wrote to its terminal."""
     directory = tmp_path_factory.mktemp("together")
-    processes = start_two(HERE / "two_processes.py", directory)
+    processes = start_two(TESTS / "e2e" / "two_processes.py", directory)
     written = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], written
     return directory, written
@@ -114,7 +111,7 @@ def test_the_run_is_written_once(together):
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, [143, 143]), (signal.SIGINT, [143, 130])])
 def test_what_one_process_is_told_ends_both_and_they_go_on_to_the_same_bits(tmp_path, number, codes):
     """The signal goes to the one that writes nothing."""
-    train = [HERE / "narrow_train.py", *JOB, tmp_path / "cache", "--mode", "live", "--epochs", "20"]
+    train = [TESTS / "narrow_train.py", *JOB, tmp_path / "cache", "--mode", "live", "--epochs", "20"]
     for process in start_two(*train, "--out", tmp_path / "undisturbed"):
         _, errors = process.communicate()
         assert process.returncode == 0, errors
