@@ -1,30 +1,52 @@
-"""How a file is downloaded: whole, checked, once, in as many pieces and from as many places as it takes."""
+"""Downloads: pooch fetches a file under a temporary name, and only with the right digest it gets its own."""
 
 import contextlib
+import errno
+import glob
 import hashlib
 import logging
 import os
+import re
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+from urllib.request import url2pathname
 
 import requests
+from requests import exceptions
+from urllib3.exceptions import InvalidHeader, ReadTimeoutError
+from urllib3.util import Retry, parse_url
 
-from cifar_jax.files import lock
-from cifar_jax.pretrained.places import Failed, Unreachable, connection, opened, without_password
+from cifar_jax.files import replacing
+from cifar_jax.pretrained.formats.detect import WEB_PAGE
 
-WAITS = (1.0, 2.0, 4.0)  # seconds between tries that bring nothing new
+WAITS = (1.0, 2.0, 4.0)  # seconds before each further try at a place
+TIMEOUT = 30.0  # seconds without a byte
+LONGEST_WAIT = 60.0  # seconds that a server may ask for
+CHUNK = 1 << 16  # bytes
+THIS_MACHINE = {("http", "localhost"), ("http", "127.0.0.1"), ("http", "[::1]")}
+ABANDONED = 3600.0  # seconds without a byte, after which a temporary file is what a killed process left
 
 logger = logging.getLogger(__name__)
 
 
 class NotDownloaded(Exception):
-    """No place gave the file: `causes` says why not by place, `kept` how many bytes wait for the next attempt."""
+    """No place gave the file: `causes` says why not by place."""
 
-    def __init__(self, causes: dict[str, str], kept: int):
+    def __init__(self, causes: dict[str, str]):
         super().__init__("; ".join(f"{place}: {cause}" for place, cause in causes.items()))
-        self.causes, self.kept = causes, kept
+        self.causes = causes
+
+
+class Failed(Exception):
+    """A try failed. `wait` is how long the place asks to be left alone, None where another try would end the same."""
+
+    def __init__(self, cause: str, wait: float | None = None):
+        super().__init__(cause)
+        self.wait = wait
 
 
 def has_digest(path: Path, digest: str) -> bool:
@@ -33,11 +55,6 @@ def has_digest(path: Path, digest: str) -> bool:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
     return found.hexdigest().startswith(start)
-
-
-def part_of(target: Path, digest: str) -> Path:
-    """Where a download gathers: beside its target, named after the digest, so that no other file is continued."""
-    return target.with_name(f"{target.name}.{digest.partition(':')[2][:8]}.part")
 
 
 def download(
@@ -49,121 +66,149 @@ def download(
     bar: Callable[[int], None] = lambda _: None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Brings a file from the first of some places that gives it.
-
-    What came is kept until it is whole, for the next try, place or process to go on from. The digest of the whole says
-    whether the pieces fit; entity tags, which would say it sooner, differ from server to server.
+    """Brings a file from the first of some places that gives it. Each try begins again from the start.
 
     Args:
-      places: https URLs (http on this machine), file URLs or paths, in order. Of a server that does not answer only
-        the first is tried.
-      target: appears whole or not at all.
-      size: of the file in bytes; no more is ever kept.
+      places: https URLs (http on this machine), file URLs or paths, in order.
+      target: appears whole or not at all, also where several processes download it at once.
+      size: of the file in bytes.
       digest: `md5:HEX` or `sha256:HEX`, or the start of it.
       bar: is called with the number of bytes that are here.
       sleep: waits some seconds.
 
     Raises:
       NotDownloaded: when no place gives it.
-      OSError: when it cannot be kept here.
+      OSError: when it cannot be written here.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
     causes: dict[str, str] = {}
-    silent: list[list[str]] = []
-    with _alone(part_of(target, digest)) as file, connection() as session:
-        part = _Part(file, size, digest, bar)
-        if target.is_file() and part.is_whole(target):
-            return  # another process has just brought it
-        for place in places:
-            if (server := place.split("/", 3)[:3]) in silent:
-                continue
-            here = f", of which {part.end / 1e6:.0f} MB are here already" if part.end else ""
-            logger.info(f"Downloading {size / 1e6:.0f} MB from {without_password(place)}{here}")
+    for place in places:
+        shown = without_password(place)
+        logger.info(f"Downloading {size / 1e6:.0f} MB from {shown}")
+        for wait in (*WAITS, None):
             try:
-                _bring(session, place, part, sleep)
-            except Failed as failure:
-                causes[without_password(place)] = str(failure)
-                if isinstance(failure, Unreachable):
-                    silent.append(server)
-                continue
-            os.fsync(file.fileno())
-            os.replace(part.path, target)
-            return
-        raise NotDownloaded(causes, part.end)
-
-
-class _Part:
-    """What has come of a file."""
-
-    def __init__(self, file: IO[bytes], size: int, digest: str, bar: Callable[[int], None]):
-        self.file, self.path = file, Path(file.name)
-        self.size, self.digest, self.bar = size, digest, bar
-
-    @property
-    def end(self) -> int:
-        return os.fstat(self.file.fileno()).st_size
-
-    def is_whole(self, path: Path) -> bool:
-        return path.stat().st_size == self.size and has_digest(path, self.digest)
-
-    def restart(self) -> None:
-        self.file.truncate(0)
-
-    def append(self, chunks: Iterable[bytes]) -> None:
-        self.bar(done := self.end)
-        for chunk in chunks:
-            done += len(chunk)
-            if done > self.size:
-                self.restart()
-                raise Failed(f"more than the file's {self.size} bytes came")
-            self.file.write(chunk)
-            self.file.flush()
-            self.bar(done)
-        if done < self.size:
-            raise Failed("the connection broke off", 0)
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a part for this process alone, by a lock that ends with the process; an empty one does not stay."""
-    while True:
-        with open(path, "a+b") as file:
-            lock(file, lambda: logger.info(f"Another process is downloading to {path}: waiting for it"))
-            try:
-                if not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                    continue
-            except FileNotFoundError:
-                continue  # whoever had it has moved it into place
-            try:
-                yield file
-            finally:
-                if not os.fstat(file.fileno()).st_size:
-                    path.unlink(missing_ok=True)
-            return
-
-
-def _bring(session: requests.Session, place: str, part: _Part, sleep: Callable[[float], None]) -> None:
-    """Tries a place as long as each try brings something new, and a few times more."""
-    tries, furthest, others = 0, part.end, 0
-    while True:
-        try:
-            if part.end < part.size:
-                with opened(session, place, part.end, part.size) as (start, chunks):
-                    if not start:
-                        part.restart()
-                    part.append(chunks)
-            if part.is_whole(part.path):
+                with replacing(target) as temporary:
+                    _bring(place, _Progress(temporary, size, bar))
+                    if not has_digest(temporary, digest):
+                        raise Failed("what came has another hash")
                 return
-            # Once it may be made of pieces of different files; a second time it all came from here.
-            part.restart()
-            others += 1
-            raise Failed("what came has another hash", 0 if others == 1 else None)
-        except Failed as failure:
-            tries = 1 if part.end > furthest else tries + 1
-            furthest = max(furthest, part.end)
-            if failure.wait is None or tries > len(WAITS):
-                raise
-            # Where there is no network at all, who waits for it should hear of it soon.
-            wait = WAITS[0] if isinstance(failure, Unreachable) else max(WAITS[tries - 1], failure.wait)
-            logger.info(f"Trying again in {wait:.0f} s: {failure}")
-            sleep(wait)
+            except Failed as failure:
+                if wait is None or failure.wait is None:
+                    causes[shown] = str(failure)
+                    break
+                wait = max(wait, failure.wait)
+                logger.info(f"Trying again in {wait:.0f} s: {failure}")
+                sleep(wait)
+    raise NotDownloaded(causes)
+
+
+def without_password(text: str) -> str:
+    """A URL, or a text with URLs, as it may be shown: what stands before an @ is for the server alone."""
+    return re.sub(r"://[^/\s]*@", "://", text)
+
+
+class _Progress:
+    """The progress bar of a try, as pooch calls it: it sets `total`, the length that the server declares, if any."""
+
+    total = 0
+
+    def __init__(self, path: Path, size: int, bar: Callable[[int], None]):
+        self.path, self.size, self.bar = path, size, bar
+        bar(0)
+
+    def update(self, _: int) -> None:
+        """Looks how much has come: pooch says how long chunks are at most. It flushes each."""
+        done = self.path.stat().st_size
+        if self.total > self.size:
+            raise Failed(f"the file there has {self.total} bytes, not {self.size}")
+        if done > self.size:
+            raise Failed(f"more than the file's {self.size} bytes came")
+        self.bar(done)
+
+    def reset(self) -> None:
+        """Keeps the count, which is right without it."""
+
+    close = reset
+
+
+def _bring(place: str, progress: _Progress) -> None:
+    if "://" not in place or place.startswith("file:"):
+        _copy(place, progress)
+    else:
+        _get(place, progress)
+    with open(progress.path, "rb") as file:
+        if file.read(64).lstrip().lower().startswith(WEB_PAGE):
+            raise Failed("a web page came instead of the file")
+    if (found := progress.path.stat().st_size) != progress.size:
+        raise Failed(f"the file there has {found} bytes, not {progress.size}", None if progress.total else 0)
+
+
+def _copy(place: str, progress: _Progress) -> None:
+    source = url2pathname(urlsplit(place).path) if "://" in place else os.path.expanduser(place)
+    try:
+        progress.total = os.stat(source).st_size
+        if progress.total <= progress.size:
+            shutil.copyfile(source, progress.path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise Failed(error.strerror or str(error)) from error
+    progress.update(progress.total)
+
+
+def _get(url: str, progress: _Progress) -> None:
+    from pooch import HTTPDownloader
+
+    fetch = HTTPDownloader(
+        progress, CHUNK, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"}, hooks={"response": _check_redirect}
+    )
+    try:
+        _require_https(url)
+        # Not pooch.retrieve: it logs the URL with its password, and hashes the file once more.
+        fetch(url, str(progress.path), None)
+    except (exceptions.RequestException, ValueError) as error:  # the latter of addresses that cannot be parsed
+        raise _explained(error) from None  # its text has the password too
+
+
+def _check_redirect(response: requests.Response, **_: Any) -> None:
+    if response.is_redirect:
+        _require_https(urljoin(response.url, response.headers["Location"]))
+
+
+def _require_https(url: str) -> None:
+    """Refuses http, which anybody on the way can answer, except with this machine."""
+    parts = parse_url(url)
+    if parts.scheme != "https" and (parts.scheme, parts.host) not in THIS_MACHINE:
+        raise Failed(without_password(f"{url} is not https"))
+
+
+def _explained(error: Exception) -> Failed:
+    """What went wrong, in few words, and whether another try may end better."""
+    if isinstance(error, exceptions.HTTPError) and error.response is not None:
+        return _explained_status(error.response)
+    if isinstance(error, exceptions.Timeout) or any(isinstance(cause, ReadTimeoutError) for cause in error.args):
+        return Failed(f"nothing came for {TIMEOUT:g} s", 0)
+    if isinstance(error, exceptions.SSLError):
+        return Failed("no secure connection to the server")
+    if isinstance(error, exceptions.ConnectionError):
+        return Failed("no connection to the server", 0)
+    if isinstance(error, exceptions.ChunkedEncodingError | exceptions.ContentDecodingError):
+        return Failed("the connection broke off", 0)
+    return Failed(without_password(str(error)))
+
+
+def _explained_status(response: requests.Response) -> Failed:
+    cause = f"the server answered {response.status_code}"
+    if response.status_code != 429 and response.status_code < 500:
+        return Failed(cause)
+    try:
+        wait = Retry().parse_retry_after(response.headers.get("Retry-After", "0"))
+    except (InvalidHeader, ValueError, OverflowError):
+        wait = 0.0
+    if wait > LONGEST_WAIT:
+        return Failed(f"{cause} and asks to be left alone for {wait:.0f} s")
+    return Failed(cause, wait)

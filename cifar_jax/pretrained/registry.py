@@ -167,17 +167,14 @@ def fetch(name: str, cache_dir: str | None = None, progress: Progress = no_progr
             download(sources(entry), target, entry.size, entry.digest, bar=bar)
     except NotDownloaded as error:
         why = error.causes[entry.url] if list(error.causes) == [entry.url] else error
-        kept = f" The {error.kept / 1e6:.1f} MB that came are kept; the next attempt goes on from there." * bool(
-            error.kept
-        )
         raise WeightsError(
             f"The weights {name} are not on this machine and could not be downloaded ({why}): get {entry.url} "
             f"({entry.digest}) on a machine with a network and put it at {target}, or name it with --weights or "
-            f"CIFAR_JAX_WEIGHTS.{kept}{also}"
+            f"CIFAR_JAX_WEIGHTS.{also}"
         ) from error
     except OSError as error:
         raise RunError(
             f"The weights {name} cannot be written to {target} ({error.strerror or error}): make room, or name another "
-            f"place with --cache-dir or CIFAR_JAX_CACHE; what came is kept, and the next attempt goes on from there."
+            f"place with --cache-dir or CIFAR_JAX_CACHE."
         ) from error
     return target

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from helpers import files_below, full_disk, keras_tensors, narrow_networks, write_keras_h5
-from robustness.file_server import PAGE, by_path, ranged, sends, serving, whole
+from robustness.file_server import PAGE, by_path, sends, serving, whole
 
 from cifar_jax.errors import RunError
 from cifar_jax.files import sha256_of_file
@@ -69,43 +69,15 @@ def test_a_download_lands_whole_and_once(tmp_path, server, entry, said):
     assert len(server.asked) == 1 and len(said) == 1
 
 
-@pytest.mark.parametrize(
-    ("answer", "cause"),
-    [
-        (sends(b"", 404), "the server answered 404"),
-        (sends(PAGE), "a web page came instead of the file"),
-        (whole(OTHER), "what came has another hash"),
-    ],
-)
-def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, server, entry, answer, cause):
-    server.answers = [answer]
+def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, server, entry):
+    server.answers = [whole(OTHER)]
     target = registry.downloaded_to(entry, str(tmp_path / "cache"))
     assert refusal(tmp_path) == (
-        f"The weights {NAME} are not on this machine and could not be downloaded ({cause}): get "
-        f"{entry.url} ({entry.digest}) on a machine with a network and put it at {target}, or name it with --weights "
-        "or CIFAR_JAX_WEIGHTS."
+        f"The weights {NAME} are not on this machine and could not be downloaded (what came has another hash): "
+        f"get {entry.url} ({entry.digest}) on a machine with a network and put it at {target}, or name it with "
+        "--weights or CIFAR_JAX_WEIGHTS."
     )
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_a_download_that_breaks_off_goes_on_the_next_time(tmp_path, server, entry):
-    server.answers = [ranged(CONTENT, cut=80_000), sends(b"", 503)]
-    assert "The 0.1 MB that came are kept; the next attempt goes on from there." in refusal(tmp_path)
-    server.answers = [ranged(CONTENT)]
-    assert registry.fetch(NAME, str(tmp_path / "cache")).read_bytes() == CONTENT
-    assert server.asked[-1].range == "bytes=65536-"
-
-
-@pytest.mark.parametrize("changed", [False, True])
-def test_the_start_of_a_hash_is_enough(tmp_path, server, entry, monkeypatch, changed):
-    digest = f"sha256:{hashlib.sha256(CONTENT).hexdigest()[:8]}"
-    monkeypatch.setattr(registry, "entries", lambda: {NAME: dataclasses.replace(entry, digest=digest)})
-    if changed:
-        server.answers = [whole(CONTENT[:-1] + b"x")]
-        assert "what came has another hash" in refusal(tmp_path)
-        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    else:
-        assert registry.fetch(NAME, str(tmp_path)).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("separator", [",", " ", ", ", "\n"])
@@ -115,15 +87,8 @@ def test_mirrors_are_tried_first_and_in_order(tmp_path, server, entry, monkeypat
     monkeypatch.setenv("CIFAR_JAX_MIRROR", separator.join(["", *bases, ""]))
     server.answers = [by_path({"/one/weights.h5": whole(OTHER), f"/two/{NAME}/weights.h5": whole(CONTENT)})]
     assert registry.fetch(NAME, str(tmp_path / "cache")).read_bytes() == CONTENT
-    asked = [asked.path for asked in server.asked]
-    assert asked == [f"/one/{NAME}/weights.h5", "/one/weights.h5", "/one/weights.h5", f"/two/{NAME}/weights.h5"]
+    assert server.asked == [f"/one/{NAME}/weights.h5", "/one/weights.h5", f"/two/{NAME}/weights.h5"]
     assert f"from {tmp_path}/share/{NAME}/weights.h5" in said[0]
-
-
-def test_where_mirrors_fail_the_publisher_is_asked(tmp_path, server, entry, monkeypatch):
-    monkeypatch.setenv("CIFAR_JAX_MIRROR", server.url("mirror"))
-    server.answers = [by_path({"/weights.h5": whole(CONTENT)})]
-    assert registry.fetch(NAME, str(tmp_path)).read_bytes() == CONTENT
 
 
 def test_the_error_names_each_place_that_was_tried(tmp_path, server, entry, monkeypatch):
@@ -149,19 +114,6 @@ def test_a_cache_is_a_mirror(tmp_path, server, entry, monkeypatch):
     assert path.read_bytes() == CONTENT and path.is_relative_to(tmp_path / "mine") and not server.asked
 
 
-def test_no_server_is_explained(tmp_path, monkeypatch):
-    known(monkeypatch, "http://127.0.0.1:1/weights.h5")
-    assert "could not be downloaded (no connection to the server)" in refusal(tmp_path)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_a_mirror_on_the_server_that_is_not_there_is_named(tmp_path, monkeypatch):
-    known(monkeypatch, "http://127.0.0.1:1/weights.h5")
-    monkeypatch.setenv("CIFAR_JAX_MIRROR", "http://127.0.0.1:1/mirror")
-    place = f"http://127.0.0.1:1/mirror/{NAME}/weights.h5"
-    assert f"could not be downloaded ({place}: no connection to the server): get" in refusal(tmp_path)
-
-
 def test_a_cache_that_cannot_be_written_is_explained(tmp_path, entry):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(RunError, match=rf"{NAME} cannot be written to {tmp_path}.*--cache-dir or CIFAR_JAX_CACHE"):
@@ -170,11 +122,9 @@ def test_a_cache_that_cannot_be_written_is_explained(tmp_path, entry):
 
 
 def test_a_full_disk_is_explained(tmp_path, server, entry):
-    server.answers = [ranged(CONTENT)]
-    with full_disk(at=70_000), pytest.raises(RunError, match="File too large"):
+    with full_disk(at=70_000), pytest.raises(RunError, match=r"File too large\): make room"):
         registry.fetch(NAME, str(tmp_path))
-    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".part"]
-    assert registry.fetch(NAME, str(tmp_path)).read_bytes() == CONTENT and server.asked[-1].range == "bytes=70000-"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(

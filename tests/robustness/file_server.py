@@ -2,26 +2,16 @@
 
 import contextlib
 import os
-import socket
-import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
 from unittest import mock
 
 PAGE = b"\n<!DOCTYPE html><html><body>Sign in</body></html>"
 
 
-class Asked(NamedTuple):
-    """A request."""
-
-    path: str
-    range: str | None
-
-
 class FileServer(ThreadingHTTPServer):
-    """Gives its answers one after the other, the last one again and again."""
+    """Gives its answers one after the other, the last one again and again; `asked` are the paths it was asked for."""
 
     def __init__(self, answers: tuple["Answer", ...]):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -38,7 +28,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: FileServer
 
     def do_GET(self):
-        self.server.asked.append(Asked(self.path, self.headers["Range"]))
+        self.server.asked.append(self.path)
         answers = self.server.answers
         (answers.pop(0) if len(answers) > 1 else answers[0])(self)
 
@@ -63,8 +53,8 @@ def serving(*answers: Answer) -> Iterator[FileServer]:
             thread.join()
 
 
-def sends(body: bytes, status: int = 200, *, length: int | None = None, **headers: str) -> Answer:
-    """The body, whose length it declares as told, or leaves to the end of the connection."""
+def sends(body: bytes, status: int = 200, *, length: int | None = None, stalls: bool = False, **headers: str) -> Answer:
+    """The body, whose length it declares as told, or leaves to the end of the connection; then perhaps silence."""
 
     def answer(handler: _Handler) -> None:
         handler.send_response(status)
@@ -74,60 +64,20 @@ def sends(body: bytes, status: int = 200, *, length: int | None = None, **header
             handler.send_header("Content-Length", str(length))
         handler.end_headers()
         handler.wfile.write(body)
+        if stalls:
+            handler.server.released.wait(30)
 
     return answer
 
 
-def whole(content: bytes, **headers: str) -> Answer:
-    """The file, whatever part of it was asked for."""
-    return sends(content, length=len(content), **headers)
-
-
-def ranged(content: bytes, cut: int | None = None, **headers: str) -> Answer:
-    """What was asked for of a file, cut off after so many bytes."""
-
-    def answer(handler: _Handler) -> None:
-        if (asked := handler.headers["Range"]) is None:
-            return sends(content[:cut], length=len(content), **headers)(handler)
-        start = int(asked.removeprefix("bytes=").removesuffix("-"))
-        about = {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} | headers
-        return sends(content[start:][:cut], 206, length=len(content) - start, **about)(handler)
-
-    return answer
-
-
-def moved(to: str) -> Answer:
-    """A redirect."""
-    return sends(b"", 302, length=0, Location=to)
-
-
-def stalls(start: bytes = b"", length: int | None = None) -> Answer:
-    """Falls silent, where a length is given after the headers and a start."""
-
-    def answer(handler: _Handler) -> None:
-        if length is not None:
-            sends(start, length=length)(handler)
-        handler.server.released.wait(30)
-
-    return answer
+def whole(content: bytes) -> Answer:
+    return sends(content, length=len(content))
 
 
 def hangs_up(handler: _Handler) -> None:
     """Closes the connection without a word."""
 
 
-def resets(start: bytes, length: int) -> Answer:
-    """Breaks the connection off in the midst of it, and not politely."""
-
-    def answer(handler: _Handler) -> None:
-        sends(start, length=length)(handler)
-        handler.wfile.flush()
-        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        handler.connection.close()
-
-    return answer
-
-
-def by_path(answers: Mapping[str, Answer]) -> Answer:
+def by_path(answers: dict[str, Answer]) -> Answer:
     """Other answers for other paths, and 404 for the rest."""
     return lambda handler: answers.get(handler.path, sends(b"not here", 404))(handler)

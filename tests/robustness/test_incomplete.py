@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import ROOT, TESTS, TINY, Heard, command, flip_bit, is_one_error
+from helpers import TINY, Heard, command, flip_bit, is_one_error
 from PIL import Image
 
 from cifar_jax import UserError, files, load_run
@@ -206,31 +204,3 @@ def test_ctrl_c_in_the_first_epoch_tells_its_steps_and_resuming_raises_no_false_
         for run in (resumed, undisturbed)
     ]
     assert figures[0] == figures[1]
-
-
-def test_ctrl_c_is_acknowledged_while_a_compiled_epoch_runs(tmp_path, cache):
-    """One compiled call lasts for seconds, in which Python runs no handler."""
-    long = ("--train-examples", "20000", "--batch-size", "4", "--hidden", "512", "512", "--epochs", "50")
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, TESTS / "narrow_train.py", *TINY, *long, "--out", out, "--cache-dir", cache],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert "epoch 1/50" in next(line for line in process.stdout if line.startswith("epoch"))
-    process.send_signal(signal.SIGINT)
-    line = next(line for line in process.stderr if line.startswith("Stopping"))
-    running = process.poll() is None and read_lines(out) == 1  # the second epoch still runs
-    _, rest = process.communicate()
-    assert line == "Stopping after this step; press Ctrl-C again to quit at once.\n" and running
-    assert process.returncode == 130, rest
-    assert re.search("^Interrupted (in epoch 2 of 50, after step 5000|after epoch [12] of 50); ", rest, re.MULTILINE), (
-        rest
-    )
-
-
-def read_lines(run):
-    return len((run / "metrics.jsonl").read_text().splitlines())
