@@ -1,5 +1,6 @@
 # make demo          the main job on drawn images, in about half a minute and without a download
-# make test          the tests
+# make test          the tests of every folder of the package, in minutes
+# make test-robustness   kills, full disks, broken files and downloads, several processes, the examples, in minutes more
 # make test-readme   types every command of the documents, in minutes
 # make lint          ruff and mypy
 # make coverage      the tests again, and which lines of the library they run
@@ -16,15 +17,21 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Two tests at a time: most of one is spent in Python and in compiling, on one core.
 TOGETHER = -n 2 --dist worksteal
+# Tests that are slow or of rare faults.
+ELSEWHERE = tests/robustness tests/e2e
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-readme lint coverage torture parity parity-all mutations bench tpu-report demo-weights clean
+.PHONY: demo test test-robustness test-readme lint coverage torture parity parity-all mutations bench tpu-report demo-weights clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python train.py --preset demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not parity and not readme" $(TOGETHER)
+	$(BIN)/python -m pytest -m "not parity and not readme and not slow" $(TOGETHER) $(ELSEWHERE:%=--ignore=%)
+
+test-robustness: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not parity and not readme" $(TOGETHER) $(ELSEWHERE)
+	$(BIN)/python -m pytest -m "slow and not parity and not readme" $(TOGETHER) $(ELSEWHERE:%=--ignore=%)
 
 # The commands of a file build on each other, so files go to one process each.
 test-readme: $(VENV)/.dev
