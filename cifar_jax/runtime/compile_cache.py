@@ -14,8 +14,8 @@ from pathlib import Path
 
 import jax
 
-from cifar_jax.features.contents import XLA
 from cifar_jax.files import cache_root, locked_directory, remove_leftovers, replacing
+from cifar_jax.runtime.caches import XLA
 
 MAX_BYTES = 2**30
 _SUFFIX = ".xla"
