@@ -21,7 +21,7 @@ _OWN = {
         r"[0-9a-f]{32}/(c/(\d+/(0(\.__lock)?)?)?|\.?about\.json(\.\w+\.json)?|lock|zarr\.json(\.__lock)?)?"
     ),
     DATA: re.compile(r"[^/]+/(\w+\.npy|\.?index\.json(\.\w+\.json)?)?"),
-    XLA: re.compile(r"[^/]+\.xla|xla_gpu_per_fusion_autotune_cache_dir/.*"),
+    XLA: re.compile(r"[^/]+-[0-9a-f]{64}-cache|checked|[^/]+\.xla|xla_gpu_per_fusion_autotune_cache_dir/.*"),
 }
 
 logger = logging.getLogger(__name__)
