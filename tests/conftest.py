@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import hearing, narrow_networks, without_pictures
-from jax._src import compilation_cache
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.sources.shapes import draw_shapes
@@ -66,15 +66,13 @@ def compile_cache(request: pytest.FixtureRequest, compiled: str, monkeypatch: py
     own = "own_compile_cache" in request.fixturenames
     if not own:
         monkeypatch.setattr("cifar_jax.runtime.compile_cache.use_compile_cache", lambda *_, **__: None)
-    usual = compilation_cache.get_file_cache
     _keep_compiled_in(None if own else compiled)
     yield
-    compilation_cache.get_file_cache = usual
     _keep_compiled_in(None)
 
 
 def _keep_compiled_in(directory: str | None) -> None:
-    compilation_cache.reset_cache()
+    reset_cache()
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if directory else 1.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1 if directory else 0)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import make_golden_features
 import numpy as np
 import pytest
 from conftest import relative_difference
@@ -19,6 +20,7 @@ from parity.mistakes import MISTAKES
 from parity.torch_networks import IMAGENET, OTHER
 
 from cifar_jax import Backbone, load_backbone, make_extractor
+from cifar_jax.features.cache import EXTRACTION_VERSION
 
 # What is made on which network; `make parity` makes all of them on all.
 FEW = ("the other stride", "epsilon 1.001e-5", "pixels of another file", "shortcut and last convolution swapped")
@@ -106,3 +108,14 @@ def test_extractor_agrees(golden: Golden) -> None:
     """The prepared path, whatever it does to be fast."""
     features = make_extractor(golden.backbone, IMAGE_SIZE)(draw.draw_images(NUM_IMAGES))
     assert relative_difference(features, golden.kept["pooled"]) <= TOLERANCE
+
+
+def test_features_are_those_of_the_extraction_version() -> None:
+    """Caches hold features under that version: where they move and it does not, runs use those of before."""
+    again = "make the golden file anew: PYTHONPATH=. python tests/make_golden_features.py"
+    _, version = make_golden_features.read()
+    assert version == EXTRACTION_VERSION, f"EXTRACTION_VERSION is another: {again}"
+    assert make_golden_features.moved() <= TOLERANCE, (
+        "Features have moved beyond rounding, and caches hold those of before: raise EXTRACTION_VERSION in "
+        f"cifar_jax/features/cache.py, and {again}"
+    )

@@ -155,8 +155,8 @@ def info(arguments: list[str], reporter: ConsoleReporter) -> int:
 
 
 def _clear_cache(options: InfoOptions, reporter: ConsoleReporter) -> int:
-    from cifar_jax.features.contents import clear
     from cifar_jax.files import cache_root
+    from cifar_jax.runtime.caches import clear
 
     if options.topic != "cache":
         raise UserError("--clear goes with `info cache`; say so, or leave it out.")

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from cifar_jax.data.sources.tfds import data_root
-from cifar_jax.features.contents import contents
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained import UNTRAINED, registry
+from cifar_jax.runtime.caches import contents
 from cifar_jax.runtime.environment import device_description, package_versions
 from cifar_jax.runtime.sharding import device_rows
 
@@ -16,11 +16,11 @@ def cache_rows(cache_dir: str | None) -> list[dict[str, Any]]:
     """What the cache holds, a row each."""
     rows = [
         {
-            "what": kept.what,
+            "what": kept.about.get("what", kept.what),
             "MB": f"{kept.size / 1e6:.1f}",
             "last used": time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used)),
-            "images": kept.images or "",
-            "backbone": kept.backbone,
+            "images": kept.about.get("images", ""),
+            "backbone": kept.about.get("backbone", ""),
             "path": str(kept.path),
         }
         for kept in contents(cache_root(cache_dir))

@@ -10,13 +10,12 @@ from jaxtyping import Float32, UInt8
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
 from cifar_jax.errors import RunError
-from cifar_jax.features.cache import cached_features, features_key
-from cifar_jax.features.contents import FEATURES, limit_features
+from cifar_jax.features.cache import cached_features, features_key, num_absent
 from cifar_jax.features.extractor import make_extractor
 from cifar_jax.features.forecast import Forecast, faster_ways
-from cifar_jax.features.store import num_absent
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained import AnyBackbone
+from cifar_jax.runtime.caches import FEATURES, limit_features
 from cifar_jax.runtime.reporter import Reporter, Silent
 
 
@@ -53,7 +52,7 @@ def dataset_features(
       RunError: when the backbone or its features have values that cannot be, or all features are the same.
     """
     root, features = cache_root(config.run.cache_dir), {}
-    about = {"backbone": backbone.source, "image_size": image_size, "precision": config.backbone.precision}
+    how = f"{image_size} pixels, {config.backbone.precision}, kept in {config.backbone.feature_dtype}"
     digests = digests or {name: data.digests().images for name, data in datasets.items()}
     keys = {
         name: features_key(
@@ -61,7 +60,7 @@ def dataset_features(
         )
         for name in datasets
     }
-    absent = sum(num_absent(root / FEATURES / keys[name][:32], len(data.images)) for name, data in datasets.items())
+    absent = sum(num_absent(root / FEATURES / keys[name], len(data.images)) for name, data in datasets.items())
     faster = faster_ways(config, backbone, image_size)
     bars = Forecast(absent, started, faster, "Extracting the features").watch(reporter or Silent())
     made, num_images, seconds = None, 0, 0.0
@@ -82,17 +81,16 @@ def dataset_features(
     for name, dataset in datasets.items():
         with bars.progress(f"Features of {name}", len(dataset.images), compiles=True) as bar:
             features[name] = cached_features(
-                root / FEATURES,
-                keys[name],
+                root / FEATURES / keys[name],
                 dataset.images,
                 extractor,
                 backbone.num_features,
                 dtype=config.backbone.feature_dtype,
-                about={"data": f"{config.data.dataset} {name}", **about},
+                about={"what": f"features of {config.data.dataset} {name}, {how}", "backbone": backbone.source},
                 on_images=bar,
             )
         _require_different(features[name], dataset.images, f"{backbone.source} gives the same features for all {name}")
-    limit_features(root, config.run.cache_limit * 1e9, [key[:32] for key in keys.values()])
+    limit_features(root, config.run.cache_limit * 1e9, list(keys.values()))
     return Extracted(features, num_images, seconds)
 
 

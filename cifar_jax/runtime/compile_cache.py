@@ -1,25 +1,27 @@
-"""JAX's persistent compilation cache with entries that are checked, so that a second command starts at once.
+"""JAX's persistent compilation cache, below the project's own, so that a second command starts at once.
 
-JAX's own keeps an entry that a kill cut short for ever and warns of it at each start, and with a size limit a kill
-between the two files of an entry stops it from writing at all (https://github.com/jax-ml/jax/issues/39880). Here an
-entry is one file that appears whole; it begins with the digest of the rest, and goes when that does not fit.
+JAX writes entries in place: one that a kill cut short it keeps, and warns of it at each start. With its own limit on
+their size, a kill between the two files of an entry stops it from writing for good
+(https://github.com/jax-ml/jax/issues/39880). So what is cut short goes at the start of a command, and what is too much.
 """
 
 import contextlib
-import hashlib
+import importlib
 import logging
 import os
-from collections.abc import Iterator
+import zlib
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from cifar_jax.features.contents import XLA
-from cifar_jax.files import cache_root, locked_directory, remove_leftovers, replacing
+from cifar_jax.files import cache_root
+from cifar_jax.runtime.caches import XLA
 
 MAX_BYTES = 2**30
-_SUFFIX = ".xla"
-_DIGEST_BYTES = hashlib.sha256().digest_size
+_CHECKED = "checked"  # its time of change says when entries were looked at last: to read all takes long at each start
+_OVERLAP = 2.0  # seconds, in which another process may have been writing
+_ZSTD = b"\x28\xb5\x2f\xfd"  # how its frames begin
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +29,8 @@ logger = logging.getLogger(__name__)
 def use_compile_cache(cache_dir: str | None = None) -> None:
     """Keeps what JAX compiles from now on, below the project's cache, and takes from there what is there already.
 
-    Commands call this; importing the library does not. Where JAX_COMPILATION_CACHE_DIR names a place, JAX's own cache
-    is used, there; JAX_ENABLE_COMPILATION_CACHE=false turns either off. Where nothing can be
-    kept, that is logged, once.
+    Commands call this; importing the library does not. Where JAX_COMPILATION_CACHE_DIR names a place, that is used, as
+    it is; JAX_ENABLE_COMPILATION_CACHE=false turns either off. Where nothing can be kept, that is logged, once.
 
     Args:
       cache_dir: of the project; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax.
@@ -40,21 +41,14 @@ def use_compile_cache(cache_dir: str | None = None) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_usable(path)
-        _give_to_jax(path, CheckedCache(path))
-    except (OSError, ImportError, AttributeError) as error:
-        logger.info(_not_kept(path, error))
-
-
-def _give_to_jax(path: Path, cache: "CheckedCache") -> None:
-    """JAX has no public way to be given a cache; where its private one has gone, there is none."""
-    from jax._src import compilation_cache
-
-    if not hasattr(compilation_cache, "get_file_cache"):
-        raise ImportError(f"JAX {jax.__version__} takes no cache of another's")
-    compilation_cache.reset_cache()
-    compilation_cache.get_file_cache = lambda place: (cache, place)  # type: ignore[assignment, return-value]
+        _tidy(path)
+    except OSError as error:
+        logger.info(f"Compiled functions cannot be kept in {path} ({error}): the next command compiles them again.")
+        return
+    reset_cache()  # this process may have used another one
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _require_usable(path: Path) -> None:
@@ -65,65 +59,41 @@ def _require_usable(path: Path) -> None:
         raise PermissionError("it is read-only")
 
 
-def _not_kept(path: Path, error: Exception) -> str:
-    return f"Compiled functions cannot be kept in {path} ({error}): the next command compiles them again."
-
-
-class CheckedCache:
-    """Compiled functions by key, each in a file, all of them within a limit; what JAX calls a `CacheInterface`."""
-
-    def __init__(self, path: Path, max_bytes: int = MAX_BYTES):
-        """Takes the directory, which exists."""
-        self._path, self._max_bytes = path, max_bytes
-        self._size = self._make_room(0)
-
-    def get(self, key: str) -> bytes | None:
-        """What was put under a key; None where it is not, or not all of it is, which is removed."""
-        path = self._path / (key + _SUFFIX)
-        try:
-            content = path.read_bytes()
-        except OSError:
-            return None
-        digest, value = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        if hashlib.sha256(value).digest() != digest:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(path)  # what was used last goes last
-        return value
-
-    def put(self, key: str, value: bytes) -> None:
-        """Keeps a compiled function. If that fails, it is logged, and nothing more is kept."""
-        content = hashlib.sha256(value).digest() + value
-        if len(content) > self._max_bytes:
-            return
-        try:
-            with locked_directory(self._path) as alone:
-                if alone:
-                    remove_leftovers(self._path, f".*{_SUFFIX}")
-                if self._size + len(content) > self._max_bytes:
-                    self._size = self._make_room(len(content))
-                with replacing(self._path / (key + _SUFFIX)) as temporary:
-                    temporary.write_bytes(content)
-            self._size += len(content)
-        except OSError as error:
-            self._max_bytes = 0
-            logger.info(_not_kept(self._path, error))
-
-    def _make_room(self, num_bytes: int) -> int:
-        """Removes what was used least recently, until so many bytes fit in. Returns how many there are then."""
-        files = sorted((about.st_mtime, about.st_size, path) for path, about in _files(self._path))
-        size = sum(num for _, num, _ in files)
-        for _, num, path in files:
-            if size + num_bytes <= self._max_bytes:
-                break
-            path.unlink(missing_ok=True)
-            size -= num
-        return size
-
-
-def _files(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in directory.glob(f"*{_SUFFIX}"):
+def _tidy(path: Path) -> None:
+    """Removes entries that are cut short, of those written since it last looked, and the oldest beyond MAX_BYTES."""
+    stamp = path / _CHECKED
+    since = stamp.stat().st_mtime - _OVERLAP if stamp.exists() else 0.0
+    whole, num_cut = [], 0
+    for entry in path.glob("*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another process removed it
-            yield path, path.stat()
+            about = entry.stat()
+            if about.st_mtime < since or _is_whole(entry):
+                whole.append((max(about.st_atime, about.st_mtime), about.st_size, entry))
+            else:
+                entry.unlink()
+                num_cut += 1
+    stamp.touch()
+    if num_cut:
+        logger.info(f"{num_cut:,} compiled functions in {path} are cut short, as by a kill: they are compiled again.")
+    excess = sum(size for _, size, _ in whole) - MAX_BYTES
+    for _, size, entry in sorted(whole):
+        if excess > 0:
+            entry.unlink(missing_ok=True)
+            excess -= size
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether an entry can be decompressed; JAX compresses by zstandard where that is installed, else by zlib."""
+    try:
+        content = entry.read_bytes()
+        if not content.startswith(_ZSTD):
+            zlib.decompress(content)
+        else:
+            for name in ("compression.zstd", "zstandard"):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name).decompress(content)
+    except OSError:
+        return True  # that is another matter
+    except Exception:  # each library has an error of its own
+        return False
+    return True

@@ -8,7 +8,7 @@ import pytest
 from helpers import TINY, command, is_one_error
 
 from cifar_jax.errors import UserError
-from cifar_jax.features.contents import FEATURES, clear
+from cifar_jax.runtime.caches import FEATURES, clear
 
 LIBRARY = logging.getLogger("cifar_jax")
 
@@ -34,7 +34,7 @@ def test_the_library_logs_and_prints_nothing(cache, caplog, capsys):
     caplog.set_level(logging.INFO, "cifar_jax")
     clear(cache)
     (record,) = caplog.records
-    assert (record.name, record.levelname) == ("cifar_jax.features.contents", "INFO")
+    assert (record.name, record.levelname) == ("cifar_jax.runtime.caches", "INFO")
     assert record.getMessage().startswith(f"{cache / FEATURES / 'notes.txt'} stays")
     assert tuple(capsys.readouterr()) == ("", "")
 
@@ -43,13 +43,13 @@ def test_the_library_logs_and_prints_nothing(cache, caplog, capsys):
 def test_who_imports_it_sees_what_logging_is_told_to_show(tmp_path, configured):
     (tmp_path / FEATURES).mkdir()
     (tmp_path / FEATURES / "notes.txt").touch()
-    code = "import logging, pathlib, sys, cifar_jax.features.contents as cache\n"
+    code = "import logging, pathlib, sys, cifar_jax.runtime.caches as cache\n"
     code += "logging.basicConfig(level=logging.INFO)\n" * configured
     code += "cache.clear(pathlib.Path(sys.argv[1]))\n"
     ran = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert ran.stdout == ""
     if configured:
-        assert ran.stderr.startswith(f"INFO:cifar_jax.features.contents:{tmp_path}") and ran.stderr.count("\n") == 1
+        assert ran.stderr.startswith(f"INFO:cifar_jax.runtime.caches:{tmp_path}") and ran.stderr.count("\n") == 1
     else:
         assert ran.stderr == ""
 

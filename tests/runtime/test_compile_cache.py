@@ -1,18 +1,18 @@
-"""Compiled functions on disk: taken from there, checked, made again where they are damaged, and never in the way."""
+"""Compiled functions on disk: taken from there, made again where they are cut short, and never in the way."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT, files_below
-from jax._src import compilation_cache, monitoring
+from helpers import ROOT, TINY, command, files_below
 
-from cifar_jax.runtime.compile_cache import CheckedCache, use_compile_cache
+from cifar_jax.runtime.caches import clear
+from cifar_jax.runtime.compile_cache import MAX_BYTES, use_compile_cache
 
 pytestmark = pytest.mark.usefixtures("own_compile_cache")
 
@@ -27,9 +27,9 @@ def events():
         if name in counts:
             counts[name] += 1
 
-    monitoring.register_event_listener(listen)
+    jax.monitoring.register_event_listener(listen)
     yield counts
-    monitoring.unregister_event_listener(listen)
+    jax.monitoring.unregister_event_listener(listen)
 
 
 def compile_afresh():
@@ -39,82 +39,75 @@ def compile_afresh():
 
 
 def entries(cache_dir):
-    return sorted((cache_dir / "xla").glob("*.xla"))
+    return sorted((cache_dir / "xla").glob("*-cache"))
 
 
-DAMAGE = {
-    "cut short": lambda content: content[: len(content) // 2],
-    "empty": lambda content: b"",
-    "flipped in its digest": lambda content: bytes([content[0] ^ 1]) + content[1:],
-    "flipped at its end": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
-    "of another cache": lambda content: content[32:],
-}
+def age(cache_dir, seconds):
+    """As if all that the cache holds had been written, and looked at, that long ago."""
+    for path in (cache_dir / "xla").iterdir():
+        then = path.stat().st_mtime - seconds
+        os.utime(path, (then, then))
 
 
-def test_what_was_compiled_comes_from_the_cache(tmp_path, events):
+def test_what_was_compiled_comes_from_the_cache_until_it_is_cleared(tmp_path, events):
     use_compile_cache(str(tmp_path))
     first = compile_afresh()
-    assert events["misses"] == len(entries(tmp_path)) > 0 and events["hits"] == 0
-    second = compile_afresh()
-    assert events["hits"] == events["misses"] == len(entries(tmp_path))
-    np.testing.assert_array_equal(first, second)
-    assert not [path for path in files_below(tmp_path) if Path(path).name.startswith(".")]
+    num = len(entries(tmp_path))
+    assert events == {"hits": 0, "misses": num} and num > 0
+    np.testing.assert_array_equal(compile_afresh(), first)
+    assert events == {"hits": num, "misses": num}
     assert (tmp_path / "xla").stat().st_mode & 0o777 == 0o700
+    use_compile_cache(str(tmp_path / "another"))
+    compile_afresh()
+    assert len(entries(tmp_path / "another")) == num
+    assert clear(tmp_path) > 0 and files_below(tmp_path / "xla") == []
 
 
-@pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_entry_is_dropped_and_written_again(tmp_path, events, how):
-    """Without a warning, which would be an error here."""
+@pytest.mark.parametrize("size", [0, 1, 100, -1])
+def test_an_entry_that_is_cut_short_is_removed_and_written_again(tmp_path, events, said, size):
+    """JAX alone would warn of it at each start; a warning is an error here."""
     use_compile_cache(str(tmp_path))
     expected = compile_afresh()
     whole = {path: path.read_bytes() for path in entries(tmp_path)}
-    for path, content in whole.items():
-        path.write_bytes(DAMAGE[how](content))
+    age(tmp_path, 1000)
+    use_compile_cache(str(tmp_path))  # which has nothing to say of whole ones
+    cut = next(iter(whole))
+    cut.write_bytes(whole[cut][:size])
+    assert said == []
+    use_compile_cache(str(tmp_path))
+    assert len(said) == 1 and "1 compiled functions" in said[0] and "cut short" in said[0]
     events.update(hits=0, misses=0)
     np.testing.assert_array_equal(compile_afresh(), expected)
-    assert (events["hits"], events["misses"]) == (0, len(whole)) and entries(tmp_path) == sorted(whole)
-    events.update(hits=0, misses=0)
-    np.testing.assert_array_equal(compile_afresh(), expected)
-    assert (events["hits"], events["misses"]) == (len(whole), 0)
+    assert events == {"hits": len(whole) - 1, "misses": 1} and entries(tmp_path) == sorted(whole)
+    use_compile_cache(str(tmp_path))
+    assert len(said) == 1
 
 
-def test_jax_itself_keeps_a_damaged_entry(tmp_path):
-    """Why there is a cache of our own. When this fails, JAX may do without it."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    usual = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    own, compilation_cache.get_file_cache = compilation_cache.get_file_cache, jax_file_cache
-    compilation_cache.reset_cache()
-    try:
-        compile_afresh()
-        for path in tmp_path.glob("*-cache"):
-            path.write_bytes(path.read_bytes()[:100])
-        for _ in range(2):
-            with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
-                compile_afresh()
-    finally:
-        compilation_cache.get_file_cache = own
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", usual)
+def test_only_what_was_written_since_the_last_start_is_read(tmp_path, said):
+    use_compile_cache(str(tmp_path))
+    old, new = (tmp_path / "xla" / f"jit_{name}-{'0' * 64}-cache" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(zlib.compress(bytes(1000))[:-1])
+    age(tmp_path, 1000)
+    use_compile_cache(str(tmp_path))
+    assert entries(tmp_path) == []  # they are as old as the last start
+    old.write_bytes(b"cut")
+    os.utime(old, (0, 0))
+    new.write_bytes(b"cut")
+    use_compile_cache(str(tmp_path))
+    assert entries(tmp_path) == [old]
 
 
-def jax_file_cache(path):
-    from jax._src.lru_cache import LRUCache
-
-    return LRUCache(path, max_size=-1), path
-
-
-def test_the_least_recently_used_entries_go_beyond_the_limit(tmp_path):
-    cache = CheckedCache(tmp_path, max_bytes=4 * (32 + 100))
-    for number in range(6):
-        cache.put(f"key{number}", bytes([number]) * 100)
-        os.utime(tmp_path / f"key{number}.xla", (0, number))
-        if number == 3:
-            assert cache.get("key0") == bytes(100)  # used last, now
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"key{number}.xla" for number in (0, 3, 4, 5)]
-    cache.put("large", bytes(1000))
-    assert cache.get("large") is None and cache.get("key5") == bytes([5]) * 100
-    CheckedCache(tmp_path, max_bytes=2 * (32 + 100))
-    assert len(list(tmp_path.iterdir())) == 2
+def test_what_was_used_least_recently_goes_beyond_the_limit(tmp_path):
+    use_compile_cache(str(tmp_path))
+    paths = [tmp_path / "xla" / f"jit_f{number}-{'0' * 64}-cache" for number in range(4)]
+    for number, path in enumerate(paths):
+        path.touch()
+        os.truncate(path, MAX_BYTES // 3)  # of holes
+        os.utime(path, (number, number))
+    os.utime(paths[0], (100, 0))  # it was read since
+    use_compile_cache(str(tmp_path))
+    assert entries(tmp_path) == [paths[0], *paths[2:]]
 
 
 def test_a_place_that_cannot_be_used_is_said_once_and_nothing_is_kept(tmp_path, said):
@@ -128,33 +121,35 @@ def test_a_place_that_cannot_be_used_is_said_once_and_nothing_is_kept(tmp_path, 
     assert "others can write there" in said[1] and files_below(tmp_path / "open") == ["xla"]
 
 
-def test_a_place_that_goes_is_said_once(tmp_path, said):
-    use_compile_cache(str(tmp_path))
-    (tmp_path / "xla").rmdir()
-    (tmp_path / "xla").write_text("in its place")
-    for _ in range(2):
-        compile_afresh()
-    assert len(said) == 1 and said[0].startswith(f"Compiled functions cannot be kept in {tmp_path / 'xla'} (")
+def test_a_second_command_compiles_nothing(tmp_path, capsys, narrow, events):
+    arguments = ["train", *TINY, "--epochs", "1", "--cache-dir", tmp_path / "cache"]
+    assert command(capsys, *arguments, "--out", tmp_path / "first").code == 0
+    assert events["misses"] > 0
+    jax.clear_caches()
+    (kept,) = [files_below(tmp_path / "cache" / "xla")]
+    assert command(capsys, *arguments, "--out", tmp_path / "second").code == 0
+    assert files_below(tmp_path / "cache" / "xla") == kept and events["hits"] > 0
 
 
-def test_a_jax_that_takes_no_cache_does_without(tmp_path, monkeypatch, said):
-    monkeypatch.delattr(compilation_cache, "get_file_cache")
-    use_compile_cache(str(tmp_path))
-    assert len(said) == 1 and f"JAX {jax.__version__} takes no cache" in said[0]
-    assert jax.config.jax_compilation_cache_dir is None
-
-
-def test_a_place_that_jax_was_told_of_stays(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "theirs"))
-    use_compile_cache(str(tmp_path / "ours"))
-    assert files_below(tmp_path) == [] and jax.config.jax_compilation_cache_dir is None
-
-
-def test_importing_the_library_sets_up_nothing_and_reads_no_chunk(tmp_path):
-    check = (
-        "import sys, jax, cifar_jax, cifar_jax.cli.main\n"
-        "print(jax.config.jax_compilation_cache_dir, {'tensorstore', 'orbax'} & set(sys.modules))"
+@pytest.mark.parametrize(
+    ("variable", "value", "kept_in"),
+    [
+        ("JAX_COMPILATION_CACHE_DIR", "theirs", "theirs"),
+        ("JAX_ENABLE_COMPILATION_CACHE", "false", None),
+        ("IRRELEVANT", "", "ours/xla"),
+    ],
+)
+def test_what_jax_was_told_by_the_environment_stays(tmp_path, variable, value, kept_in):
+    code = (
+        "import sys, jax, numpy, cifar_jax, cifar_jax.cli.main\n"
+        "print({'tensorstore', 'orbax'} & set(sys.modules), 'ours' in str(jax.config.jax_compilation_cache_dir))\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
+        "from cifar_jax.runtime.compile_cache import use_compile_cache\n"
+        "use_compile_cache('ours')\n"
+        "jax.jit(lambda x: x + 1)(numpy.ones(3))\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    shown = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True)
-    assert shown.stdout == "None set()\n", shown.stderr
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", variable: value}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert (ran.stdout, ran.returncode) == ("set() False\n", 0), ran.stderr  # importing sets up nothing
+    found = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("*-cache")}
+    assert found == ({kept_in} if kept_in else set())

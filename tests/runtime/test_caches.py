@@ -1,7 +1,9 @@
 """What the cache holds, how it is kept within its limit, and that nothing goes that is not its own."""
 
+import contextlib
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,9 +11,8 @@ from features.test_cache import IMAGES, WIDTH, features_of
 from helpers import TINY, command, files_below, is_one_error
 
 from cifar_jax.features.cache import cached_features
-from cifar_jax.features.contents import FEATURES, clear, contents, limit_features
-from cifar_jax.features.store import locked
 from cifar_jax.files import save_arrays
+from cifar_jax.runtime.caches import FEATURES, clear, contents, limit_features, locked
 
 ENTRY_BYTES = 3 * (1024 * WIDTH * 4 + 4)
 
@@ -23,9 +24,9 @@ def name_of(number):
 def keep(root, *numbers):
     """Entries of features, each used a minute after the one before."""
     extractor = lambda images_u8, on_images: features_of(images_u8)  # noqa: E731
-    about = {"data": "drawn training images", "backbone": "a backbone", "image_size": 32, "precision": "float32"}
+    about = {"what": "features of drawn images", "backbone": "a backbone"}
     for number in numbers:
-        cached_features(root / FEATURES, name_of(number), IMAGES, extractor, WIDTH, about=about)
+        cached_features(root / FEATURES / name_of(number), IMAGES, extractor, WIDTH, about=about)
         os.utime(root / FEATURES / name_of(number) / "about.json", (0, 60 * number))
 
 
@@ -54,14 +55,14 @@ def test_what_was_used_least_recently_goes_first(tmp_path, said, entries, in_use
 
 def test_what_is_read_was_used(tmp_path):
     keep(tmp_path, 1, 2)
-    cached_features(tmp_path / FEATURES, name_of(1), IMAGES, None, WIDTH)  # all of it is there
+    cached_features(tmp_path / FEATURES / name_of(1), IMAGES, None, WIDTH)  # all of it is there
     limit_features(tmp_path, 1.5 * ENTRY_BYTES, [])
     assert kept(tmp_path) == [1]
 
 
 def test_what_another_process_uses_stays(tmp_path, said):
     keep(tmp_path, 1, 2)
-    with locked(tmp_path / FEATURES / name_of(1)):
+    with locked(tmp_path / FEATURES / name_of(1), pytest.fail):
         limit_features(tmp_path, 0, [])
         assert kept(tmp_path) == [1]
         said.clear()
@@ -69,15 +70,23 @@ def test_what_another_process_uses_stays(tmp_path, said):
     assert kept(tmp_path) == [1] and "another process is using it" in said[0] and len(said) == 1
 
 
-def test_features_that_go_while_they_are_waited_for_are_computed(tmp_path):
-    """The directory of a lock may be removed by whoever holds it; the next one makes it anew."""
-    keep(tmp_path, 1)
-    path = tmp_path / FEATURES / name_of(1)
-    with locked(path):
-        for file in (*path.glob("c/*/0"), *path.glob("*.json"), path / "lock"):
-            file.unlink()
-        with locked(path):  # nobody holds the lock that is there now
+def test_a_directory_that_is_removed_while_its_lock_is_waited_for_is_made_anew(tmp_path):
+    path = tmp_path / "entry"
+    with contextlib.ExitStack() as holder:
+        holder.enter_context(locked(path, pytest.fail))
+
+        def remove() -> None:
+            shutil.rmtree(path)
+            holder.close()
+
+        with locked(path, remove):
             assert (path / "lock").exists()
+            with pytest.raises(BlockingIOError), locked(path, refuse):
+                pass
+
+
+def refuse():
+    raise BlockingIOError
 
 
 def test_contents_tell_what_things_are(tmp_path):
@@ -86,13 +95,14 @@ def test_contents_tell_what_things_are(tmp_path):
     (tmp_path / "weights" / "some").mkdir(parents=True)
     (tmp_path / "weights" / "some" / "some.h5").write_bytes(b"12345")
     (tmp_path / "xla").mkdir()
-    found = {entry.what: entry for entry in contents(tmp_path)}
-    features = found.pop("features of drawn training images, 32 pixels, float32, kept in float32")
-    assert (features.images, features.backbone, features.used) == (len(IMAGES), "a backbone", 60)
-    assert ENTRY_BYTES < features.size < ENTRY_BYTES + 1000
-    assert list(found) == ["decoded images", "weights", "compiled functions"] and found["weights"].size == 5
-    (features.path / "about.json").write_text("{")
-    assert contents(tmp_path)[0].what == "features"
+    features, *others = contents(tmp_path)
+    assert features.about.items() >= {"what": "features of drawn images", "images": len(IMAGES)}.items()
+    assert features.used == 60 and ENTRY_BYTES < features.size < ENTRY_BYTES + 1000
+    found = {entry.what: entry.size for entry in others}
+    assert list(found) == ["decoded images", "weights", "compiled functions"] and found["weights"] == 5
+    for damage in ("{", "[]"):
+        (features.path / "about.json").write_text(damage)
+        assert (contents(tmp_path)[0].what, contents(tmp_path)[0].about) == ("features", {})
     assert contents(tmp_path / "nothing") == []
 
 
@@ -103,6 +113,8 @@ def test_clear_removes_what_is_ours_and_nothing_else(tmp_path, said):
     save_arrays(root / "data" / "tiny", {"train_images": np.zeros(10)}, {})
     (root / "xla").mkdir()
     (root / "xla" / "jit_f-0123.xla").write_bytes(b"123")
+    for name in ("zarr.json", "c/0/0.__lock", ".about.json.x1.json"):  # of an earlier version, and of kills
+        (root / "features" / name_of(1) / name).touch()
     theirs = [
         root / "features" / "notes.txt",
         root / "features" / name_of(2) / "notes.txt",
@@ -148,7 +160,7 @@ def test_info_shows_the_cache_and_clears_it(tmp_path, capsys):
     rows = json.loads(command(capsys, "info", "cache", "--json", "--cache-dir", tmp_path).out)["cache"]
     assert [(row["images"], row["backbone"]) for row in rows] == [(len(IMAGES), "a backbone")]
     shown = command(capsys, "info", "cache", "--cache-dir", tmp_path)
-    assert shown.code == 0 and "features of drawn training images" in shown.out and name_of(1) in shown.out
+    assert shown.code == 0 and "features of drawn images" in shown.out and name_of(1) in shown.out
     cleared = command(capsys, "info", "cache", "--clear", "--cache-dir", tmp_path)
     assert cleared.code == 0 and cleared.out.startswith("0.1 MB have left") and kept(tmp_path) == []
     assert json.loads(command(capsys, "info", "cache", "--clear", "--json", "--cache-dir", tmp_path).out) == {

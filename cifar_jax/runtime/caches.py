@@ -1,0 +1,159 @@
+"""The project's cache: what it holds, and how that goes: only files that the project writes, none behind a link."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cifar_jax.files import lock
+
+FEATURES, DATA, XLA, WEIGHTS = "features", "data", "xla", "weights"
+ABOUT, _LOCK = "about.json", "lock"
+# What can be made again: files, and directories with a slash behind them, as paths below the folder. A kill may leave
+# names that begin with a dot or end in __lock; zarr.json and .xla are an earlier version's.
+_OWN = {
+    FEATURES: re.compile(
+        r"[0-9a-f]{32}/(c/(\d+/(0(\.__lock)?)?)?|\.?about\.json(\.\w+\.json)?|lock|zarr\.json(\.__lock)?)?"
+    ),
+    DATA: re.compile(r"[^/]+/(\w+\.npy|\.?index\.json(\.\w+\.json)?)?"),
+    XLA: re.compile(r"[^/]+-[0-9a-f]{64}-cache|checked|[^/]+\.xla|xla_gpu_per_fusion_autotune_cache_dir/.*"),
+}
+
+logger = logging.getLogger(__name__)
+
+
+class Kept(NamedTuple):
+    """Something that the cache holds; what it says of itself, in about.json, may be nothing."""
+
+    what: str
+    path: Path
+    size: int  # bytes
+    used: float  # seconds since 1970
+    about: dict[str, Any]
+
+
+def contents(root: Path) -> list[Kept]:
+    """What the cache holds, kind by kind."""
+    kinds = {FEATURES: "features", DATA: "decoded images", WEIGHTS: "weights"}
+    kept = [_kept(what, path) for kind, what in kinds.items() for path in _directories(root / kind)]
+    return kept + [_kept("compiled functions", path) for path in [root / XLA] if path.is_dir()]
+
+
+def clear(root: Path) -> int:
+    """Removes what can be made again: features, decoded images and compiled functions, but no downloaded weights.
+
+    What another process is using stays, and what the cache did not write; either is logged.
+
+    Returns:
+      How many bytes that was.
+    """
+    freed, in_use = _remove(root / DATA) + _remove(root / XLA), []
+    for path in _entries(root):
+        try:
+            freed += _remove_entry(path)
+        except BlockingIOError:
+            in_use.append(path)
+            logger.info(f"{path} stays, as another process is using it.")
+    for folder in (root / kind for kind in _OWN):
+        others = [folder] if folder.is_symlink() else sorted(set(folder.glob("*")).difference(in_use))
+        if others:
+            logger.info(f"{others[0]} stays, as the cache did not write it, or not all that is in it.")
+    return freed
+
+
+def limit_features(root: Path, limit: float, in_use: Collection[str]) -> None:
+    """Removes the features that were used least recently, as long as there are more than `limit` bytes of them.
+
+    Args:
+      root: of the cache.
+      limit: in bytes.
+      in_use: names of entries that stay, as do those that another process is using.
+    """
+    kept = sorted((_kept("features", path) for path in _entries(root)), key=lambda entry: entry.used)
+    total, freed = sum(entry.size for entry in kept), 0
+    for entry in kept:
+        if total - freed > limit and entry.path.name not in in_use:
+            with contextlib.suppress(OSError):
+                freed += _remove_entry(entry.path)
+    if freed:
+        logger.info(
+            f"{freed / 1e9:.2f} GB of features that were used least recently left the cache, as --cache-limit says."
+        )
+
+
+@contextlib.contextmanager
+def locked(path: Path, on_waiting: Callable[[], None]) -> Iterator[None]:
+    """Holds the lock of a directory, which is made if need be, where there are locks; `on_waiting` is as of `lock`."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        with open(path / _LOCK, "ab") as file:
+            lock(file, on_waiting)
+            try:
+                is_there = os.path.samestat(os.fstat(file.fileno()), os.stat(path / _LOCK))
+            except FileNotFoundError:
+                is_there = False  # whoever had it has removed the directory
+            if is_there:
+                yield
+                return
+
+
+def _entries(root: Path) -> list[Path]:
+    """The directories of features that may be removed."""
+    folder = root / FEATURES
+    ours = [path for path in _directories(folder) if _OWN[FEATURES].fullmatch(f"{path.name}/")]
+    return [] if folder.is_symlink() else ours
+
+
+def _directories(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*")) if path.is_dir() and not path.is_symlink()]
+
+
+def _kept(what: str, path: Path) -> Kept:
+    files = [os.lstat(os.path.join(here, name)) for here, _, names in os.walk(path) for name in names]
+    used = (path / ABOUT if (path / ABOUT).exists() else path).stat().st_mtime
+    try:
+        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        about = None  # damaged, or it has none
+    return Kept(what, path, sum(file.st_size for file in files), used, about if isinstance(about, dict) else {})
+
+
+def _remove_entry(path: Path) -> int:
+    """Removes features, and returns their bytes.
+
+    Raises:
+      BlockingIOError: when another process is using them.
+    """
+
+    def refuse() -> None:
+        raise BlockingIOError(f"another process is using {path}")
+
+    with locked(path, refuse):
+        return _remove(path.parent, path.name)
+
+
+def _remove(folder: Path, name: str = "") -> int:
+    """Removes what is ours of a folder, or of a directory in it, and returns its bytes."""
+    freed, own = 0, _OWN[folder.name]
+    if not (folder / name).exists():
+        return 0
+    for here, directories, files, handle in os.fwalk(folder / name, topdown=False):
+        place = Path(here).relative_to(folder)
+        for file in files:
+            about = os.stat(file, dir_fd=handle, follow_symlinks=False)
+            if own.fullmatch(str(place / file)) and stat.S_ISREG(about.st_mode):
+                os.unlink(file, dir_fd=handle)
+                freed += about.st_size
+        for directory in directories:
+            if own.fullmatch(f"{place / directory}/"):
+                with contextlib.suppress(OSError):  # it is a link, or holds something else
+                    os.rmdir(directory, dir_fd=handle)
+    if name:
+        with contextlib.suppress(OSError):
+            (folder / name).rmdir()
+    return freed
