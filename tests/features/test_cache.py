@@ -7,15 +7,13 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import NARROW, files_below, full_disk, hearing
+from helpers import NARROW, ROOT, TESTS, files_below, full_disk, hearing
 
-import cifar_jax
 from cifar_jax.data import Dataset
 from cifar_jax.errors import RunError
 from cifar_jax.features import cache as feature_cache
@@ -137,7 +135,7 @@ def test_an_extraction_that_was_stopped_goes_on(tmp_path, said, error):
 
 def test_a_killed_process_leaves_whole_chunks_and_no_lock(tmp_path, said):
     code = (
-        "import os, signal, sys, pathlib, numpy as np, test_feature_cache as t\n"
+        "import os, signal, sys, pathlib, numpy as np, features.test_cache as t\n"
         "class Killed(t.Extractor):\n"
         "    def __call__(self, images, on_images):\n"
         "        if len(self.starts) == 2:\n"
@@ -145,8 +143,7 @@ def test_a_killed_process_leaves_whole_chunks_and_no_lock(tmp_path, said):
         "        return super().__call__(images, on_images)\n"
         "t.get(pathlib.Path(sys.argv[1]), extractor=Killed())\n"
     )
-    root = Path(cifar_jax.__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests"))), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "JAX_PLATFORMS": "cpu"}
     killed = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     said.clear()
