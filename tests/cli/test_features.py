@@ -110,7 +110,7 @@ def test_an_untrained_network_can_be_asked_for(tmp_path, capsys, narrow):
         ("shapes --out of.npy", ["would hold one matrix"]),
         ("shapes --out nowhere/of.npz", ["its own is not there"]),
         ("shapes --out there.npz", ["is there already", "--overwrite"]),
-        ("shapes --direct", ["--direct is for image files"]),
+        ("shapes --direct", ["--direct applies to image files"]),
         ("shapes --image-size 33", ["--image-size must be a multiple of 32"]),
         ("shapes --train-examples 0", ["--train-examples must be at least 1, got 0."]),
         ("shapes --precision float16", ["--precision", "float16"]),

@@ -51,8 +51,8 @@ def picture(tmp_path):
         ("--epochs 0", ["--epochs must be at least 1, got 0."]),
         ("--batch-size 0", ["--batch-size must be at least 1, got 0."]),
         ("--batch-size -3", ["--batch-size must be at least 1, got -3."]),
-        ("--batch-size 129", ["--batch-size 129 is more than the 128 training images"]),
-        ("--batch-size 128 --val-fraction 0.5", ["--batch-size 128 is more than the 64 training images"]),
+        ("--batch-size 129", ["--batch-size must be at most 128, the number of training images, got 129."]),
+        ("--batch-size 128 --val-fraction 0.5", ["--batch-size must be at most 64, the number of training images"]),
         ("--learning-rate 0", ["--learning-rate must be a positive number, got 0.0."]),
         ("--lr -0.1", ["--learning-rate must be a positive number, got -0.1."]),
         ("--learning-rate nan", ["--learning-rate must be a positive number, got nan."]),
@@ -74,7 +74,7 @@ def picture(tmp_path):
         ("--image-size 0", ["--image-size must be", "got 0."]),
         ("--image-size -32", ["--image-size must be", "got -32."]),
         ("--image-size 1024000000", ["--image-size must be", "at most 4096, got 1024000000."]),
-        ("--train-examples 1000001", ["--train-examples 1000001 is more than the 1000000 images that are drawn"]),
+        ("--train-examples 1000001", ["--train-examples must be at most 1000000 for synthetic images, got 1000001."]),
         ("--train-examples 0", ["--train-examples must be at least 1, got 0."]),
         ("--test-examples -1", ["--test-examples must be at least 1, got -1."]),
         ("--extract-batch-size 0", ["--extract-batch-size must be at least 1, got 0."]),
@@ -104,16 +104,16 @@ def test_options_that_are_not_allowed(tmp_path, capsys, typed, parts):
 @pytest.mark.parametrize(
     ("typed", "parts"),
     [
-        ("--epochs four", ["Error parsing --epochs: it takes a whole number, got four."]),
-        ("--epochs 2.5", ["Error parsing --epochs: it takes a whole number, got 2.5."]),
-        ("--epochs=", ["Error parsing --epochs: it takes a whole number, got nothing."]),
-        ("--train-examples many", ["Error parsing --train-examples: it takes a whole number, got many."]),
-        ("--lr small", ["--learning-rate: it takes a number, got small."]),
-        ("--clip-norm x", ["Error parsing --clip-norm: it takes a number, got x."]),
-        ("--hidden wide", ["Error parsing --hidden: it takes a whole number, got wide."]),
-        ("--hidden 512;256", ["Error parsing --hidden: it takes a whole number, got 512;256."]),
-        ("--hidden=", ["Error parsing --hidden: it takes a whole number, got nothing."]),
-        ("--augment flip,turn", ["Error parsing --augment: it takes any of flip, crop, cutout, got turn."]),
+        ("--epochs four", ["Error parsing --epochs: expected a whole number, got four."]),
+        ("--epochs 2.5", ["Error parsing --epochs: expected a whole number, got 2.5."]),
+        ("--epochs=", ["Error parsing --epochs: expected a whole number, got nothing."]),
+        ("--train-examples many", ["Error parsing --train-examples: expected a whole number, got many."]),
+        ("--lr small", ["--learning-rate: expected a number, got small."]),
+        ("--clip-norm x", ["Error parsing --clip-norm: expected a number, got x."]),
+        ("--hidden wide", ["Error parsing --hidden: expected a whole number, got wide."]),
+        ("--hidden 512;256", ["Error parsing --hidden: expected a whole number, got 512;256."]),
+        ("--hidden=", ["Error parsing --hidden: expected a whole number, got nothing."]),
+        ("--augment flip,turn", ["Error parsing --augment: expected one of flip, crop, cutout, got turn."]),
         ("--epochs", ["Missing value for argument '--epochs'"]),
         ("--preset", ["Missing value for argument '--preset'"]),
         ("--learning_rate", ["Missing value for argument", "--learning-rate"]),
@@ -200,7 +200,7 @@ def test_no_option_at_all_is_the_main_job(tmp_path, capsys, monkeypatch):
         ("shape", "Did you mean shapes?"),
         ("svhn", "Did you mean svhn_cropped?"),
         ("Tiny", "Did you mean tiny?"),
-        ("cats", "--dataset takes a name, and cats is a path. Give cifar10, shapes, or another TFDS data set"),
+        ("cats", "--dataset takes a name, but cats is a path. Give cifar10, shapes, or another TFDS data set"),
     ],
 )
 def test_an_unknown_data_set_is_refused_before_any_download(tmp_path, capsys, monkeypatch, verb, name, part):
@@ -228,7 +228,7 @@ def test_a_path_is_no_data_set(tmp_path, capsys, monkeypatch, path, part):
         (tmp_path / directory).mkdir(parents=True)
     for file in ("notes.txt", "data/tiny/1.0.0/dataset_info.json"):
         (tmp_path / file).touch()
-    is_one_error(command(capsys, "train", "--dataset", path), 2, f"--dataset takes a name, and {part}")
+    is_one_error(command(capsys, "train", "--dataset", path), 2, f"--dataset takes a name, but {part}")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "shapes", "mnist", "cifar10_corrupted/fog_1", "cifar10:3.0.2", "tiny"])

@@ -161,20 +161,20 @@ def saved(format="PNG"):
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b"", "is not an image that can be read"),
-        (b"a letter", "is not an image that can be read"),
-        (b"<!DOCTYPE html><html></html>", "is not an image that can be read"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image that can be read"),
+        (b"", "is not a readable image"),
+        (b"a letter", "is not a readable image"),
+        (b"<!DOCTYPE html><html></html>", "is not a readable image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a readable image"),
         (saved()[: len(saved()) // 2], "cannot be read as an image (image file is truncated"),
         (saved("JPEG")[:-100], "cannot be read as an image (image file is truncated"),
         (saved("JPEG")[:100], "cannot be read as an image ("),
         (saved()[:20], "cannot be read as an image ("),
         (png_that_claims(32, 32), "cannot be read as an image ("),
-        (png_that_claims(10_001, 10_000), "10001x10000 pixels, more than the 100 million"),
+        (png_that_claims(10_001, 10_000), "10001x10000 pixels, more than the limit of 100 million"),
         (png_that_claims(100_000, 100_000), "cannot be read as an image (Image size (10000000000 pixels) exceeds"),
         (png_that_claims(2**31 - 1, 2**31 - 1), "cannot be read as an image (Image size"),
         # Pillow would hand it to Ghostscript, which runs what stands in it.
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not an image that can be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not a readable image"),
     ],
 )
 def test_files_that_are_no_images(tmp_path, content, part):
