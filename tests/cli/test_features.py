@@ -106,19 +106,19 @@ def test_an_untrained_network_can_be_asked_for(tmp_path, capsys, narrow):
     ("typed", "parts"),
     [
         ("", ["features needs a data set or images"]),
-        ("shapes --out of.txt", ["of.txt ends in neither .npz nor .npy"]),
-        ("shapes --out of.npy", ["would hold one matrix"]),
-        ("shapes --out nowhere/of.npz", ["its own is not there"]),
-        ("shapes --out there.npz", ["is there already", "--overwrite"]),
+        ("shapes --out of.txt", ["--out must end in .npz or .npy, got of.txt."]),
+        ("shapes --out of.npy", ["--out must end in .npz for a data set"]),
+        ("shapes --out nowhere/of.npz", ["nowhere/of.npz is in a directory that does not exist"]),
+        ("shapes --out there.npz", ["already exists", "--overwrite"]),
         ("shapes --direct", ["--direct applies to image files"]),
         ("shapes --image-size 33", ["--image-size must be a multiple of 32"]),
         ("shapes --train-examples 0", ["--train-examples must be at least 1, got 0."]),
         ("shapes --precision float16", ["--precision", "float16"]),
         ("nothing.png", ["nothing.png does not exist"]),
-        ("broken.png", ["broken.png", "not an image"]),
-        ("picture.png --weights random", ["random is made from the images of a data set"]),
+        ("broken.png", ["broken.png is not a readable image"]),
+        ("picture.png --weights random", ["--weights random needs a data set to calibrate on"]),
         ("picture.png --weights nothing.h5", ["nothing.h5"]),
-        ("shapes --profile there.npz/trace", ["--profile there.npz/trace cannot be made"]),
+        ("shapes --profile there.npz/trace", ["--profile there.npz/trace cannot be created"]),
     ],
 )
 def test_what_is_not_allowed_is_refused(tmp_path, capsys, monkeypatch, weights, pictures, typed, parts):
@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, weights, pictures):
     before = files_below(tmp_path)
     with full_disk(at=100):
         result = features(capsys, tmp_path / "of.npz", *pictures, "--weights", weights)
-    is_one_error(result, 1, "of.npz cannot be written", "make room")
+    is_one_error(result, 1, "of.npz cannot be written", "free disk space")
     assert files_below(tmp_path) == before
 
 
@@ -156,9 +156,9 @@ def test_profile_writes_a_trace(tmp_path, capsys, weights, pictures, narrow):
     of_features, of_train = tmp_path / "trace" / "features", tmp_path / "trace" / "train"
     result = features(capsys, tmp_path / "of.npz", *pictures, "--weights", weights, "--profile", of_features)
     assert result.code == 0 and len(traces(of_features)) == 1
-    assert result.err.startswith(f"The trace is in {of_features}")
+    assert result.err.startswith(f"Profiler trace written to {of_features}")
     result = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "run", "--profile", of_train)
-    assert result.code == 0 and f"The trace is in {of_train}" in result.err and len(traces(of_train)) == 1
+    assert result.code == 0 and f"Profiler trace written to {of_train}" in result.err and len(traces(of_train)) == 1
     assert b"jit_" in traces(of_train)[0].read_bytes()  # the compiled functions are in it
 
 
@@ -166,4 +166,4 @@ def test_a_trace_of_the_same_second_replaces_the_one_before_and_is_named(tmp_pat
     for _ in range(3):  # two of three end in one second
         with caplog.at_level("INFO"), profiled(str(tmp_path)):
             pass
-    assert caplog.text.count("The trace is in") == 3
+    assert caplog.text.count("Profiler trace written to") == 3

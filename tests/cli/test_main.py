@@ -310,11 +310,11 @@ def test_the_version(capsys):
 @pytest.mark.parametrize(
     ("platforms", "message"),
     [
-        ("cuda", "JAX finds no CUDA device here. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS."),
-        ("gpu", "JAX finds no CUDA device here. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS."),
+        ("cuda", "JAX found no CUDA device. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS."),
+        ("gpu", "JAX found no CUDA device. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS."),
         (
             "cpu,kuda",
-            "JAX knows no platform 'kuda' here. Did you mean cuda? Set JAX_PLATFORMS to cpu, cuda or tpu, or ",
+            "JAX has no platform 'kuda'. Did you mean cuda? Set JAX_PLATFORMS to cpu, cuda or tpu, or ",
         ),
     ],
 )
@@ -334,12 +334,12 @@ def test_a_platform_without_a_device(tmp_path, platforms, message):
         (
             "tpu",
             "Unable to initialize backend 'tpu': INTERNAL: Failed to open libtpu.so: x",
-            "JAX finds no TPU here. Run",
+            "JAX found no TPU. Run",
         ),
         (
             "tpu,cpu",
             "Unable to initialize backend 'tpu': ABORTED: in use by 7 (set JAX_PLATFORMS='' to automatically choose)",
-            "JAX finds no TPU here (ABORTED: in use by 7). Run pip install '.[tpu]' in the checkout, or unset",
+            "JAX found no TPU (ABORTED: in use by 7). Run pip install '.[tpu]' in the checkout, or unset",
         ),
         (
             "",

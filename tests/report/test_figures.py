@@ -383,13 +383,13 @@ def test_many_classes_leave_room() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_images": make_images(0), "train_labels": make_labels(0)}, "some uint8"),
-        ({"val_images": make_images(0), "val_labels": make_labels(0)}, "some uint8"),
-        ({"train_images": make_images(3).astype(np.float32)}, "not float32"),
+        ({"train_images": make_images(0), "train_labels": make_labels(0)}, "non-empty uint8"),
+        ({"val_images": make_images(0), "val_labels": make_labels(0)}, "non-empty uint8"),
+        ({"train_images": make_images(3).astype(np.float32)}, "got float32"),
         ({"val_images": make_images(3)[0]}, r"\[32, 32, 3\]"),
         ({"val_labels": make_labels(2)}, "3 images"),
-        ({"train_labels": np.array([0, 10, 1])}, "0 to 10 do not fit 10 names"),
-        ({"train_labels": np.array([0, -1, 1])}, "-1 to 1 do not fit"),
+        ({"train_labels": np.array([0, 10, 1])}, r"in 0\.\.9, as there are 10 class names, got 0 to 10"),
+        ({"train_labels": np.array([0, -1, 1])}, "got -1 to 1"),
         ({"columns": 0}, "at least one row and one column"),
     ],
 )
@@ -404,10 +404,10 @@ def test_samples_refuse_what_does_not_agree(change: dict[str, object], message: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": make_images(0), "labels": make_labels(0), "probs": make_probs(0)}, "some uint8"),
+        ({"images": make_images(0), "labels": make_labels(0), "probs": make_probs(0)}, "non-empty uint8"),
         ({"labels": make_labels(2)}, "3 images"),
-        ({"probs": make_probs(2)}, r"must be \[3, 10\], not \[2, 10\]"),
-        ({"probs": make_probs(3, classes=9)}, r"must be \[3, 10\], not \[3, 9\]"),
+        ({"probs": make_probs(2)}, r"must have shape \[3, 10\], got \[2, 10\]"),
+        ({"probs": make_probs(3, classes=9)}, r"must have shape \[3, 10\], got \[3, 9\]"),
         ({"rows": 0}, "at least one row"),
         ({"rows": -1, "columns": 1}, "at least one row"),
         ({"rows": -1, "columns": -1}, "at least one row"),
