@@ -1,4 +1,4 @@
-"""The features command: what it writes, of what, and what it refuses; and the traces of --profile."""
+"""Tests of the features command, and of the traces of --profile."""
 
 import json
 
@@ -39,7 +39,7 @@ def features(capsys, out, *arguments):
 
 
 def read(path):
-    with np.load(path) as file:  # which unpickles nothing
+    with np.load(path) as file:  # fails on pickled arrays
         return {name: file[name] for name in file.files}
 
 
@@ -64,7 +64,7 @@ def test_features_of_a_data_set(tmp_path, capsys, weights):
     assert json.loads(result.out)["train_features"] == f"20 x {NARROW.features} float32"
 
 
-def test_features_that_training_has_extracted_are_not_extracted_again(tmp_path, capsys, weights, monkeypatch):
+def test_features_cached_by_training_are_reused(tmp_path, capsys, weights, monkeypatch):
     run = ["--preset", "demo", "--weights", weights, "--train-examples", "64", "--test-examples", "10", "--epochs", "1"]
     cache = ["--cache-dir", tmp_path / "cache"]
     assert command(capsys, "train", *run, "--hidden", "4", "--out", tmp_path / "run", *cache).code == 0
@@ -121,7 +121,7 @@ def test_an_untrained_network_can_be_asked_for(tmp_path, capsys, narrow):
         ("shapes --profile there.npz/trace", ["--profile there.npz/trace cannot be created"]),
     ],
 )
-def test_what_is_not_allowed_is_refused(tmp_path, capsys, monkeypatch, weights, pictures, typed, parts):
+def test_invalid_arguments_are_refused(tmp_path, capsys, monkeypatch, weights, pictures, typed, parts):
     monkeypatch.chdir(tmp_path)
     pictures[0].rename("picture.png")
     for name in ("there.npz", "broken.png"):
@@ -134,7 +134,7 @@ def test_what_is_not_allowed_is_refused(tmp_path, capsys, monkeypatch, weights, 
     assert files_below(tmp_path) == before and (tmp_path / "there.npz").read_text() == "notes"
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, capsys, weights, pictures):
+def test_full_disk_leaves_no_file(tmp_path, capsys, weights, pictures):
     before = files_below(tmp_path)
     with full_disk(at=100):
         result = features(capsys, tmp_path / "of.npz", *pictures, "--weights", weights)
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, weights, pictures):
     assert files_below(tmp_path) == before
 
 
-def test_overwrite_replaces_the_file(tmp_path, capsys, weights, pictures):
+def test_overwrite_replaces_an_existing_file(tmp_path, capsys, weights, pictures):
     (tmp_path / "of.npz").write_text("notes")
     assert features(capsys, tmp_path / "of.npz", *pictures, "--weights", weights, "--overwrite").code == 0
     assert len(read(tmp_path / "of.npz")["features"]) == 3
@@ -159,11 +159,11 @@ def test_profile_writes_a_trace(tmp_path, capsys, weights, pictures, narrow):
     assert result.err.startswith(f"Profiler trace written to {of_features}")
     result = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "run", "--profile", of_train)
     assert result.code == 0 and f"Profiler trace written to {of_train}" in result.err and len(traces(of_train)) == 1
-    assert b"jit_" in traces(of_train)[0].read_bytes()  # the compiled functions are in it
+    assert b"jit_" in traces(of_train)[0].read_bytes()  # contains the compiled functions
 
 
-def test_a_trace_of_the_same_second_replaces_the_one_before_and_is_named(tmp_path, caplog):
-    for _ in range(3):  # two of three end in one second
+def test_traces_within_one_second_are_each_logged(tmp_path, caplog):
+    for _ in range(3):  # at least two of three end within the same second
         with caplog.at_level("INFO"), profiled(str(tmp_path)):
             pass
     assert caplog.text.count("Profiler trace written to") == 3

@@ -1,4 +1,4 @@
-"""Compiled functions on disk: taken from there, checked, made again where they are damaged, and never in the way."""
+"""Tests of the compilation cache: reuse, checksums, replacement of corrupt entries, and unusable directories."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("own_compile_cache")
 
 @pytest.fixture
 def events():
-    """How many compiled functions came from the cache, and how many went there."""
+    """Counts of compiled functions read from the cache and written to it."""
     counts = {"hits": 0, "misses": 0}
 
     def listen(event, **_):
@@ -32,8 +32,8 @@ def events():
     monitoring.unregister_event_listener(listen)
 
 
-def compile_afresh():
-    """Compiles a function that this process has no memory of; returns what it computes."""
+def compile_again():
+    """Compiles a function after clearing JAX's in-memory caches, and returns its result."""
     jax.clear_caches()
     return np.asarray(jax.jit(lambda x: jnp.sin(x) @ x.T)(np.arange(6, dtype=np.float32).reshape(2, 3)))
 
@@ -51,11 +51,11 @@ DAMAGE = {
 }
 
 
-def test_what_was_compiled_comes_from_the_cache(tmp_path, events):
+def test_compiled_functions_are_reused(tmp_path, events):
     use_compile_cache(str(tmp_path))
-    first = compile_afresh()
+    first = compile_again()
     assert events["misses"] == len(entries(tmp_path)) > 0 and events["hits"] == 0
-    second = compile_afresh()
+    second = compile_again()
     assert events["hits"] == events["misses"] == len(entries(tmp_path))
     np.testing.assert_array_equal(first, second)
     assert not [path for path in files_below(tmp_path) if Path(path).name.startswith(".")]
@@ -63,35 +63,35 @@ def test_what_was_compiled_comes_from_the_cache(tmp_path, events):
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_entry_is_dropped_and_written_again(tmp_path, events, how):
-    """Without a warning, which would be an error here."""
+def test_corrupt_entry_is_replaced(tmp_path, events, how):
+    """No warning is shown; pytest would make it an error."""
     use_compile_cache(str(tmp_path))
-    expected = compile_afresh()
+    expected = compile_again()
     whole = {path: path.read_bytes() for path in entries(tmp_path)}
     for path, content in whole.items():
         path.write_bytes(DAMAGE[how](content))
     events.update(hits=0, misses=0)
-    np.testing.assert_array_equal(compile_afresh(), expected)
+    np.testing.assert_array_equal(compile_again(), expected)
     assert (events["hits"], events["misses"]) == (0, len(whole)) and entries(tmp_path) == sorted(whole)
     events.update(hits=0, misses=0)
-    np.testing.assert_array_equal(compile_afresh(), expected)
+    np.testing.assert_array_equal(compile_again(), expected)
     assert (events["hits"], events["misses"]) == (len(whole), 0)
 
 
-def test_jax_itself_keeps_a_damaged_entry(tmp_path):
-    """Why there is a cache of our own. When this fails, JAX may do without it."""
+def test_jax_itself_keeps_a_corrupt_entry(tmp_path):
+    """The reason for this project's own cache. If this test fails, it may no longer be needed."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     usual = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     own, compilation_cache.get_file_cache = compilation_cache.get_file_cache, jax_file_cache
     compilation_cache.reset_cache()
     try:
-        compile_afresh()
+        compile_again()
         for path in tmp_path.glob("*-cache"):
             path.write_bytes(path.read_bytes()[:100])
         for _ in range(2):
             with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
-                compile_afresh()
+                compile_again()
     finally:
         compilation_cache.get_file_cache = own
         jax.config.update("jax_persistent_cache_min_compile_time_secs", usual)
@@ -103,13 +103,13 @@ def jax_file_cache(path):
     return LRUCache(path, max_size=-1), path
 
 
-def test_the_least_recently_used_entries_go_beyond_the_limit(tmp_path):
+def test_least_recently_used_entries_are_evicted(tmp_path):
     cache = CheckedCache(tmp_path, max_bytes=4 * (32 + 100))
     for number in range(6):
         cache.put(f"key{number}", bytes([number]) * 100)
         os.utime(tmp_path / f"key{number}.xla", (0, number))
         if number == 3:
-            assert cache.get("key0") == bytes(100)  # used last, now
+            assert cache.get("key0") == bytes(100)  # makes it the most recently used one
     assert [path.name for path in sorted(tmp_path.iterdir())] == [f"key{number}.xla" for number in (0, 3, 4, 5)]
     cache.put("large", bytes(1000))
     assert cache.get("large") is None and cache.get("key5") == bytes([5]) * 100
@@ -117,40 +117,40 @@ def test_the_least_recently_used_entries_go_beyond_the_limit(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_place_that_cannot_be_used_is_said_once_and_nothing_is_kept(tmp_path, said):
+def test_unusable_directory_is_logged_once(tmp_path, said):
     (tmp_path / "file").write_text("notes")
     use_compile_cache(str(tmp_path / "file"))
     (tmp_path / "open" / "xla").mkdir(parents=True)
     (tmp_path / "open" / "xla").chmod(0o777)
     use_compile_cache(str(tmp_path / "open"))
-    compile_afresh()
+    compile_again()
     assert len(said) == 2 and all("Compiled functions cannot be kept in" in text for text in said)
     assert "others can write there" in said[1] and files_below(tmp_path / "open") == ["xla"]
 
 
-def test_a_place_that_goes_is_said_once(tmp_path, said):
+def test_vanished_directory_is_logged_once(tmp_path, said):
     use_compile_cache(str(tmp_path))
     (tmp_path / "xla").rmdir()
     (tmp_path / "xla").write_text("in its place")
     for _ in range(2):
-        compile_afresh()
+        compile_again()
     assert len(said) == 1 and said[0].startswith(f"Compiled functions cannot be kept in {tmp_path / 'xla'} (")
 
 
-def test_a_jax_that_takes_no_cache_does_without(tmp_path, monkeypatch, said):
+def test_unsupported_jax_is_logged(tmp_path, monkeypatch, said):
     monkeypatch.delattr(compilation_cache, "get_file_cache")
     use_compile_cache(str(tmp_path))
     assert len(said) == 1 and f"JAX {jax.__version__} takes no cache" in said[0]
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_a_place_that_jax_was_told_of_stays(tmp_path, monkeypatch):
+def test_jax_compilation_cache_dir_takes_precedence(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "theirs"))
     use_compile_cache(str(tmp_path / "ours"))
     assert files_below(tmp_path) == [] and jax.config.jax_compilation_cache_dir is None
 
 
-def test_importing_the_library_sets_up_nothing_and_reads_no_chunk(tmp_path):
+def test_importing_the_library_sets_up_no_cache(tmp_path):
     check = (
         "import sys, jax, cifar_jax, cifar_jax.cli.main\n"
         "print(jax.config.jax_compilation_cache_dir, {'tensorstore', 'orbax'} & set(sys.modules))"
