@@ -1,9 +1,9 @@
-"""Handling of Ctrl-C and of SIGTERM, which preempted machines receive.
+"""Ctrl-C and SIGTERM, which preempted machines are sent.
 
-The exception is deferred while related files are written and steps run, and otherwise raised at once. A second signal
+They are held back while files that belong together are written and steps run, and else raised at once. The second one
 ends the process.
 
-Python runs signal handlers between its own instructions only, and so not during a compiled epoch. A thread learns of
+Python runs a signal's handler between two of its own instructions, so not during a compiled epoch. A thread hears of
 signals at once, as the interpreter writes their numbers to a socket.
 """
 
@@ -18,33 +18,33 @@ from typing import Any, NoReturn
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM was received. A KeyboardInterrupt, so that code that saves its state on Ctrl-C does so here too."""
+    """SIGTERM came: the same as Ctrl-C for whoever has something to save."""
 
 
 class Signals:
-    """State of the signals received by this process; see `listening`.
+    """What came to this process, from `listening`.
 
     Attributes:
-      requested: the first signal that asked the process to end, or None.
+      requested: the first signal that asked the process to end, None until then.
     """
 
     def __init__(self, alone: bool = True) -> None:
-        """Starts without any signal received.
+        """Nothing came yet.
 
         Args:
-          alone: whether this is the only process of a run; if not, JAX listens for SIGTERM and informs all processes.
+          alone: whether this is the only process; where there are others, JAX listens to SIGTERM and tells all of them.
         """
         self.requested: signal.Signals | None = None
         self._held, self._alone = 0, alone
 
     @property
     def exit_code(self) -> int:
-        """The exit code that shells use for the signal; if none was seen here, for the one that JAX listens for."""
+        """What shells give to a command that the signal ended; where none was seen, what JAX was told of it."""
         return 128 + (self.requested or (signal.SIGINT if self._alone else signal.SIGTERM))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Defers the exception of a signal to the end of the block."""
+        """Holds back the exception for what comes until the block ends, whose end raises it."""
         before = self.requested
         with self.noted():
             yield
@@ -53,7 +53,7 @@ class Signals:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Suppresses the exception of a signal, also at the end of the block, which checks `requested` itself."""
+        """For a block that looks at `requested` itself: what comes raises nothing, at its end neither."""
         self._held += 1
         try:
             yield
@@ -62,11 +62,11 @@ class Signals:
 
     @property
     def is_held(self) -> bool:
-        """Whether the running block finishes before a signal takes effect."""
+        """Whether what runs goes to its end before a signal has any effect."""
         return self._held > 0
 
     def came(self, number: int, frame: FrameType | None = None) -> None:
-        """Handles a signal. The process may end at any moment, as files are written atomically."""
+        """The handler. Files appear whole or not at all, so the process may end at any moment."""
         if self.requested:
             _quit(number)
         self.requested = signal.Signals(number)
@@ -80,7 +80,7 @@ class Signals:
 
 
 def _quit(number: int) -> NoReturn:
-    """Ends the process at once and restores the cursor that a progress bar may have hidden."""
+    """Ends the process at once, with the cursor that a progress bar may have hidden."""
     with contextlib.suppress(OSError):
         if os.isatty(2):
             os.write(2, b"\x1b[?25h\n")
@@ -91,34 +91,34 @@ def _quit(number: int) -> NoReturn:
 def listening(
     alone: bool = True, on_request: Callable[[signal.Signals, bool], None] | None = None
 ) -> Iterator[Signals]:
-    """Listens for Ctrl-C and SIGTERM until the block ends; only in the main thread, as Python allows it in no other.
+    """Listens to Ctrl-C and SIGTERM until the block ends; outside of the main thread, which alone can, to nothing.
 
     Args:
-      alone: whether this is the only process of a run. If not, JAX listens for SIGTERM and informs the other processes,
-        and Ctrl-C is forwarded to it.
-      on_request: called at once, in a thread of its own, with the first signal and whether the running block finishes
-        before it takes effect.
+      alone: whether this is the only process of a run. If not, JAX listens to SIGTERM and tells the others; Ctrl-C is
+        handed on to it.
+      on_request: called with the first signal, and whether what runs goes to its end first; at once and in a thread of
+        its own.
     """
     signals = Signals(alone)
-    previous: dict[int, Any] = {}
+    usual: dict[int, Any] = {}
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
-                # Signals that the process was started to ignore, as by `nohup`, stay ignored.
+                # What the process was told to ignore, as `nohup` does, stays ignored.
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    previous[number] = signal.signal(number, signals.came)
+                    usual[number] = signal.signal(number, signals.came)
             if on_request:
-                stack.enter_context(_watched(previous, lambda number: on_request(number, signals.is_held)))
+                stack.enter_context(_watched(usual, lambda number: on_request(number, signals.is_held)))
         try:
             yield signals
         finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
+            for name, handler in usual.items():
+                signal.signal(name, handler)
 
 
 @contextlib.contextmanager
 def _watched(numbers: Collection[int], on_request: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Runs a thread that reports the first of these signals and ends the process at the second."""
+    """Has a thread report the first of these signals, and end the process at the second, until the block ends."""
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
 

@@ -1,4 +1,4 @@
-"""Tests of Ctrl-C and SIGTERM: deferred while files are written; interrupted runs resume; a second signal exits."""
+"""Ctrl-C and SIGTERM: held back while files are written, saved and said, the same bits later; the second one ends."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_noted_suppresses_the_exception_and_unheld_signals_raise_at_once():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_ignored_signals_stay_ignored():
+def test_what_the_process_was_told_to_ignore_stays_ignored():
     usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with listening() as signals:
@@ -127,7 +127,7 @@ def test_second_signal_ends_the_process_and_the_run_still_resumes(tmp_path, cach
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode in (143, 130)  # 130 if the run had finished saving before the second signal
+    assert process.returncode in (143, 130)  # 130 where the run was done with saving before the second one came
     again = start(out, cache, "--resume")
     _, errors = again.communicate()
     assert again.returncode == 0, errors
