@@ -158,7 +158,7 @@ DEFAULTS: dict[str, Any] = {name: one.default for name, one in FIELDS.items()}
 
 # Options that apply only where the backbone trains.
 FINETUNE_ONLY = tuple(one.name for one in fields(FinetuneConfig))
-# Options that cannot change results.
+# What cannot change results.
 RUN_ONLY = tuple(one.name for one in fields(RunConfig))
 # Options in config.json that belong to the command that was typed rather than to the run.
 OF_THE_COMMAND = tuple(name for name in RUN_ONLY if "rerun_keeps" not in FIELDS[name].metadata)

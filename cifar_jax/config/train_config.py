@@ -156,7 +156,7 @@ def _check_values(options: Mapping[str, Any]) -> None:
         raise UserError(no_such("--preset", options["preset"], PRESETS))
 
 
-# Options that determine whether others apply.
+# Options that decide what meaning others have.
 DECIDING = ("mode", "momentum", "schedule", "bn_statistics", "epochs")
 
 
@@ -167,7 +167,7 @@ def _meaningless(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if mode != "finetune" and name in is_set:
             yield (
                 name,
-                f"--{name.replace('_', '-')} has no effect in --mode {mode}, which does not train the backbone; leave "
+                f"--{name.replace('_', '-')} has no meaning in --mode {mode}, which does not train the backbone; leave "
                 "it out or use --mode finetune.",
             )
     if options["augment"] and mode == "cached":
@@ -190,11 +190,11 @@ def _meaningless(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"{options['warmup_epochs']!r}.",
         )
     elif options["warmup_epochs"] and options["schedule"] != "cosine":
-        yield "warmup_epochs", "--warmup-epochs needs --schedule cosine; give both or leave --warmup-epochs out."
+        yield "warmup_epochs", "--warmup-epochs goes with --schedule cosine; give that as well, or leave it out."
     if "bn_momentum" in is_set and options["bn_statistics"] == "frozen":
         yield (
             "bn_momentum",
-            "--bn-momentum has no effect with --bn-statistics frozen; leave one of them out.",
+            "--bn-momentum moves no statistics with --bn-statistics frozen; leave one of them out.",
         )
 
 
@@ -285,9 +285,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> TrainConfig:
-    """Returns the configuration of a preset.
+    """The configuration that a preset stands for.
 
     Raises:
-      UserError: if there is no such preset.
+      UserError: when there is no such preset.
     """
     return TrainConfig(preset=name, **PRESETS.get(name, {}))
