@@ -85,8 +85,7 @@ class FeaturesOptions(Common):
     variant: str | None = None
     """network variant to run the weights with, where the file does not determine it"""
     image_size: int | None = None
-    """side in pixels to which images are upsampled, a multiple of 32; if omitted, the size the weights were trained
-    at (224 for ImageNet)"""
+    """side of the upsampled images in pixels, a multiple of 32; if omitted, the weights' own (224 for ImageNet)"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """dtype the backbone computes in; the features are float32 either way"""
     direct: bool = False

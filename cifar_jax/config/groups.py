@@ -22,7 +22,7 @@ class DataConfig:
     test_examples: int | None = None
     """number of test images, balanced over the classes; if omitted, all"""
     val_fraction: float = 0.0
-    """fraction of the training images to hold out for validation; at 0 the test images serve, as in the notebook"""
+    """fraction of the training images to hold out for validation; at 0 the test images are used, as in the notebook"""
     shuffle: bool = True
     """reshuffle the training images every epoch"""
     augment: tuple[Literal["flip", "crop", "cutout"], ...] = ()
@@ -39,8 +39,7 @@ class BackboneConfig:
     """network variant to run the weights with, where the file does not determine it: keras, keras-2016,
     keras-2016-unpadded, torchvision or huggingface"""
     image_size: int | None = None
-    """side in pixels to which images are upsampled, a multiple of 32; if omitted, the size the weights were trained
-    at (224 for ImageNet)"""
+    """side of the upsampled images in pixels, a multiple of 32; if omitted, the weights' own (224 for ImageNet)"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """dtype the backbone computes in; parameters, features and head are float32 either way"""
     extract_batch_size: int | None = None
@@ -97,8 +96,8 @@ class FinetuneConfig:
     backbone_learning_rate: float | None = None
     """finetune: learning rate of the backbone; if omitted, --learning-rate"""
     bn_statistics: Literal["batch", "frozen"] = "batch"
-    """finetune: batch: BatchNorm normalises by batch statistics and updates its running ones, as Keras does; frozen: it
-    uses the pretrained statistics"""
+    """finetune: BatchNorm normalises by batch statistics and updates the running ones, as Keras does (batch), or uses
+    the pretrained statistics (frozen)"""
     bn_momentum: float = 0.99
     """finetune: decay of BatchNorm's running statistics, at least 0 and below 1"""
     zero_gamma: bool = False
