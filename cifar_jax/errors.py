@@ -1,6 +1,6 @@
-"""The two ways a command ends badly: the user's mistake (exit code 2) and a failed run (exit code 1).
+"""Exceptions of the library: user errors (exit code 2) and failed runs (exit code 1).
 
-Each message is one sentence or two that say what is wrong, where, and what to do next.
+Each message says in one or two sentences what is wrong, where, and what to do next.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,29 +9,29 @@ from types import MappingProxyType
 
 
 class UserError(Exception):
-    """Something the user can mend: an option, a file, a directory. Exit code 2."""
+    """A mistake that the user can fix, such as a wrong option, file or directory. Exit code 2."""
 
 
 class RunError(Exception):
-    """The job itself failed: training diverged, the disk filled up. Exit code 1."""
+    """A failure of the job itself, such as diverged training or a full disk. Exit code 1."""
 
 
 class WeightsError(UserError):
-    """A weights file that is missing, damaged, or not the network that it should be."""
+    """A weights file that is missing, corrupt, or not of the expected network."""
 
 
 NO_ALIASES: Mapping[str, str] = MappingProxyType({})
 
 
 def did_you_mean(name: str, known: Iterable[str], aliases: Mapping[str, str] = NO_ALIASES) -> str:
-    """A question that offers the known name nearest to an unknown one, or an empty string where none is near.
+    """Returns ` Did you mean ...?` with the known name most similar to an unknown one, or an empty string if none is.
 
-    A name that begins with the unknown one is near too.
+    A known name that starts with the unknown one counts as similar.
 
     Args:
-      name: as typed; case is ignored.
-      known: the names there are.
-      aliases: from other names that people use, in lower case, to known ones.
+      name: the unknown name; case is ignored.
+      known: the known names.
+      aliases: known names by alias, in lower case.
 
     Example:
       >>> did_you_mean("CIFAR10", ["shapes", "cifar10"])
@@ -44,6 +44,6 @@ def did_you_mean(name: str, known: Iterable[str], aliases: Mapping[str, str] = N
 
 
 def no_such(what: str, name: str, known: Iterable[str], aliases: Mapping[str, str] = NO_ALIASES) -> str:
-    """The message for an unknown name: what it may be instead, and which one was probably meant."""
+    """Returns the error message for an unknown name, with a suggestion and the list of known names."""
     names = list(known)
     return f"There is no {what} {name!r}.{did_you_mean(name, names, aliases)} Choose one of {', '.join(names)}."

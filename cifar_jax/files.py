@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and arrays kept on disk with a digest."""
+"""Atomic writes, file locks, JSON files with a checksum, and directories of arrays with checksums."""
 
 import contextlib
 import glob
@@ -20,7 +20,7 @@ _INDEX, _SEAL = "index.json", "own_sha256"
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where the project keeps what it can make again: the argument, $CIFAR_JAX_CACHE, or ~/.cache/cifar_jax."""
+    """Returns the cache directory: the argument, $CIFAR_JAX_CACHE, or ~/.cache/cifar_jax."""
     if cache_dir is None:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         cache_dir = os.environ.get("CIFAR_JAX_CACHE") or os.path.join(base, "cifar_jax")
@@ -29,30 +29,30 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary file beside `path` to write to, and moves it into place if the block ends without an error."""
+    """Writes a file atomically: yields a temporary path beside it, and renames that to `path` if the block succeeds."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files that only their owner may read; a result is as public as its directory.
+        # mkstemp creates files with mode 0600; results get the usual permissions.
         temporary.chmod(0o666 & ~_umask())
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def lock(file: IO[bytes] | int, on_waiting: Callable[[], None]) -> bool:
-    """Locks a file until it is closed, as the end of the process does too.
+    """Locks a file until it is closed or the process ends.
 
     Args:
-      file: that is open, or its descriptor.
-      on_waiting: is called when another process holds the lock, before it is waited for; what it raises ends that.
+      file: an open file, or its descriptor.
+      on_waiting: called before waiting for another process that holds the lock; an exception it raises ends the wait.
 
     Returns:
-      Whether it is locked: some file systems have no locks, and some systems none of this kind.
+      Whether the file is locked: some file systems do not support locks, and Windows has none of this kind.
     """
     if sys.platform == "win32":
         return False
@@ -70,7 +70,7 @@ def lock(file: IO[bytes] | int, on_waiting: Callable[[], None]) -> bool:
 
 @contextlib.contextmanager
 def locked_directory(path: Path, on_waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
-    """Locks a directory itself, so that no file for it is left behind, until the block ends; see `lock`."""
+    """Locks a directory itself, without leaving a lock file behind, until the block ends; see `lock`."""
     if sys.platform == "win32":
         yield False
         return
@@ -82,7 +82,7 @@ def locked_directory(path: Path, on_waiting: Callable[[], None] = lambda: None) 
 
 
 def remove_leftovers(directory: Path, pattern: str) -> None:
-    """Removes what killed processes left of files they were writing; to be called by who alone writes there."""
+    """Removes temporary files left by killed processes. The caller must be the only one that writes there."""
     for path in directory.glob(pattern):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -91,50 +91,54 @@ def remove_leftovers(directory: Path, pattern: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that a person can read, whole or not at all. NaN has no place in JSON and raises ValueError."""
+    """Writes indented JSON atomically.
+
+    Raises:
+      ValueError: for NaN and infinities, which JSON does not have.
+    """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json_value(path: Path) -> Any:
-    """Reads a JSON file that the project wrote, or may have; one of more than 64 MB it did not.
+    """Reads a JSON file of at most 64 MB, more than this project ever writes.
 
     Raises:
-      OSError: when it cannot be read.
-      ValueError: when it is no JSON, or too large.
+      OSError: if it cannot be read.
+      ValueError: if it is not JSON, or is too large.
     """
     with open(path, "rb") as file:
         content = file.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
-        raise ValueError(f"it has more than {MAX_JSON_BYTES // 2**20} MB")
+        raise ValueError(f"it is larger than {MAX_JSON_BYTES // 2**20} MB")
     return json.loads(content.decode("utf-8"))
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON with a digest of its own, for `read_sealed`. Numbers that are not finite are kept as they are."""
+    """Writes JSON with a checksum of itself, atomically, for `read_sealed`. NaN and infinities are kept."""
     write_text(path, json.dumps({**value, _SEAL: _sha256_of_json(value)}, indent=1) + "\n")
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Reads what `write_sealed` wrote.
+    """Reads a file written by `write_sealed` and verifies its checksum.
 
     Raises:
-      OSError: when it cannot be read.
-      ValueError: when it is damaged.
+      OSError: if it cannot be read.
+      ValueError: if it is corrupt.
     """
     value = read_json_value(path)
     if not isinstance(value, dict) or value.pop(_SEAL, None) != _sha256_of_json(value):
-        raise ValueError(f"{path.name} does not have the digest it should have")
+        raise ValueError(f"checksum mismatch in {path.name}")
     return value
 
 
 def without_nan(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have, such as the accuracy of a class without examples."""
+    """Replaces NaN and infinities, such as the accuracy of a class without examples, by None for valid JSON."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -145,13 +149,13 @@ def without_nan(value: Any) -> Any:
 
 
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Returns the SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_arrays(*arrays: np.ndarray) -> str:
-    """SHA-256 over dtype, shape and bytes of arrays, in hex: equal arrays, equal digest, wherever they came from."""
+    """Returns the SHA-256 of the dtypes, shapes and bytes of arrays, in hex; equal arrays have equal digests."""
     digest = hashlib.sha256()
     for array in arrays:
         update_digest(digest, array)
@@ -159,22 +163,22 @@ def sha256_of_arrays(*arrays: np.ndarray) -> str:
 
 
 def update_digest(digest: "hashlib._Hash", array: np.ndarray) -> None:
-    """Adds dtype, shape and bytes of an array to a digest."""
+    """Adds the dtype, shape and bytes of an array to a digest."""
     digest.update(f"{array.dtype.str}{array.shape}".encode())
     digest.update(np.ascontiguousarray(array).data)
 
 
 def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Keeps arrays as .npy files in a directory that appears whole or not at all.
+    """Saves arrays as .npy files in a new directory, atomically.
 
     Args:
-      directory: must not exist; its parents are made.
-      arrays: by name.
-      about: JSON values kept beside them, for the reader of the directory and for `load_arrays`.
+      directory: must not exist; its parents are created.
+      arrays: arrays by name.
+      about: JSON values saved with them, which `load_arrays` returns.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with locked_directory(directory.parent) as alone:
-        if alone:
+    with locked_directory(directory.parent) as locked:
+        if locked:
             remove_leftovers(directory.parent, f".{glob.escape(directory.name)}.????????")  # as mkdtemp names them
         _save_arrays(directory, arrays, about)
 
@@ -187,7 +191,7 @@ def _save_arrays(directory: Path, arrays: Mapping[str, np.ndarray], about: Mappi
         digests = {name: sha256_of_arrays(array) for name, array in arrays.items()}
         write_sealed(temporary / _INDEX, {"about": dict(about), "sha256": digests})
         temporary.chmod(0o777 & ~_umask())
-        # Another process may have made the same directory meanwhile; its content is the same, so the first one stays.
+        # If another process has created the directory meanwhile, it has the same content and is kept.
         try:
             os.replace(temporary, directory)
         except OSError:
@@ -198,14 +202,14 @@ def _save_arrays(directory: Path, arrays: Mapping[str, np.ndarray], about: Mappi
 
 
 def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Memory-maps what `save_arrays` kept, every byte checked against its digest.
+    """Memory-maps arrays saved by `save_arrays` and verifies their checksums.
 
     Returns:
-      The arrays by name, read-only, and what was kept beside them.
+      The arrays by name, read-only, and the JSON values saved with them.
 
     Raises:
-      FileNotFoundError: when the directory is not there.
-      ValueError: when anything in it is missing or damaged.
+      FileNotFoundError: if the directory does not exist.
+      ValueError: if anything in it is missing or corrupt.
     """
     try:
         index = read_sealed(directory / _INDEX)
@@ -215,11 +219,11 @@ def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         if directory.is_dir():
             raise ValueError(f"{directory} is incomplete") from None
         raise FileNotFoundError(f"{directory} does not exist") from None
-    except Exception as error:  # a damaged .npy header fails as a number, a literal or a line of Python may fail
-        raise ValueError(f"{directory} is damaged ({error})") from error
+    except Exception as error:  # NumPy raises all kinds of errors on a corrupt .npy header
+        raise ValueError(f"{directory} is corrupt ({error})") from error
     for name, array in arrays.items():
         if sha256_of_arrays(array) != index["sha256"][name]:
-            raise ValueError(f"{directory / name}.npy is damaged: its bytes do not have the digest kept beside it")
+            raise ValueError(f"{directory / name}.npy is corrupt (checksum mismatch)")
     return arrays, about
 
 

@@ -1,21 +1,21 @@
-"""One seed, one key for each use of randomness: what one use draws never moves another."""
+"""Random keys: one seed, and an independent key for each use of randomness."""
 
 import jax
 from jaxtyping import PRNGKeyArray
 
-# Appended to, never reordered: a stream's place in this list is part of what a seed means.
+# Append only: a stream's position in this list determines the key that a seed gives it.
 STREAMS = ("init", "order", "step", "hold_out", "backbone", "train_subset", "test_subset", "pictures", "augment")
 
 
 def stream_key(seed: int, stream: str) -> PRNGKeyArray:
-    """The key of a named stream; fold in an epoch or a step where a stream is drawn from more than once.
+    """Returns the key of a named stream. Fold in the epoch or step if the stream is used more than once.
 
     Raises:
-      ValueError: when there is no such stream.
+      ValueError: if there is no such stream.
     """
     return stream_of(jax.random.key(seed), stream)
 
 
 def stream_of(key: PRNGKeyArray, stream: str) -> PRNGKeyArray:
-    """The key of a named stream of a key; see `stream_key`."""
+    """Returns the key of a named stream of a key; see `stream_key`."""
     return jax.random.fold_in(key, STREAMS.index(stream))

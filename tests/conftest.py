@@ -1,4 +1,4 @@
-"""What every test runs under: strict dtypes, a home and a cache of its own, no skips where CI forbids them."""
+"""Fixtures of all tests: strict dtype promotion, a temporary home and cache, and no skips where CI forbids them."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ REQUIRED = [name for name in ("CIFAR_JAX_REQUIRE_DATA", "CIFAR_JAX_REQUIRE_PARIT
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """A skipped test is a failed one where CI says that all it needs is there."""
+    """Turns skips into failures where CI declares that everything the tests need is installed."""
     report = yield
     if REQUIRED and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
@@ -32,13 +32,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Decoded data sets, kept from test to test."""
+    """Cache of decoded data sets, shared by the tests."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's files: the Keras cache, ~/.cache, ./runs."""
+    """Keeps tests away from the user's files, such as the Keras cache and ~/.cache."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("CIFAR_JAX_CACHE", str(home / "cache"))
@@ -48,7 +48,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 
 @pytest.fixture(autouse=True)
 def ctrl_c() -> Iterator[None]:
-    """Ctrl-C works in tests and in the processes they start, even where a shell began us with it ignored."""
+    """Makes Ctrl-C work in tests and the processes they start, even if the shell started pytest with it ignored."""
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, usual)
@@ -56,13 +56,13 @@ def ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Where what tests compile is kept for other tests of the session: many compile the same narrow networks."""
+    """Compilation cache shared by the tests of a session, many of which compile the same narrow networks."""
     return str(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(autouse=True)
 def compile_cache(request: pytest.FixtureRequest, compiled: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Commands in this process share one cache; those with a cache of their own are for `own_compile_cache`."""
+    """Makes commands in this process share one compilation cache, except in tests that use `own_compile_cache`."""
     own = "own_compile_cache" in request.fixturenames
     if not own:
         monkeypatch.setattr("cifar_jax.runtime.compile_cache.use_compile_cache", lambda *_, **__: None)
@@ -80,42 +80,42 @@ def _keep_compiled_in(directory: str | None) -> None:
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """The sentences that the library logs for the user during the test."""
-    sentences: list[str] = []
-    with hearing(sentences.append):
-        yield sentences
+    """The messages that the library logs during the test."""
+    messages: list[str] = []
+    with hearing(messages.append):
+        yield messages
 
 
 @pytest.fixture
 def own_compile_cache() -> None:
-    """Commands keep what they compile where they are told to, and find there what they kept."""
+    """Makes commands use the compilation cache of their own cache directory, as outside tests."""
 
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Narrow networks and no pictures: jobs of seconds."""
+    """Replaces networks by narrow ones and skips figures, so that jobs take seconds."""
     narrow_networks(monkeypatch)
     without_pictures(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def shapes() -> Dataset:
-    """Two hundred drawn images, twenty of each class."""
+    """Two hundred synthetic images, twenty of each class."""
     return Dataset(*draw_shapes(200, seed=0))
 
 
 @pytest.fixture(scope="session")
 def cifar10(session_cache: Path) -> Splits:
-    """Real CIFAR-10, where it is prepared."""
+    """The real CIFAR-10; skips the test where it is not prepared."""
     from cifar_jax.data import load_splits
 
     if find_prepared("cifar10", None) is None:
-        pytest.skip("real CIFAR-10 is not prepared: set TFDS_DATA_DIR to where `tfds build cifar10` put it")
+        pytest.skip("CIFAR-10 is not prepared; set TFDS_DATA_DIR to the directory of `tfds build cifar10`")
     return load_splits("cifar10", cache_dir=str(session_cache))
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """max|a - b| / max|b| over whole tensors."""
+    """Returns max|a - b| / max|b| over whole tensors."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape, (a.shape, b.shape)
     return float(np.abs(a - b).max() / np.abs(b).max())

@@ -1,4 +1,4 @@
-"""What several tests share: commands run in process, narrow networks, files as Keras writes them, a tiny run."""
+"""Shared test helpers: commands run in process, narrow networks, weights files in Keras's layouts, a tiny run."""
 
 import functools
 import io
@@ -31,7 +31,7 @@ ROOT = TESTS.parent
 
 NARROW = ResNetConfig(stage_sizes=(1, 1), width=4)
 NARROW_TORCH = replace(NARROW, stride_in_1x1=False, conv_bias=False, bn_epsilon=1e-5)
-# A job of seconds, as it is typed.
+# Arguments of a training job that takes seconds.
 TINY = (
     *("--preset", "demo", "--weights", "random-w16", "--image-size", "32", "--hidden", "8"),
     *("--train-examples", "128", "--test-examples", "20"),
@@ -39,7 +39,7 @@ TINY = (
 
 
 class Heard(Silent):
-    """A reporter that gives one answer to all questions, and keeps them."""
+    """A reporter that records all questions and gives them the same answer."""
 
     def __init__(self, answer: bool = False) -> None:
         self.questions: list[str] = []
@@ -61,7 +61,7 @@ class _Hearing(logging.Handler):
 
 @contextmanager
 def hearing(hears: Callable[[str], object]) -> Iterator[None]:
-    """Calls a function with each sentence that the library logs for the user, at once, until the block ends."""
+    """Calls a function with each message that the library logs, until the block ends."""
     library, handler = logging.getLogger("cifar_jax"), _Hearing(hears)
     level = library.level
     library.addHandler(handler)
@@ -74,7 +74,7 @@ def hearing(hears: Callable[[str], object]) -> Iterator[None]:
 
 
 class Result(NamedTuple):
-    """What a command gave: its exit code and what it wrote."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -89,9 +89,9 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Resul
 
 
 def is_one_error(result: Result, code: int, *parts: str) -> None:
-    """The command ended with that code and an error of one line, the last it wrote, that holds the parts.
+    """Asserts that the command ended with this code and a one-line error that contains the parts, as its last line.
 
-    Where the summary could not be written either, a line says so behind it.
+    A line that the summary could not be written either may follow.
     """
     lines = [line for line in result.err.splitlines() if not line.startswith("Writing the summary failed too: ")]
     assert result.code == code and [line for line in lines if line.startswith("Error: ")] == lines[-1:], result
@@ -100,12 +100,12 @@ def is_one_error(result: Result, code: int, *parts: str) -> None:
         assert part in lines[-1], (part, lines[-1])
 
 
-# How a message of tyro begins, with a box around it or, where the encoding has no lines, without.
+# The start of tyro's error messages, with a box around them or, where the encoding has no box characters, without.
 TYRO = re.compile(r"[╭─ ]+(Unrecognized options|Value error|Missing argument|Required options|Invalid choice)[ ─╮]+\n")
 
 
 def is_tyros_error(result: Result, *parts: str) -> None:
-    """The command ended with exit code 2 and nothing but tyro's message on stderr, which holds the parts."""
+    """Asserts that the command ended with exit code 2 and only tyro's message on stderr, which contains the parts."""
     assert result.code == 2 and result.out == "" and TYRO.match(result.err), result
     text = " ".join(re.sub(r"[│╭╮╰╯─]|-{9,}", " ", result.err).split())
     assert re.search(r"For full helptext, (see|run):? .* --help$", text), result
@@ -115,7 +115,7 @@ def is_tyros_error(result: Result, *parts: str) -> None:
 
 
 def is_refused(result: Result, *parts: str) -> None:
-    """The command ended as by a user's mistake: with an error of one line, or with tyro's message."""
+    """Asserts that the command ended with a user error: a one-line error, or tyro's message."""
     if TYRO.match(result.err):
         is_tyros_error(result, *parts)
     else:
@@ -123,13 +123,13 @@ def is_refused(result: Result, *parts: str) -> None:
 
 
 def files_below(directory: Path) -> list[str]:
-    """Every file and directory below one, hidden ones too, sorted; nothing if it does not exist."""
+    """Lists all files and directories below a directory, including hidden ones; empty if it does not exist."""
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
 
 
 @contextmanager
 def full_disk(at: int) -> Iterator[None]:
-    """No file can grow beyond that many bytes: writes fail as on a full disk, whatever library makes them."""
+    """Limits the size of all files to `at` bytes, so that writes of any library fail as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (at, hard))
     try:
@@ -139,13 +139,13 @@ def full_disk(at: int) -> Iterator[None]:
 
 
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw nothing, which takes longer than what most of them test."""
+    """Makes runs skip their figures, which take longer than most tests."""
     monkeypatch.setattr("cifar_jax.report.pictures.write_samples", lambda *_: None)
     monkeypatch.setattr("cifar_jax.report.pictures.write_pictures", lambda *_: None)
 
 
 def narrow_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes ResNet50 a network of two narrow blocks, pretrained and untrained, so that a check takes no minute."""
+    """Replaces ResNet50, pretrained and untrained, by a network of two narrow blocks, for quick tests."""
     monkeypatch.setitem(resnet.DEPTHS, NARROW.stage_sizes, "a narrow one")
     for name, variant in variants.VARIANTS.items():
         config = replace(variant.config, stage_sizes=NARROW.stage_sizes, width=NARROW.width)
@@ -156,20 +156,20 @@ def narrow_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keras_tensors(config: ResNetConfig = NARROW, family: str = "keras") -> dict[str, np.ndarray]:
-    """A network's tensors under their Keras names, in Keras's shapes."""
+    """Returns random tensors of a network under their Keras names, in Keras's shapes."""
     rng = np.random.default_rng(0)
     shapes, names = variable_shapes(config), keras_names.name_map(config.stage_sizes, family)
     tensors = {}
     for path, shape in shapes.items():
         values = rng.uniform(0.5, 1.5, shape) if path[-1] in ("scale", "var") else rng.normal(0, 0.1, shape)
-        # Keras keeps a 1x1 convolution as one; the network here has a dense layer in its place.
+        # The network has a dense layer in place of Keras's 1x1 convolution.
         keras_shape = (1, 1, *shape) if path[-1] == "kernel" and len(shape) == 2 else shape
         tensors[names[path]] = values.astype(np.float32).reshape(keras_shape)
     return tensors
 
 
 def torch_tensors(config: ResNetConfig, family: str = "torchvision", classes: int = 5) -> dict[str, np.ndarray]:
-    """A network's tensors under their names in a family of PyTorch's, in PyTorch's shapes, its classifier included."""
+    """Returns random tensors of a network, including its classifier, under a PyTorch family's names and shapes."""
     rng, names = np.random.default_rng(0), NAMES[family]
     tensors = {}
     for path, shape in variable_shapes(config).items():
@@ -185,7 +185,7 @@ def torch_tensors(config: ResNetConfig, family: str = "torchvision", classes: in
 
 
 def write_keras_h5(path: Path, tensors: Mapping[str, np.ndarray], **attributes: Any) -> Path:
-    """Writes `layer/tensor` arrays as Keras's `save_weights` lays them out."""
+    """Writes `layer/tensor` arrays in the layout of Keras 2's `save_weights`."""
     layers: dict[str, list[str]] = {}
     for name in tensors:
         layers.setdefault(name.rpartition("/")[0], []).append(name)
@@ -200,7 +200,7 @@ def write_keras_h5(path: Path, tensors: Mapping[str, np.ndarray], **attributes: 
     return path
 
 
-# The class of a layer by how its name ends, and the numbers of its tensors, as Keras 3 has them.
+# Tensors of each layer class, in the order in which Keras 3 numbers them.
 KERAS3_TENSORS = {
     "Conv2D": ("kernel", "bias"),
     "BatchNormalization": ("gamma", "beta", "moving_mean", "moving_variance"),
@@ -209,7 +209,7 @@ KERAS3_TENSORS = {
 
 
 def write_keras3_h5(path: Path, tensors: Mapping[str, np.ndarray], named: bool = True) -> Path:
-    """Writes `layer/tensor` arrays as the `save_weights` of Keras 3 does, with the layers' names or without them."""
+    """Writes `layer/tensor` arrays in the layout of Keras 3's `save_weights`, with or without the layers' names."""
     layers: dict[str, list[str]] = {}
     for name in tensors:
         layers.setdefault(name.rpartition("/")[0], []).append(name)
@@ -227,12 +227,12 @@ def write_keras3_h5(path: Path, tensors: Mapping[str, np.ndarray], named: bool =
 
 
 def class_of(layer: str) -> str:
-    """The Keras class of a ResNet's layer."""
+    """Returns the Keras class of a ResNet layer."""
     return "BatchNormalization" if "bn" in layer else "Conv2D" if re.search("conv|res", layer) else "Dense"
 
 
 def keras_description(layers: Iterable[str], epsilon: float = 1.001e-5) -> dict[str, Any]:
-    """As much of a model's description as tells how it is run."""
+    """Returns a Keras model description with the fields that determine the network variant."""
     described = [("ZeroPadding2D", "conv1_pad", {}), ("ZeroPadding2D", "pool1_pad", {})]
     for layer in layers:
         stride = 2 if layer == "conv1_conv" else 1
@@ -248,19 +248,19 @@ def keras_description(layers: Iterable[str], epsilon: float = 1.001e-5) -> dict[
 
 
 def encoded(names: Iterable[str]) -> np.ndarray:
-    """Names as Keras keeps them in attributes."""
+    """Encodes names as in Keras's HDF5 attributes."""
     return np.array([name.encode() for name in names])
 
 
 class TinyRun(NamedTuple):
-    """A run directory and what the command that made it wrote."""
+    """A run directory and the result of the command that made it."""
 
     path: Path
     result: Result
 
 
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """A finished run of a narrow network on drawn images, made once. Copy it before changing it."""
+    """Returns a finished run of a narrow network on synthetic images, made once. Copy it before changing it."""
     return _tiny_run(tmp_path_factory.getbasetemp() / "tiny")
 
 
@@ -277,7 +277,7 @@ def _tiny_run(root: Path) -> TinyRun:
 def write_tfds(
     root: Path, name: str = "tiny", train: int = 40, test: int = 20, version: str = "1.0.0", **features: Any
 ) -> Path:
-    """Prepares a data set as TFDS does, below `root`; returns where it lies."""
+    """Prepares a data set below `root` with TFDS and returns its directory."""
     with quiet_tensorflow() as (tf, tfds):
         feature = {
             "image": tfds.features.Image(shape=(32, 32, 3), dtype=np.uint8),
@@ -302,7 +302,7 @@ def write_tfds(
 
 @contextmanager
 def quiet_tensorflow() -> Iterator[Any]:
-    """TensorFlow and TFDS as the library imports them."""
+    """Yields TensorFlow and TFDS, imported as the library imports them."""
     from cifar_jax.data.sources.tfds import _tensorflow
 
     with _tensorflow(Path()) as tfds, redirect_stdout(io.StringIO()):
@@ -312,7 +312,7 @@ def quiet_tensorflow() -> Iterator[Any]:
 
 
 def flip_bit(path: Path, where: float = 0.5) -> None:
-    """Flips a bit of a file: of its first byte at 0, of its last one at -1, else that far through it."""
+    """Flips a bit of a file, at the fraction `where` of its length, or in its last byte for -1."""
     content = bytearray(path.read_bytes())
     content[-1 if where < 0 else int(where * len(content))] ^= 0x10
     path.write_bytes(content)

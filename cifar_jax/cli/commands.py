@@ -1,6 +1,6 @@
-"""The commands: each parses what it is told, calls the library, and shows by a reporter what came of it.
+"""Commands: each one parses its options, calls the library and shows the result through a reporter.
 
-What only one of them needs is imported inside of it, so that `--help` need not wait for all of it.
+Modules that only one command needs are imported inside it, so that `--help` does not wait for all of them.
 """
 
 import json
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(arguments: list[str], reporter: ConsoleReporter) -> int:
-    """Trains; 0, or after Ctrl-C or SIGTERM what shells give then."""
+    """Trains a head. Returns 0, or after Ctrl-C or SIGTERM the exit code that shells use for that signal."""
     config = parse_train(arguments)
     from cifar_jax.experiment import Interrupted, train as run_job
     from cifar_jax.runs.layout import SUMMARY, read_json
@@ -49,8 +49,8 @@ def train(arguments: list[str], reporter: ConsoleReporter) -> int:
         logger.warning(warning)
     try:
         question = f"{config.run.out} holds this run, unfinished. Resume it?"
-        may_resume = not (config.run.resume or config.run.overwrite)
-        if may_resume and from_first(lambda: is_unfinished(config) and reporter.confirm(question)):
+        may_ask = not (config.run.resume or config.run.overwrite)
+        if may_ask and from_first(lambda: is_unfinished(config) and reporter.confirm(question)):
             config = replace(config, run=replace(config.run, resume=True))
         out = run_job(config, reporter)
     except Interrupted as stop:
@@ -75,7 +75,7 @@ def train(arguments: list[str], reporter: ConsoleReporter) -> int:
 
 
 def evaluate(arguments: list[str], reporter: ConsoleReporter) -> int:
-    """Scores a run again."""
+    """Scores the head of a run again."""
     options = parse(EvaluateOptions, arguments, "evaluate")
     from cifar_jax.runs.predict import evaluate_run
 
@@ -90,14 +90,18 @@ def evaluate(arguments: list[str], reporter: ConsoleReporter) -> int:
 
 
 def predict(arguments: list[str], reporter: ConsoleReporter) -> int:
-    """Says what is in image files, a row each; 0 only where all could be read, else 1."""
+    """Classifies image files and prints a row for each.
+
+    Raises:
+      RunError: if any of them cannot be read; the rows of the others are printed all the same.
+    """
     options = parse(PredictOptions, arguments, "predict")
     from cifar_jax.data.sources.images import image_files
     from cifar_jax.runs.predict import predict_files
     from cifar_jax.runs.reader import load_run
 
     if not options.images:
-        raise UserError("predict needs images; give the paths of PNG or JPEG files behind the run directory.")
+        raise UserError("predict needs images; give the paths of PNG or JPEG files after the run directory.")
     _check_order(options)
     paths = image_files(options.images)
     failed = 0
@@ -112,12 +116,12 @@ def predict(arguments: list[str], reporter: ConsoleReporter) -> int:
             probs = "  ".join(f"{name} {prob:.3f}" for name, prob in prediction.top)
             print(printable(f"{prediction.path}  {probs or f'error: {prediction.error}'}"))
     if failed:
-        raise RunError(f"{failed:,} of {len(paths):,} images could not be read; their rows say why.")
+        raise RunError(f"{failed:,} of {len(paths):,} images could not be read; see their rows for the reasons.")
     return 0
 
 
 def _check_order(options: PredictOptions) -> None:
-    """Refuses an image where the run belongs, if the run stands behind it."""
+    """Raises UserError if the run directory is given after the images."""
     from cifar_jax.runs.layout import is_run
 
     runs = [path for path in options.images if os.path.isdir(path) and is_run(Path(path))]
@@ -131,7 +135,7 @@ def _check_order(options: PredictOptions) -> None:
 
 
 def info(arguments: list[str], reporter: ConsoleReporter) -> int:
-    """Says what is on this machine."""
+    """Shows the versions, devices, weights and data sets of this machine, or the contents of the cache."""
     options = parse(InfoOptions, arguments, "info")
     from cifar_jax.cli.info import collect
     from cifar_jax.runtime.environment import unused_accelerator
@@ -170,16 +174,16 @@ def _clear_cache(options: InfoOptions, reporter: ConsoleReporter) -> int:
 
 
 def features(arguments: list[str], reporter: ConsoleReporter) -> int:
-    """Writes features to a file."""
+    """Writes the features of a data set or of image files to a file."""
     options = parse(FeaturesOptions, arguments, "features")
     from cifar_jax.export.features import is_data_set, write_features
     from cifar_jax.runtime.profiling import profiled
 
     if not options.src:
-        raise UserError("features needs a data set or images; name one, or give the paths of PNG or JPEG files.")
+        raise UserError("features needs a data set or images; give a data set's name or paths of PNG or JPEG files.")
     of_data_set = is_data_set(options.src)
     if of_data_set and options.direct:
-        raise UserError(f"--direct is for image files, and {options.src[0]} is a data set; leave it out.")
+        raise UserError(f"--direct applies to image files, but {options.src[0]} is a data set; leave it out.")
     _use_compile_cache(options.cache_dir)
     images = () if of_data_set else options.src
     with profiled(options.profile):
@@ -194,12 +198,12 @@ def features(arguments: list[str], reporter: ConsoleReporter) -> int:
 
 
 def convert(arguments: list[str], reporter: ConsoleReporter) -> int:
-    """Writes weights in another form."""
+    """Converts weights to another format."""
     options = parse(ConvertOptions, arguments, "convert")
     from cifar_jax.pretrained.convert import convert as convert_weights
 
-    more = {"overwrite": options.overwrite, "cache_dir": options.cache_dir, "progress": reporter.progress}
-    about = convert_weights(options.src, options.dst, options.to, options.variant, **more)
+    shared = {"overwrite": options.overwrite, "cache_dir": options.cache_dir, "progress": reporter.progress}
+    about = convert_weights(options.src, options.dst, options.to, options.variant, **shared)
     if options.json:
         print(json.dumps(about))
     else:
@@ -208,12 +212,12 @@ def convert(arguments: list[str], reporter: ConsoleReporter) -> int:
 
 
 def verify_weights(arguments: list[str], reporter: ConsoleReporter) -> int:
-    """Says what a weights file is and all that is wrong with it; 0 only where nothing is, else 1."""
+    """Describes a weights file and everything that is wrong with it. Returns 0 if nothing is, else 1."""
     options = parse(VerifyOptions, arguments, "verify-weights")
     from cifar_jax.pretrained.verify import verify
 
-    more = {"cache_dir": options.cache_dir, "progress": reporter.progress}
-    found = verify(options.file, options.variant, options.against, **more)
+    shared = {"cache_dir": options.cache_dir, "progress": reporter.progress}
+    found = verify(options.file, options.variant, options.against, **shared)
     if options.json:
         print(json.dumps(found.to_json()))
     else:

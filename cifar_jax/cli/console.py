@@ -1,4 +1,4 @@
-"""What the commands show: on a terminal bars and tables, elsewhere plain lines that a program can read."""
+"""Console output of the commands: bars and tables on a terminal, plain machine-readable lines elsewhere."""
 
 import contextlib
 import logging
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 class _Rate(ProgressColumn):
-    """How many a second."""
+    """Items per second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:,.0f}/s" if task.speed else "", style="cyan")
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """How long the rest takes; before anything is done, what is waited for."""
+    """Estimated time left, or until the first item is done the reason for the wait."""
 
     def render(self, task: Task) -> Text:
         if task.completed:
@@ -46,42 +46,45 @@ class _TimeLeft(TimeRemainingColumn):
 
 
 class ConsoleHandler(logging.Handler):
-    """Shows what is logged for the user, a sentence each, above the bars of the same console."""
+    """Prints log records for the user above the progress bars of the same console."""
 
     def __init__(self, console: Console) -> None:
-        """Takes the console that the bars are on."""
+        """Prints to `console`, the one that shows the bars."""
         super().__init__(logging.INFO)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Shows a record: what the user should not miss, from a warning on, in another colour."""
+        """Prints a record; warnings and errors are highlighted."""
         try:
             is_warning = record.levelno >= logging.WARNING
             lines = [printable("Warning: " * is_warning + record.getMessage())]
             if self._console.is_terminal:
                 lines = sentence_lines(lines[0], self._console.width)
             self._console.print("\n".join(lines), style="bold yellow" if is_warning else None, markup=False)
-        except Exception:  # as handlers do: a sentence that cannot be shown ends no run
+        except Exception:  # the contract of logging handlers: a record that cannot be printed must not end a run
             self.handleError(record)
 
 
 class ConsoleReporter:
-    """Tells a person, or a log."""
+    """Reporter that prints to the standard streams."""
 
     def __init__(self) -> None:
-        """Takes the standard streams as they are whenever something is shown."""
-        # Warnings and bars go to stderr, results to stdout, so that `train.py > log` keeps a clean log.
+        """Prints to whatever sys.stdout and sys.stderr are at the time of each call."""
+        # Results go to stdout, warnings and bars to stderr, so that `train.py > log` gives a clean log.
         self.out = Console(highlight=False, soft_wrap=True, emoji=False)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self.bars = self.err.is_terminal
-        self._epochs_begun = False
+        self._header_shown = False
 
     @contextlib.contextmanager
     def logged(self) -> Iterator[None]:
-        """Shows what the library logs, until the block ends. A command around this one shows none of it meanwhile."""
+        """Prints the library's log records for the duration of the block, and suspends the handlers of outer commands.
+
+        So a command run inside another one does not print its records twice.
+        """
         library, handler = logging.getLogger("cifar_jax"), ConsoleHandler(self.err)
-        level, others = library.level, [other for other in library.handlers if isinstance(other, ConsoleHandler)]
-        for other in others:
+        level, outer = library.level, [other for other in library.handlers if isinstance(other, ConsoleHandler)]
+        for other in outer:
             library.removeHandler(other)
         library.addHandler(handler)
         library.setLevel(min(library.getEffectiveLevel(), logging.INFO))
@@ -90,19 +93,19 @@ class ConsoleReporter:
         finally:
             library.setLevel(level)
             library.removeHandler(handler)
-            for other in others:
+            for other in outer:
                 library.addHandler(other)
 
     def mute(self) -> None:
-        """Shows nothing from now on, as in the processes of a run that are not the first."""
+        """Prints nothing from now on, as in all processes of a run but the first."""
         self.out.quiet = self.err.quiet = True
 
     def print(self, text: str) -> None:
-        """A line of what the command was asked for."""
+        """Prints a line of the command's results."""
         self.out.print(printable(text), markup=False)
 
     def confirm(self, question: str) -> bool:
-        """Asks for a yes; False where nobody sits at a terminal."""
+        """Asks a yes/no question. Returns False without asking where there is no terminal."""
         if not (sys.stdin.isatty() and self.err.is_terminal):
             return False
         self.err.print(f"{printable(question)} [y/N] ", end="", markup=False)
@@ -110,7 +113,7 @@ class ConsoleReporter:
 
     @contextlib.contextmanager
     def progress(self, description: str, total: int, compiles: bool = False) -> Iterator[Callable[[int], None]]:
-        """A bar with rate and time left, gone when it is done."""
+        """Shows a progress bar with rate and time left, and removes it when the block ends."""
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -124,7 +127,7 @@ class ConsoleReporter:
             yield lambda done: bars.update(task, completed=done, compiling=compiles and done == 0)
 
     def epoch(self, row: EpochRow, num_epochs: int) -> None:
-        """A line an epoch; on a terminal a row of a table, whose head stands above the first one."""
+        """Prints the metrics of an epoch: a row of a table on a terminal, where the first has a header, else a line."""
         if not self.out.is_terminal:
             self.print(
                 f"epoch {row.epoch}/{num_epochs}  train_loss {row.train_loss:.4f}  "
@@ -134,8 +137,8 @@ class ConsoleReporter:
             return
         counter = f"{row.epoch}/{num_epochs}"
         width = max(len("epoch"), 2 * len(str(num_epochs)) + 1)
-        if not self._epochs_begun:
-            self._epochs_begun = True
+        if not self._header_shown:
+            self._header_shown = True
             self.out.print(Text(f"{'epoch':>{width}}  train loss  accuracy  val loss  accuracy  seconds", style="bold"))
         self.print(
             f"{counter:>{width}}  {row.train_loss:>10.4f}  {row.train_accuracy:>8.4f}  {row.val_loss:>8.4f}  "
@@ -143,7 +146,7 @@ class ConsoleReporter:
         )
 
     def closing(self, out: Path, summary: Mapping[str, Any]) -> None:
-        """What came out, how long it took, and where everything lies."""
+        """Prints the results of a finished run, how long it took, and the paths of its files."""
         rows = {}
         for split in ("val", "test"):
             if f"{split}_accuracy_interval_95" in summary:
@@ -156,9 +159,9 @@ class ConsoleReporter:
                 )
         rows["seconds"] = ", ".join(f"{phase} {value:.1f}" for phase, value in summary["seconds"].items())
         if summary["seconds_to_first_step"] is not None:
-            rows["first step"] = f"{summary['seconds_to_first_step']:.1f} seconds after the start"
+            rows["first step"] = f"after {summary['seconds_to_first_step']:.1f} seconds"
         if summary["images_per_second"]:
-            rows["backbone"] = f"{summary['images_per_second']:,.0f} images a second"
+            rows["backbone"] = f"{summary['images_per_second']:,.0f} images per second"
         names = ("samples.png", "curves.png", "predictions.png", "confusion.png")
         of_test = ("test_predictions.png", "test_confusion.png") if "test_accuracy" in summary else ()
         rows["pictures"] = f"{out}/{', '.join((*names, *of_test))}"
@@ -167,7 +170,7 @@ class ConsoleReporter:
         self.header(rows)
 
     def verification(self, found: "Verification", against: str | None) -> None:
-        """What a weights file is, its tensors, and the verdict."""
+        """Prints the description of a weights file, a table of its tensors, and the verdict."""
         self.header(found.about)
         self.out.print()
         rows = [_tensor_cells(row) for row in found.tensors]
@@ -180,21 +183,21 @@ class ConsoleReporter:
         if found.differences:
             difference = ", ".join(f"{name} {value:.2g}" for name, value in found.differences.items())
             self.header({f"against {against}": f"max|a-b| / max|b|: {difference}"})
-        self.header({"verdict": "all holds" if not found.problems else f"{len(found.problems)} problems"})
+        self.header({"verdict": "no problems" if not found.problems else f"{len(found.problems)} problems"})
         for problem in found.problems:
             self.print(f"  {problem}")
 
     def table(self, rows: list[dict[str, Any]]) -> None:
-        """A table of equal rows; tab-separated where the output is not a terminal."""
+        """Prints rows of equal columns as a table, tab-separated where stdout is not a terminal."""
         if not self.out.is_terminal:
             for line in [list(rows[0]), *(list(row.values()) for row in rows)]:
-                # rich would make spaces of the tabs
+                # rich would expand the tabs to spaces
                 print(*(printable(str(cell)) for cell in line), sep="\t", file=self.out.file)
             return
         self._lines(table_lines(rows, self.out.width))
 
     def header(self, rows: Mapping[str, str]) -> None:
-        """Names and what they are, a line each."""
+        """Prints `name  value` lines."""
         self._lines(pair_lines(rows, self.out.width if self.out.is_terminal else None))
 
     def _lines(self, lines: Iterable[Text]) -> None:
@@ -215,7 +218,7 @@ def _tensor_cells(row: "TensorRow") -> dict[str, str]:
 
 
 def _figures(value: Any) -> str:
-    """A figure, or several of them, with as many digits as machines agree on."""
+    """Formats a number or a list of numbers to as many digits as machines agree on."""
     if isinstance(value, list):
         return " ".join(map(_figures, value))
     return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What is on this machine: versions, devices, weights, data sets."""
+"""Facts about this machine for `info`: versions, devices, weights, data sets and the cache."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from cifar_jax.runtime.sharding import device_rows
 
 
 def cache_rows(cache_dir: str | None) -> list[dict[str, Any]]:
-    """What the cache holds, a row each."""
+    """Rows of the cache's contents."""
     rows = [
         {
             "what": kept.about.get("what", kept.what),
@@ -29,7 +29,11 @@ def cache_rows(cache_dir: str | None) -> list[dict[str, Any]]:
 
 
 def collect(topic: str = "all", data_dir: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
-    """What is known of a topic, or of most of them, as JSON values: a dict to show line by line, or rows."""
+    """Collects the facts about one topic, or about all but devices and cache, by topic.
+
+    Returns:
+      JSON values: for each topic a dict to show line by line, or a list of rows.
+    """
     topics: dict[str, Callable[[], Any]] = {
         "environment": lambda: _environment(cache_dir),
         "weights": lambda: (
@@ -40,8 +44,9 @@ def collect(topic: str = "all", data_dir: str | None = None, cache_dir: str | No
         "devices": device_rows,
         "cache": lambda: cache_rows(cache_dir),
     }
-    alone = {"devices", "cache"}  # which are asked for by name
-    return {name: tell() for name, tell in topics.items() if topic == name or (topic == "all" and name not in alone)}
+    only_by_name = {"devices", "cache"}
+    chosen = topics.keys() - only_by_name if topic == "all" else {topic}
+    return {name: facts() for name, facts in topics.items() if name in chosen}
 
 
 def _environment(cache_dir: str | None) -> dict[str, str]:

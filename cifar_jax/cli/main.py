@@ -1,4 +1,4 @@
-"""The command line: finds the command, and turns whatever goes wrong in it into an exit code and a plain message."""
+"""Entry point of the command line: dispatches to a command and turns its errors into a message and an exit code."""
 
 import contextlib
 import io
@@ -21,9 +21,9 @@ USAGE = """usage: {program} COMMAND [options]
 
   train                  train a head on a frozen backbone, as train.py does
   evaluate RUN           score a run's head on its test images again
-  predict RUN IMAGE...   name the likeliest classes of image files
+  predict RUN IMAGE...   print the most likely classes of image files
   features SRC...        write the features of a data set or of images to a file
-  info [TOPIC]           versions, devices, weights and data sets; info cache
+  info [TOPIC]           show versions, devices, weights, data sets or the cache
   convert SRC DST        convert weights between our format, Keras and PyTorch
   verify-weights FILE    check a weights file, tensor by tensor
 
@@ -42,7 +42,7 @@ COMMANDS = {
 OUT_OF_MEMORY = "Out of memory. A smaller --image-size, --extract-batch-size, --batch-size or --hidden needs less"
 DEVICE_FAILED = "Device lost. Continue with --resume --out DIR once it is back"
 HELP = {"-h", "--help", "--version"}
-# What shells give to a command that Ctrl-C or SIGTERM ended.
+# The exit codes that shells use for a command ended by Ctrl-C or SIGTERM.
 INTERRUPTED = (130, 143)
 
 
@@ -50,19 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-      The exit code: 0, 1 for a failed run, 2 for the user's mistake, 130 after Ctrl-C, 143 after SIGTERM, and 141 where
-      nobody reads the output, which does not stop `train`.
+      The exit code: 0 for success, 1 for a failed run, 2 for a user error, 130 after Ctrl-C, 143 after SIGTERM, and 141
+      if stdout is a closed pipe, which does not stop `train`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what its encoding does not
-    # A training run has its directory to finish; the other commands live by what they print.
-    goes_on = arguments[:1] == ["train"] and not HELP & set(arguments)
-    with guarded(goes_on) as out:
+            stream.reconfigure(errors="backslashreplace")  # file names may not be encodable
+    # A training run has a run directory to finish; the other commands only produce output.
+    survives = arguments[:1] == ["train"] and not HELP & set(arguments)
+    with guarded(survives) as out:
         outcome = _Outcome()
-        with contextlib.suppress(OutputLost), _explained(arguments, outcome):  # `out` has the reason
-            if arguments[-1:] == ["--version"]:  # of `train` too, which train.py runs
+        with contextlib.suppress(OutputLost), _explained(arguments, outcome):  # `out.error` has the reason
+            if arguments[-1:] == ["--version"]:  # after `train` too, which train.py puts in front
                 print(f"cifar-jax {__version__}")
             elif name := _command_in(arguments):
                 _debug_nans("--debug" in arguments)
@@ -73,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(USAGE.format(program=program()), file=sys.stdout if arguments else sys.stderr)
                 outcome.code = 0 if arguments else 2
         out.finish()
-        return _with_output(outcome.code, out.error, goes_on)
+        return _with_output(outcome.code, out.error, survives)
 
 
 def _debug_nans(debug: bool) -> None:
-    """Has JAX raise where a NaN comes up, or not."""
+    """Sets whether JAX raises at the first NaN, without importing JAX only to leave that off."""
     if debug or "jax" in sys.modules:
         import jax
 
@@ -85,16 +85,16 @@ def _debug_nans(debug: bool) -> None:
 
 
 class _Outcome:
-    """The exit code of a command."""
+    """Exit code of a command, set where it ends."""
 
     code = 0
 
 
 def _command_in(arguments: list[str]) -> str | None:
-    """The command that is asked for, None for the overview; `help COMMAND` becomes `COMMAND --help`.
+    """Returns the requested command, or None for the overview. Rewrites `help COMMAND` to `COMMAND --help`.
 
     Raises:
-      UserError: when there is no such command.
+      UserError: if there is no such command.
     """
     if arguments[:1] == ["help"]:
         arguments[:] = [*arguments[1:2], "--help"]
@@ -107,7 +107,7 @@ def _command_in(arguments: list[str]) -> str | None:
 
 @contextlib.contextmanager
 def _explained(arguments: list[str], outcome: _Outcome) -> Iterator[None]:
-    """Turns whatever goes wrong in a command into an exit code and a plain message. With --debug errors pass."""
+    """Turns errors raised in the block into a message and an exit code; with --debug they propagate."""
     debug = "--debug" in arguments
     with listening():
         try:
@@ -117,16 +117,16 @@ def _explained(arguments: list[str], outcome: _Outcome) -> Iterator[None]:
                 raise
             print("Interrupted.", file=sys.stderr)
             outcome.code = 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
-        except SystemExit as stop:  # of tyro, which has shown the help or what it does not understand
-            outcome.code = _say_error(stop.code, 1) if isinstance(stop.code, str) else stop.code or 0
+        except SystemExit as stop:  # raised by tyro, which has printed the help or the error
+            outcome.code = _print_error(stop.code, 1) if isinstance(stop.code, str) else stop.code or 0
         except Exception as error:
             if debug or (explained := _explanation(error)) is None:
                 raise
-            outcome.code = _say_error(*explained, getattr(error, "__notes__", ()))
+            outcome.code = _print_error(*explained, getattr(error, "__notes__", ()))
 
 
 def _explanation(error: Exception) -> tuple[str, int] | None:
-    """A message and an exit code for an error that is no fault of this program; None for any other."""
+    """Returns the message and exit code for an expected error, or None for a bug in this program."""
     if isinstance(error, UserError | RunError):
         return str(error), 2 if isinstance(error, UserError) else 1
     import jax
@@ -134,7 +134,7 @@ def _explanation(error: Exception) -> tuple[str, int] | None:
     from cifar_jax.runtime.devices import is_gone, is_out_of_memory, missing_platform
 
     if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) and (is_out_of_memory(error) or is_gone(error)):
-        reason = str(error).partition("\n")[0] or "no more to be had"
+        reason = str(error).partition("\n")[0] or "no memory left on the host"
         return f"{OUT_OF_MEMORY if is_out_of_memory(error) else DEVICE_FAILED} ({reason}).", 1
     if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
         return None
@@ -142,36 +142,36 @@ def _explanation(error: Exception) -> tuple[str, int] | None:
     return None if missing is None else (missing, 2)
 
 
-def _with_output(code: int, error: OSError | None, goes_on: bool) -> int:
-    """The exit code, given also what became of standard output."""
+def _with_output(code: int, error: OSError | None, survives: bool) -> int:
+    """Returns the exit code of a command, adjusted for an error in writing standard output."""
     if error is None:
         return code
     if is_closed_pipe(error):
-        return code if goes_on or code in INTERRUPTED else CLOSED
-    ending = "the run is complete nevertheless" if goes_on and not code else "make room, or send it elsewhere"
-    return _say_error(f"Standard output could not be written ({error.strerror}); {ending}.", code or 1)
+        return code if survives or code in INTERRUPTED else CLOSED
+    ending = "the run itself is complete" if survives and not code else "free disk space or redirect it elsewhere"
+    return _print_error(f"Standard output could not be written ({error.strerror}); {ending}.", code or 1)
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and ends the process with its exit code."""
     open_missing()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] != "help" and not HELP & set(arguments):  # which need no JAX and answer at once
+    if arguments and arguments[0] != "help" and not HELP & set(arguments):  # help does not need JAX
         from cifar_jax.runtime.devices import keep_freed_memory, use_all_cores
 
         use_all_cores()
         keep_freed_memory()
     code = main(arguments)
     if code in INTERRUPTED:
-        # XLA may be in the midst of a computation, on which a regular exit crashes now and then.
+        # XLA may still be computing, in which case a regular exit occasionally crashes.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _say_error(text: str, code: int, notes: Sequence[str] = ()) -> int:
-    # One line, whatever a file's name or another library's message holds; a note, of what failed next, is another.
+def _print_error(text: str, code: int, notes: Sequence[str] = ()) -> int:
+    # One line for the error and one for each note, even if a file name or a library's message contains line breaks.
     for line in (f"Error: {text}", *notes):
         print(printable(" ".join(line.splitlines())), file=sys.stderr)
     return code

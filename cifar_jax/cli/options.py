@@ -1,4 +1,4 @@
-"""The options of each command, as dataclasses that tyro reads."""
+"""Options of each command, as dataclasses that tyro parses."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from cifar_jax.files import read_json_value
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """Options of every command."""
+    """Options shared by the commands other than `train`."""
 
     json: bool = False
     """print JSON"""
@@ -30,94 +30,94 @@ class Common:
 
 @dataclass(frozen=True)
 class EvaluateOptions(Common):
-    """Score a run's head on its test images again, all of them."""
+    """Score the head of a run on all of its test images again."""
 
     run: tyro.conf.Positional[str]
     """the run directory"""
     allow_incomplete: bool = False
-    """score an interrupted, failed or diverged run too, after a warning"""
+    """also score an interrupted, failed or diverged run, with a warning"""
     data_dir: str | None = None
-    """where TFDS keeps its data sets, if it has moved since"""
+    """TFDS data directory, if it has moved since the run"""
     weights: str | None = None
-    """a copy of the run's backbone, if it has moved since"""
+    """path of the run's backbone weights, if they have moved since the run"""
 
 
 @dataclass(frozen=True)
 class PredictOptions(Common):
-    """Say what is in image files: the three likeliest classes with their probabilities."""
+    """Print the three most likely classes of image files with their probabilities."""
 
     run: tyro.conf.Positional[str]
     """the run directory"""
     images: tyro.conf.Positional[tuple[str, ...]]
     """PNG, JPEG or other image files of any size"""
     direct: bool = False
-    """resize straight to the network's size, not through 32x32 as the training images"""
+    """resize images directly to the network's input size instead of going through 32x32 as the training images do"""
     allow_incomplete: bool = False
-    """use an interrupted, failed or diverged run too, after a warning"""
+    """also use an interrupted, failed or diverged run, with a warning"""
     weights: str | None = None
-    """a copy of the run's backbone, if it has moved since"""
+    """path of the run's backbone weights, if they have moved since the run"""
 
 
 @dataclass(frozen=True)
 class InfoOptions(Common):
-    """Versions, devices, and which known weights and data sets are on this machine; or what the cache holds."""
+    """Show versions, devices, known weights and local data sets, or the contents of the cache."""
 
     topic: tyro.conf.Positional[Literal["all", "environment", "weights", "data", "devices", "cache"]] = "all"
-    """what to tell of; environment, weights and data if it is left out"""
+    """topic to show; all shows environment, weights and data"""
     clear: bool = False
-    """with cache: remove features, decoded images and compiled functions from it, but no downloaded weights"""
+    """with `info cache`: delete cached features, decoded images and compiled functions, but no downloaded weights"""
     data_dir: str | None = None
-    """where TFDS keeps its data sets; else $TFDS_DATA_DIR, else ~/tensorflow_datasets"""
+    """TFDS data directory; if omitted, $TFDS_DATA_DIR or ~/tensorflow_datasets"""
     cache_dir: str | None = None
-    """where downloads and features are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
+    """cache directory; if omitted, $CIFAR_JAX_CACHE or ~/.cache/cifar_jax"""
 
 
 @dataclass(frozen=True)
 class FeaturesOptions(Common):
-    """Write the features of a data set or of image files, for use elsewhere."""
+    """Write the features of a data set or of image files to a file."""
 
     src: tyro.conf.Positional[tuple[str, ...]]
     """a data set (cifar10, shapes, or another 32x32 classification set of TFDS), or PNG, JPEG or other image files"""
     out: str
-    """the file to write: .npz, or for image files also .npy, which holds the bare matrix"""
+    """file to write: .npz, or for image files also .npy, which holds the bare feature matrix"""
     weights: str = "keras-resnet50"
-    """the backbone: a file or directory, or a name that `info` lists; of a data set also random / random-w16"""
+    """backbone weights: a file, a directory or a name from `info weights`; for a data set also random or random-w16"""
     variant: str | None = None
-    """how to run the weights, where their file leaves a choice"""
+    """network variant to run the weights with, where the file does not determine it"""
     image_size: int | None = None
-    """side in pixels to which images are upsampled; a multiple of 32; else the weights' own (224 for ImageNet's)"""
+    """side of the upsampled images in pixels, a multiple of 32; if omitted, the weights' own (224 for ImageNet)"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """what the backbone computes in; the features are float32 either way"""
+    """dtype the backbone computes in; the features are float32 either way"""
     direct: bool = False
-    """image files: resize straight to the network's size, not through 32x32 as the images of the data sets"""
+    """image files: resize directly to the network's input size instead of going through 32x32 as data sets do"""
     train_examples: int | None = None
-    """data set: that many training images, balanced over the classes; else all"""
+    """data set: number of training images, balanced over the classes; if omitted, all"""
     test_examples: int | None = None
-    """data set: that many test images, balanced over the classes; else all"""
+    """data set: number of test images, balanced over the classes; if omitted, all"""
     seed: int = 0
-    """data set: seed of subsets, drawn images and untrained networks"""
+    """data set: random seed of subsets, synthetic images and untrained networks"""
     extract_batch_size: int | None = None
-    """images at a time through the backbone; else chosen by device and image size"""
+    """batch size of the feature extraction; if omitted, chosen by device and image size"""
     data_dir: str | None = None
-    """where TFDS keeps its data sets; else $TFDS_DATA_DIR, else ~/tensorflow_datasets"""
+    """TFDS data directory; if omitted, $TFDS_DATA_DIR or ~/tensorflow_datasets"""
     cache_dir: str | None = None
-    """where data, features and downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
+    """cache directory for data, features and downloads; if omitted, $CIFAR_JAX_CACHE or ~/.cache/cifar_jax"""
     profile: str | None = None
-    """write a trace of the extraction to that directory, for XProf or Perfetto"""
+    """directory to write a profiler trace of the extraction to, for XProf or Perfetto"""
     overwrite: bool = False
-    """replace the file if it is there"""
+    """replace the file if it exists"""
 
     def config(self) -> TrainConfig:
-        """The configuration of a job that extracts the same features.
+        """Returns the configuration of a job that extracts these features.
 
         Raises:
-          UserError: for a value that is not allowed, or an unknown data set.
+          UserError: for an invalid value or an unknown data set.
         """
         from cifar_jax.data.load import check_name
         from cifar_jax.export.features import is_data_set
 
-        theirs = {field.name for field in fields(self)} & set(GROUP_OF)
-        values = {name: getattr(self, name) for name in theirs - set(OF_THE_COMMAND)}
+        shared = {field.name for field in fields(self)} & set(GROUP_OF)
+        values = {name: getattr(self, name) for name in shared - set(OF_THE_COMMAND)}
         config = TrainConfig(dataset=self.src[0], batch_size=1, **values)
         if is_data_set(self.src):
             check_name(config.data.dataset, config.run.data_dir)
@@ -126,63 +126,63 @@ class FeaturesOptions(Common):
 
 @dataclass(frozen=True)
 class ConvertOptions(Common):
-    """Write weights in another form: DST .safetensors is our own, .h5 that of Keras; --to names others."""
+    """Convert weights: DST ending in .safetensors gets this project's format, .h5 Keras's; --to selects others."""
 
     src: tyro.conf.Positional[str]
-    """a weights file, a directory of timm or transformers, or a name that `info` lists"""
+    """a weights file, a timm or transformers directory, or a name from `info weights`"""
     dst: tyro.conf.Positional[str]
-    """the file to write"""
+    """file to write"""
     to: Literal["ours", "keras", "torchvision", "huggingface"] | None = None
-    """the form, where the ending of DST leaves it open"""
+    """format to write, where the extension of DST does not determine it"""
     variant: str | None = None
-    """how SRC is run, where it leaves that open"""
+    """network variant of SRC, where the file does not determine it"""
     overwrite: bool = False
-    """replace DST if it is there"""
+    """replace DST if it exists"""
     cache_dir: str | None = None
-    """where downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
+    """cache directory for downloads; if omitted, $CIFAR_JAX_CACHE or ~/.cache/cifar_jax"""
 
 
 @dataclass(frozen=True)
 class VerifyOptions(Common):
-    """Say what a weights file is, how it is run and why, what becomes of each tensor, and all that is wrong with it."""
+    """Check a weights file: its format, network variant and why, the use of each tensor, and every problem found."""
 
     file: tyro.conf.Positional[str]
-    """a weights file, a directory of timm or transformers, or a name that `info weights` lists"""
+    """a weights file, a timm or transformers directory, or a name from `info weights`"""
     variant: str | None = None
-    """how it is run, where it leaves that open"""
+    """network variant to run it with, where the file does not determine it"""
     against: Literal["keras", "torchvision", "timm", "transformers"] | None = None
-    """a library that is asked what it computes with the same file, stage by stage; it must be installed"""
+    """library to compare outputs with on the same file, stage by stage; it must be installed"""
     cache_dir: str | None = None
-    """where downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax"""
+    """cache directory for downloads; if omitted, $CIFAR_JAX_CACHE or ~/.cache/cifar_jax"""
 
 
 def parse_train(arguments: list[str]) -> TrainConfig:
-    """Parses the options of `train`, whose defaults are those of a preset or of an earlier run's config.json.
+    """Parses the options of `train`, with defaults from a preset or an earlier run's config.json.
 
     Raises:
-      UserError: for a value that is not allowed, or an unknown data set.
-      SystemExit: when tyro has shown what is wrong, or the help.
+      UserError: for an invalid value or an unknown data set.
+      SystemExit: if tyro printed an error or the help.
     """
-    # Here and not as tyro's alias, which would have the library import tyro for its configuration.
+    # Not a tyro alias, which would make the library import tyro for its configuration.
     arguments = [re.sub(r"^--lr(?==|$)", "--learning-rate", argument) for argument in arguments]
-    # They set the defaults of the rest, so they must be known before that can be parsed.
+    # These two set the defaults of all other options, so they are parsed first.
     name, file = _value_of("--preset", arguments), _value_of("--config", arguments)
     if file is not None and name is not None:
         raise UserError(f"--config {file} includes a preset; leave out --preset {name}.")
     default = preset(name or next(iter(PRESETS))) if file is None else _config_in(Path(file))
-    # What is typed may take the meaning from options of theirs, which nobody typed.
+    # Options given on the command line may make some of these defaults meaningless.
     default = without_meaningless(default, _typed(DECIDING, arguments))
     config: TrainConfig = parse(TrainConfig, arguments, "train", default=default)
     config = replace(config, run=replace(config.run, config=None))
     from cifar_jax.data.load import check_name
 
-    # Before the weights are looked for: a name typed wrong should not cost their download.
+    # Checked before the weights are loaded, so that a mistyped name does not cost their download.
     check_name(config.data.dataset, config.run.data_dir)
     return config
 
 
 def _config_in(path: Path) -> TrainConfig:
-    """The configuration in a config.json, or in that of a run directory."""
+    """Reads the configuration from a config.json or a run directory."""
     file = path / "config.json" if os.path.isdir(path) else path
     hint = "name a run directory or its config.json."
     try:
@@ -195,7 +195,7 @@ def _config_in(path: Path) -> TrainConfig:
         return TrainConfig.from_json(found | {name: DEFAULTS[name] for name in OF_THE_COMMAND})
     except UserError as error:
         reason = str(error).rstrip(".")
-        raise UserError(f"--config {file} is not as `train` wrote it ({reason}); {hint}") from error
+        raise UserError(f"--config {file} is invalid ({reason}); {hint}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -203,7 +203,7 @@ def _reason(error: Exception) -> str:
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
-    """The value that an option is given, the last one if there are several, as tyro has it."""
+    """Returns the value of an option as typed, the last one if repeated, as tyro does; None if it is not given."""
     found = None
     for argument, following in pairwise([*arguments, ""]):
         name, given, value = argument.partition("=")
@@ -213,7 +213,7 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
 
 
 def _typed(names: Iterable[str], arguments: list[str]) -> dict[str, Any]:
-    """Values of the options with these names that are typed, without numbers that are none, of which tyro will tell."""
+    """Returns the values of the named options that are given, skipping invalid numbers, which tyro will report."""
     found: dict[str, Any] = {}
     for name in names:
         if (text := _value_of(f"--{name.replace('_', '-')}", arguments)) is not None:
@@ -222,12 +222,12 @@ def _typed(names: Iterable[str], arguments: list[str]) -> dict[str, Any]:
     return found
 
 
-def parse(options: Any, arguments: list[str], command: str, **how: Any) -> Any:
-    """Parses the options of a command by tyro, which shows in its own words what it does not understand.
+def parse(options: Any, arguments: list[str], command: str, **settings: Any) -> Any:
+    """Parses the options of a command with tyro, which prints its own errors.
 
     Raises:
-      UserError: for a flag that is given a value, of which tyro would name the value only.
-      SystemExit: when tyro has shown what is wrong, or the help.
+      UserError: for a flag that is given a value; tyro's own message would not name the flag.
+      SystemExit: if tyro printed an error or the help.
     """
     flags = set(_flags(options))
     for argument in arguments:
@@ -235,13 +235,13 @@ def parse(options: Any, arguments: list[str], command: str, **how: Any) -> Any:
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
         if given and flag.startswith("--") and name in flags:
             raise UserError(f"{flag} takes no value, got {value or 'an empty one'}; leave out ={value}.")
-    # The groups are sections of the help, and no part of an option's name.
-    how |= {"config": (tyro.conf.OmitArgPrefixes,), "registry": REGISTRY}
-    return tyro.cli(options, args=arguments, prog=f"{program()} {command}", **how)
+    # Groups are sections of the help and not part of an option's name.
+    settings |= {"config": (tyro.conf.OmitArgPrefixes,), "registry": REGISTRY}
+    return tyro.cli(options, args=arguments, prog=f"{program()} {command}", **settings)
 
 
 def _flags(options: Any) -> Iterator[str]:
-    """The names of options that take no value."""
+    """Yields the names of the options that take no value."""
     for field in fields(options):
         if is_dataclass(field.type):
             yield from _flags(field.type)

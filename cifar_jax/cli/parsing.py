@@ -1,4 +1,4 @@
-"""How tyro reads the numbers and lists of options, with messages in plain words, and how the program was started."""
+"""Rules by which tyro parses numbers and lists, with plain error messages, and the program's name for usage lines."""
 
 import re
 import sys
@@ -14,13 +14,13 @@ NUMBERS: dict[type, str] = {int: "a whole number", float: "a number"}
 
 
 def program() -> str:
-    """What the user typed to start this program, for usage and help."""
+    """Returns the command that started this program, for usage and help."""
     return "cifar-jax" if Path(sys.argv[0]).stem == "cifar-jax" else "python -m cifar_jax"
 
 
 @REGISTRY.primitive_rule
 def number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """A whole number or any number, or None where the option may be without one."""
+    """Rule for options that take an int or a float, and for optional ones also None."""
     kinds = set(get_args(info.type) or [info.type])
     optional = NoneType in kinds
     kinds -= {NoneType}
@@ -39,13 +39,13 @@ def number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 @REGISTRY.primitive_rule
 def listed(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Whole numbers or words of a choice, with spaces or commas between them."""
+    """Rule for options that take a list of ints or of choices, separated by spaces or commas."""
     if info.type_origin is not tuple or get_args(info.type)[1:] != (...,):
         return None
-    of = get_args(info.type)[0]
-    if get_origin(of) is Literal:
-        read, metavar = _chooser(get_args(of)), "{" + ",".join(get_args(of)) + "}"
-    elif of is int:
+    item_type = get_args(info.type)[0]
+    if get_origin(item_type) is Literal:
+        read, metavar = _chooser(get_args(item_type)), "{" + ",".join(get_args(item_type)) + "}"
+    elif item_type is int:
         read, metavar = _reader(int), "INT"
     else:
         return None
@@ -67,7 +67,7 @@ def _reader(kind: type) -> Callable[[str], Any]:
         try:
             return kind(text)
         except ValueError:
-            raise ValueError(f"it takes {NUMBERS[kind]}, got {text or 'nothing'}.") from None
+            raise ValueError(f"expected {NUMBERS[kind]}, got {text or 'nothing'}.") from None
 
     return read
 
@@ -75,7 +75,7 @@ def _reader(kind: type) -> Callable[[str], Any]:
 def _chooser(choices: tuple[str, ...]) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text not in choices:
-            raise ValueError(f"it takes any of {', '.join(choices)}, got {text or 'nothing'}.")
+            raise ValueError(f"expected one of {', '.join(choices)}, got {text or 'nothing'}.")
         return text
 
     return read

@@ -1,4 +1,4 @@
-"""Standard output and standard error of a command, which may be closed or full: `| head -1`, `> /dev/full`."""
+"""Standard output and error that may be closed pipes or full disks, as with `| head -1` and `> /dev/full`."""
 
 import contextlib
 import errno
@@ -7,33 +7,33 @@ import sys
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-# What shells give to a command that SIGPIPE ended, which Python does not let happen.
+# The exit code that shells use for a command ended by SIGPIPE, a signal that Python ignores.
 CLOSED = 141
 
 
 class OutputLost(Exception):
-    """Nobody reads standard output any more, or it cannot be written; raised by a command that lives by it."""
+    """Standard output is a closed pipe or cannot be written, which ends a command that only produces output."""
 
 
 class Output:
-    """A stream that survives its end: from the first failed write on, what is written is lost.
+    """Wrapper of a stream that discards everything written to it after the first failed write.
 
     Attributes:
-      error: what the first write that failed said, None while all is well.
+      error: the error of the first failed write, or None.
     """
 
     def __init__(self, stream: IO[str], raises: bool = False) -> None:
-        """Stands in for a stream.
+        """Wraps a stream.
 
         Args:
-          stream: that is written to.
+          stream: the stream to write to.
           raises: whether a failed write raises OutputLost.
         """
         self._stream, self._raises = stream, raises
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Writes, or does nothing once a write has failed."""
+        """Writes to the stream, or does nothing once a write has failed."""
         if self.error is None:
             try:
                 return self._stream.write(text)
@@ -42,7 +42,7 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Flushes, or does nothing once a write has failed."""
+        """Flushes the stream, or does nothing once a write has failed."""
         if self.error is None:
             try:
                 self._stream.flush()
@@ -50,13 +50,13 @@ class Output:
                 self._lose(error)
 
     def finish(self) -> None:
-        """Flushes and raises nothing: `error` says whether all was written."""
+        """Flushes the stream without raising; `error` is None if everything was written."""
         self._raises = False
         self.flush()
 
     def _lose(self, error: OSError) -> None:
         self.error = error
-        # What the stream still holds would be written at the interpreter's exit, which complains if that fails.
+        # The interpreter flushes the stream's buffer at exit and complains if that fails.
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
@@ -69,13 +69,13 @@ class Output:
 
 
 @contextlib.contextmanager
-def guarded(goes_on: bool) -> Iterator[Output]:
-    """Puts an `Output` in the place of each standard stream until the block ends. Its value is that of stdout.
+def guarded(survives: bool) -> Iterator[Output]:
+    """Wraps stdout and stderr in an `Output` until the block ends, and yields the one for stdout.
 
     Args:
-      goes_on: whether a command has something else to do where nobody reads its output; else OutputLost ends it.
+      survives: whether the block continues after stdout is lost; if not, OutputLost ends it.
     """
-    out, err = Output(sys.stdout or _nowhere(), raises=not goes_on), Output(sys.stderr or _nowhere())
+    out, err = Output(sys.stdout or _devnull(), raises=not survives), Output(sys.stderr or _devnull())
     with contextlib.redirect_stdout(cast(IO[str], out)), contextlib.redirect_stderr(cast(IO[str], err)):
         try:
             yield out
@@ -85,24 +85,24 @@ def guarded(goes_on: bool) -> Iterator[Output]:
 
 
 def open_missing() -> None:
-    """Opens /dev/null for each standard stream that the process came without, so that no other file takes its number.
+    """Opens /dev/null for each standard stream that is missing, so that no other file gets its descriptor.
 
-    Python has None in place of such a stream, and prints to standard output what is meant for a missing standard error.
+    Python sets a missing stream to None, and prints to stdout what is meant for a missing stderr.
     """
     for number in range(3):
         with contextlib.suppress(OSError):
             try:
                 os.fstat(number)
             except OSError:
-                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    sys.stdout = sys.stdout or _nowhere()
-    sys.stderr = sys.stderr or _nowhere()
+                os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
+    sys.stdout = sys.stdout or _devnull()
+    sys.stderr = sys.stderr or _devnull()
 
 
 def is_closed_pipe(error: OSError) -> bool:
-    """Whether the reader has gone, which is no fault of anybody."""
+    """Whether the reader of a pipe has closed it, which is not an error."""
     return error.errno == errno.EPIPE
 
 
-def _nowhere() -> IO[str]:
+def _devnull() -> IO[str]:
     return open(os.devnull, "w", encoding="utf-8")

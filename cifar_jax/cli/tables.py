@@ -1,4 +1,4 @@
-"""Rows and pairs as lines of a terminal's width, in which no name and no number is cut or broken."""
+"""Layout of tables and name-value pairs for a terminal's width, without cutting or breaking names and numbers."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,15 +10,15 @@ from rich.text import Text
 from cifar_jax.cli.text import printable
 
 GAP = "  "
-LEAST = 20  # columns that a text is given, however narrow the terminal
+MIN_WIDTH = 20  # columns of a text, however narrow the terminal
 
 
 def table_lines(rows: Sequence[Mapping[str, Any]], width: int) -> Iterator[Text]:
-    """A table of equal rows; where it is wider than the terminal, each row as its first cell and the others below.
+    """Lays out rows as a table, or if that is too wide, each row as its first cell with the others below.
 
     Args:
-      rows: with the same columns each.
-      width: of the terminal.
+      rows: mappings from column to cell, all with the same columns.
+      width: columns of the terminal.
     """
     names = list(rows[0])
     cells = [[printable(str(cell)) for cell in row.values()] for row in rows]
@@ -33,27 +33,27 @@ def table_lines(rows: Sequence[Mapping[str, Any]], width: int) -> Iterator[Text]
 
 
 def pair_lines(pairs: Mapping[str, str], width: int | None) -> Iterator[Text]:
-    """Names and what they are, a line each; where that is longer than the terminal, it goes on below itself.
+    """Lays out name-value pairs, one a line; long values wrap with a hanging indent.
 
     Args:
-      pairs: the names and what they are.
-      width: of the terminal; None leaves lines as long as they are.
+      pairs: values by name.
+      width: columns of the terminal; None does not wrap.
     """
     cells = {printable(name): printable(text) for name, text in pairs.items()}
     left = max(map(cell_len, cells)) + len(GAP)
     for name, text in cells.items():
-        first, *others = [text] if width is None else wrapped(text, width - left)
-        yield Text.assemble((_filled(name, left), "bold"), first)
-        for line in others:
+        first, *rest = [text] if width is None else wrapped(text, width - left)
+        yield Text.assemble((_padded(name, left), "bold"), first)
+        for line in rest:
             yield Text(" " * left + line)
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Lines of a text: broken behind commas and semicolons, and elsewhere only where a part is too long for a line.
+    """Wraps a text after commas and semicolons, and between words only where a part is too long for a line.
 
-    What holds a path or a command stays in one piece, which the terminal breaks, so that it can be copied.
+    Parts with a path or a command stay whole and are left to the terminal to wrap, so that they can be copied.
     """
-    width = max(width, LEAST)
+    width = max(width, MIN_WIDTH)
     parts: list[str] = []
     for part in re.split(r"(?<=[,;]) ", text):
         parts += part.split(" ") if cell_len(part) > width and "/" not in part else [part]
@@ -67,7 +67,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def sentence_lines(text: str, width: int) -> list[str]:
-    """Lines of sentences, broken between words; a command in backticks and a path stay in one piece."""
+    """Wraps sentences between words; commands in backticks and paths stay whole."""
     lines: list[str] = []
     for word in re.split(r" (?=(?:[^`]*`[^`]*`)*[^`]*$)", text):
         if lines and cell_len(f"{lines[-1]} {word}") <= width:
@@ -78,7 +78,7 @@ def sentence_lines(text: str, width: int) -> list[str]:
 
 
 def _record(names: Sequence[str], row: Sequence[str], width: int) -> Iterator[Text]:
-    """A row as lines: its first cell, and below it `name: cell` as often as fits, cells without content left out."""
+    """Lays out a row as its first cell and below it as many `name: cell` per line as fit, without empty cells."""
     for line in wrapped(row[0], width):
         yield Text(line, style="bold")
     pairs, used = Text(), 0
@@ -103,8 +103,8 @@ def _record(names: Sequence[str], row: Sequence[str], width: int) -> Iterator[Te
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return GAP.join(_filled(cell, width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+    return GAP.join(_padded(cell, width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
-def _filled(cell: str, width: int) -> str:
+def _padded(cell: str, width: int) -> str:
     return cell + " " * (width - cell_len(cell))

@@ -1,4 +1,4 @@
-"""What a run is told: frozen groups of options, their checks, and the named presets."""
+"""Configuration of a run: frozen groups of options, their checks, and the named presets."""
 
 from cifar_jax.config.groups import (
     FINETUNE_ONLY,

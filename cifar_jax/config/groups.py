@@ -1,13 +1,13 @@
-"""The options of a training run in groups, and what kind each option is, which its group and its field say."""
+"""Options of a training run in groups, and the sets of options that its group and field metadata define."""
 
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
-# Marks of single fields. A path is recorded as an absolute one.
+# Field metadata. Paths are recorded as absolute.
 PATH = {"is_path": True}
-# Inputs and caches, which stay where they are when --config runs the same job again.
+# Locations of inputs and caches, which --config takes over when it runs the same job again.
 RERUN_KEEPS = {"rerun_keeps": True}
-# Decides when processes that train together wait for each other, so they must agree on it.
+# Determines when the processes of a distributed run synchronise, so they must agree on it.
 SYNCHRONISES = {"synchronises": True}
 
 
@@ -16,129 +16,133 @@ class DataConfig:
     """Images to train and test on."""
 
     dataset: str = "cifar10"
-    """cifar10, shapes (drawn, needs no download), or the name of another 32x32 classification set of TFDS"""
+    """cifar10, shapes (synthetic, needs no download), or another 32x32 classification set of TFDS"""
     train_examples: int | None = None
-    """train on that many images, balanced over the classes; else all"""
+    """number of training images, balanced over the classes; if omitted, all"""
     test_examples: int | None = None
-    """test on that many images, balanced over the classes; else all"""
+    """number of test images, balanced over the classes; if omitted, all"""
     val_fraction: float = 0.0
-    """share of the training images held out for validation; at 0 the test images are, as in the notebook"""
+    """fraction of the training images to hold out for validation; at 0 the test images are used, as in the notebook"""
     shuffle: bool = True
     """reshuffle the training images every epoch"""
     augment: tuple[Literal["flip", "crop", "cutout"], ...] = ()
-    """random changes to each training image: flip, crop (padded by 4), cutout (a grey square); not with cached"""
+    """random augmentations of training images: flip, crop (padding 4), cutout (grey square); not with --mode cached"""
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The pretrained network and how features are extracted with it."""
+    """Pretrained network and feature extraction."""
 
     weights: str = "keras-resnet50"
-    """the backbone: a file or directory, a name that `info` lists, or random / random-w16 (untrained)"""
+    """backbone weights: a file, a directory, a name from `info weights`, or random / random-w16 (untrained)"""
     variant: str | None = None
-    """how to run the weights, where their file leaves a choice: keras, keras-2016, keras-2016-unpadded, torchvision or
-    huggingface"""
+    """network variant to run the weights with, where the file does not determine it: keras, keras-2016,
+    keras-2016-unpadded, torchvision or huggingface"""
     image_size: int | None = None
-    """side in pixels to which images are upsampled; a multiple of 32; else the weights' own (224 for ImageNet's)"""
+    """side of the upsampled images in pixels, a multiple of 32; if omitted, the weights' own (224 for ImageNet)"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """what the backbone computes in; parameters, features and head are float32 either way"""
+    """dtype the backbone computes in; parameters, features and head are float32 either way"""
     extract_batch_size: int | None = None
-    """images at a time through the backbone when features are extracted; else chosen by device and image size; a power
-    of two up to 1024 divides the chunks that features are kept in, another number leaves their last batches unfilled"""
+    """batch size of the feature extraction; if omitted, chosen by device and image size; powers of two up to 1024
+    divide the cache's chunks evenly, other sizes leave the last batch of each chunk partly empty"""
     feature_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """cached: what features are kept in; the smaller ones take half the space and round them, the first time too"""
+    """cached: dtype of the cached features; the 16-bit ones halve the cache and round the features, also in the run
+    that extracts them"""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Training: what trains, for how long, by which steps."""
+    """Training mode, head, optimizer, schedule and devices."""
 
     mode: Literal["cached", "live", "finetune"] = "cached"
-    """cached: features once, then the head on them; live: every step through the whole network, as Keras does;
-    finetune: backbone and head train together"""
+    """cached: extract features once and train the head on them; live: run the whole network every step, as Keras does;
+    finetune: train backbone and head together"""
     hidden: tuple[int, ...] = (1024, 512)
-    """widths of the head's hidden layers, as 512 256 or 512,256; none after it for a linear probe"""
+    """widths of the head's hidden layers, as 512 256 or 512,256; give --hidden alone for a linear probe"""
     epochs: int = 4
-    """passes over the training images"""
+    """number of passes over the training images"""
     batch_size: int = 64
-    """examples a step; the last step of an epoch takes what is left"""
+    """examples per step; the last step of an epoch takes the remainder"""
     learning_rate: float = 0.01
-    """step size of SGD, also --lr; with --schedule cosine its peak"""
+    """learning rate of SGD, also --lr; with --schedule cosine its peak"""
     momentum: float = 0.0
-    """momentum of SGD, 0 to below 1"""
+    """momentum of SGD, at least 0 and below 1"""
     nesterov: bool = False
-    """Nesterov's form of momentum"""
+    """use Nesterov momentum"""
     weight_decay: float = 0.0
-    """share of every kernel that is added to its gradient; biases and BatchNorm are left out"""
+    """weight decay, added to the gradients of all kernels (L2); biases and BatchNorm are exempt"""
     schedule: Literal["constant", "cosine"] = "constant"
-    """learning rate schedule: constant, or a cosine that falls to zero over all steps"""
+    """learning rate schedule: constant, or a cosine decay to zero over all steps"""
     warmup_epochs: float = 0.0
-    """epochs over which --schedule cosine first rises to the learning rate; below --epochs"""
+    """epochs of linear warmup to the learning rate, with --schedule cosine; must be below --epochs"""
     label_smoothing: float = 0.0
-    """share of each label that is spread over all classes, 0 to below 1; the training loss is reported with it"""
+    """label smoothing, at least 0 and below 1; the reported training loss includes it"""
     clip_norm: float | None = None
-    """gradients of a larger norm (over all trained parameters together) are scaled down to it"""
+    """clip gradients to this global norm (over all trained parameters)"""
     seed: int = 0
-    """seed of everything random: initial head, order, subsets, drawn images"""
+    """random seed of everything: initial head, data order, subsets, synthetic images"""
     devices: int | None = None
-    """devices of this machine that each training step is divided between; else all accelerators, or one CPU device"""
+    """devices of this machine to divide each training step between; if omitted, all accelerators or one CPU device"""
     deterministic: bool = False
-    """on a GPU take only algorithms that give the same bits every time, which is slower; a CPU and a TPU always do"""
+    """use only deterministic algorithms on a GPU, which is slower; CPUs and TPUs are always deterministic"""
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Options of --mode finetune, which trains the backbone too."""
+    """Options of --mode finetune, which also trains the backbone."""
 
     freeze_stages: int = 0
-    """finetune: the stem and that many stages keep their parameters and statistics, 1 to 4; 0 freezes nothing"""
+    """finetune: freeze parameters and statistics of the stem and this many stages (1 to 4); 0 freezes nothing"""
     backbone_learning_rate: float | None = None
-    """finetune: step size of the backbone's parameters; else --learning-rate"""
+    """finetune: learning rate of the backbone; if omitted, --learning-rate"""
     bn_statistics: Literal["batch", "frozen"] = "batch"
-    """finetune: BatchNorm normalises by each batch and updates its statistics as Keras does, or keeps its statistics"""
+    """finetune: BatchNorm normalises by batch statistics and updates the running ones, as Keras does (batch), or uses
+    the pretrained statistics (frozen)"""
     bn_momentum: float = 0.99
-    """finetune: share of its old statistics that BatchNorm keeps at each step, 0 to below 1"""
+    """finetune: decay of BatchNorm's running statistics, at least 0 and below 1"""
     zero_gamma: bool = False
-    """finetune: start with zero scale in the last BatchNorm of each block, so that blocks begin as identities"""
+    """finetune: initialise the scale of each block's last BatchNorm to zero, so that blocks start as identities"""
     micro_batch: int | None = None
-    """finetune: run a step in pieces of that many examples, which takes less memory; each piece is normalised alone"""
+    """finetune: split each step into pieces of this many examples to save memory; BatchNorm sees each piece alone"""
     remat: bool = False
-    """finetune: compute each block's activations again in the backward pass, which takes less memory and more time"""
+    """finetune: recompute each block's activations in the backward pass, which saves memory and costs time"""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Places, progress, checkpoints and resuming, none of which changes results."""
+    """Directories, progress, checkpoints and resuming; nothing here changes results."""
 
     out: str | None = field(default=None, metadata=PATH)
-    """the run directory; else runs/TIME-PRESET"""
+    """run directory; if omitted, runs/TIME-PRESET"""
     config: str | None = field(default=None, metadata=PATH)
-    """a run directory or its config.json, from which the other options get their defaults: the same run again, in a
-    directory of its own; --preset does the same with a name"""
+    """a run directory or its config.json to take the other options' defaults from, to repeat that run in a new
+    directory; in place of --preset"""
     resume: bool = False
-    """continue the unfinished run in --out from its newest checkpoint, to the same bits; start it if there is none"""
+    """resume the unfinished run in --out from its newest checkpoint, with bit-identical results; start it if there is
+    none"""
     overwrite: bool = False
     """replace the run that is already in the run directory"""
     checkpoint_every: int | None = field(default=None, metadata=SYNCHRONISES)
-    """steps after which a checkpoint is made within an epoch; else only at its end, and when Ctrl-C or SIGTERM comes"""
+    """save a checkpoint every this many steps within an epoch; if omitted, only at the end of each epoch and on Ctrl-C
+    or SIGTERM"""
     keep_checkpoints: int = 2
-    """how many of the newest checkpoints are kept, beside the best where --val-fraction holds images out"""
+    """number of newest checkpoints to keep, besides the best one where --val-fraction holds images out"""
     data_dir: str | None = field(default=None, metadata=PATH | RERUN_KEEPS)
-    """where TFDS keeps its data sets; else $TFDS_DATA_DIR, else ~/tensorflow_datasets"""
+    """TFDS data directory; if omitted, $TFDS_DATA_DIR or ~/tensorflow_datasets"""
     cache_dir: str | None = field(default=None, metadata=PATH | RERUN_KEEPS)
-    """where decoded data, features, compiled functions and downloaded weights are kept; else $CIFAR_JAX_CACHE, else
-    ~/.cache/cifar_jax"""
+    """cache directory for decoded data, features, compiled functions and downloaded weights; if omitted,
+    $CIFAR_JAX_CACHE or ~/.cache/cifar_jax"""
     cache_limit: float = field(default=20.0, metadata=RERUN_KEEPS)
-    """gigabytes of features that are kept; beyond it those used least recently are removed, never the run's own"""
+    """size limit of the feature cache in gigabytes; least recently used features are evicted, never the run's own"""
     profile: str | None = field(default=None, metadata=PATH)
-    """write a trace of the run to that directory, for XProf or Perfetto; best of a short run"""
+    """directory to write a profiler trace of the run to, for XProf or Perfetto; best used on a short run"""
     progress: bool = True
-    """progress bars (only ever on a terminal)"""
+    """show progress bars (on a terminal only)"""
     debug: bool = False
-    """show tracebacks, and stop at the first NaN that any compiled function makes (slow)"""
+    """show tracebacks, and stop at the first NaN in any compiled function (slow)"""
 
 
-# Every option is in one group, and no two of them have the same name: that is how they are typed and recorded.
+# Every option is in exactly one group and its name is unique, as options are typed and recorded without their groups.
 GROUPS: dict[str, type[Any]] = {
     "data": DataConfig,
     "backbone": BackboneConfig,
@@ -151,12 +155,12 @@ GROUP_OF = {one.name: name for name, group in GROUPS.items() for one in fields(g
 HINTS: dict[str, Any] = {name: hint for group in GROUPS.values() for name, hint in get_type_hints(group).items()}
 DEFAULTS: dict[str, Any] = {name: one.default for name, one in FIELDS.items()}
 
-# What has a meaning only where the backbone trains.
+# Options that apply only where the backbone trains.
 FINETUNE_ONLY = tuple(one.name for one in fields(FinetuneConfig))
 # What cannot change results.
 RUN_ONLY = tuple(one.name for one in fields(RunConfig))
-# What a run's config.json says of the command that made it, and not of the run.
+# Options in config.json that belong to the command that was typed rather than to the run.
 OF_THE_COMMAND = tuple(name for name in RUN_ONLY if "rerun_keeps" not in FIELDS[name].metadata)
-# What may differ between processes that train together.
+# Options that may differ between the processes of a distributed run.
 OF_A_PROCESS = tuple(name for name in RUN_ONLY if "synchronises" not in FIELDS[name].metadata)
 PATHS = tuple(name for name, one in FIELDS.items() if "is_path" in one.metadata)

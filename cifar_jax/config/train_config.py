@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen groups of options, their checks, and the named presets."""
+"""The configuration of a run, its checks, and the named presets."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -23,11 +23,11 @@ from cifar_jax.errors import UserError, no_such
 
 @dataclass(frozen=True, init=False)
 class TrainConfig:
-    """Options of a training run. Each is an option of `train` with dashes: `--batch-size 64`."""
+    """Options of a training run. Each is an option of `train`, written with dashes: `--batch-size 64`."""
 
     preset: str
-    """where the other options get their defaults from: cifar10 (the main job), demo (drawn shapes, a minute),
-    finetune (all layers train) or pretrain (a small backbone from scratch)"""
+    """source of the other options' defaults: cifar10 (the main job), demo (synthetic shapes, takes a minute), finetune
+    (all layers train) or pretrain (a small backbone from scratch)"""
     data: DataConfig
     backbone: BackboneConfig
     optim: OptimConfig
@@ -44,22 +44,22 @@ class TrainConfig:
         run: RunConfig | None = None,
         **options: Any,
     ) -> None:
-        """Takes groups, and options by name, which go into their groups: `TrainConfig(epochs=2, out="runs/two")`.
+        """Builds a configuration from groups and single options: `TrainConfig(epochs=2, out="runs/two")`.
 
-        `dataclasses.replace` takes the same.
+        `dataclasses.replace` takes the same arguments.
 
         Args:
-          preset: what `preset` made it from; it sets no option.
-          data: defaults if None, as the other groups.
+          preset: name of the preset that the options come from; recorded only, use `preset()` for its values.
+          data: group of options; defaults if None, as for the other groups.
           backbone: group of options.
           optim: group of options.
           finetune: group of options.
           run: group of options.
-          **options: single options, which go before those of a group that is given.
+          **options: single options by name, which override those of the groups.
 
         Raises:
-          UserError: for a value that is not allowed, naming the option and what it takes.
-          TypeError: for an option that there is not.
+          UserError: for an invalid value, naming the option and the values it takes.
+          TypeError: for an unknown option.
         """
         for name in options:
             if name not in GROUP_OF:
@@ -78,29 +78,29 @@ class TrainConfig:
         _check_values(self.options())
         _check_together(self.options())
 
-    if not TYPE_CHECKING:  # the package itself reads `config.optim.epochs`, which mypy sees to
+    if not TYPE_CHECKING:  # hidden from mypy, so that the package itself reads `config.optim.epochs`
 
         def __getattr__(self, name: str) -> Any:
-            """An option by its name alone, without its group: `config.epochs`."""
-            if name not in GROUP_OF:  # groups too, which a copy that is being made does not have yet
+            """Returns an option by name, without its group: `config.epochs`."""
+            if name not in GROUP_OF:  # including the groups themselves, which are not set yet while copying
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
             return getattr(getattr(self, GROUP_OF[name]), name)
 
     def options(self) -> dict[str, Any]:
-        """All options by name, without their groups."""
+        """Returns all options by name, without their groups."""
         groups = vars(self)
         return {"preset": self.preset} | {name: getattr(groups[group], name) for name, group in GROUP_OF.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """The options as JSON values, without their groups; `from_json` reads them back."""
+        """Returns all options by name as JSON values, for `from_json`."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in self.options().items()}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "TrainConfig":
-        """Reads what `to_json` wrote.
+        """Builds a configuration from the result of `to_json`.
 
         Raises:
-          UserError: for an unknown field or a value that is not allowed.
+          UserError: for an unknown field or an invalid value.
         """
         if unknown := sorted(set(fields) - {"preset", *GROUP_OF}):
             raise UserError(f"The configuration has unknown fields: {', '.join(unknown)}; remove them.")
@@ -109,7 +109,7 @@ class TrainConfig:
 
 
 def _check_values(options: Mapping[str, Any]) -> None:
-    """Checks every value that can be judged without looking at data or files."""
+    """Checks each value by itself, as far as that needs no data or files."""
 
     def require(name: str, holds: Any, must_be: str) -> None:
         value = options[name]
@@ -161,28 +161,28 @@ DECIDING = ("mode", "momentum", "schedule", "bn_statistics", "epochs")
 
 
 def _meaningless(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Options that are set and have no meaning beside the others, each with the message that refuses it."""
+    """Yields the options that are set but do not apply given the others, each with its error message."""
     mode, is_set = options["mode"], {name for name, default in DEFAULTS.items() if options[name] != default}
     for name in FINETUNE_ONLY:
         if mode != "finetune" and name in is_set:
             yield (
                 name,
-                f"--{name.replace('_', '-')} has no meaning in --mode {mode}, in which the backbone does not "
-                "train; leave it out or use --mode finetune.",
+                f"--{name.replace('_', '-')} has no meaning in --mode {mode}, which does not train the backbone; leave "
+                "it out or use --mode finetune.",
             )
     if options["augment"] and mode == "cached":
         yield (
             "augment",
-            "--augment needs the pixels at every step, which --mode cached sees only once; leave it out or use --mode "
-            "live or finetune.",
+            "--augment needs the pixels at every step, but --mode cached reads them only once; leave it out or use "
+            "--mode live or finetune.",
         )
     if "feature_dtype" in is_set and mode != "cached":
         yield (
             "feature_dtype",
-            f"--feature-dtype says what --mode cached keeps; leave it out with --mode {mode}, which keeps none.",
+            f"--feature-dtype applies to --mode cached only; leave it out in --mode {mode}, which caches no features.",
         )
     if options["nesterov"] and not options["momentum"]:
-        yield "nesterov", "--nesterov is a form of momentum; give --momentum as well, or leave it out."
+        yield "nesterov", "--nesterov needs --momentum; give both or leave --nesterov out."
     if options["warmup_epochs"] >= options["epochs"]:
         yield (
             "warmup_epochs",
@@ -199,28 +199,28 @@ def _meaningless(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _check_together(options: Mapping[str, Any]) -> None:
-    """Refuses options that do not go with each other."""
+    """Raises UserError for options that contradict each other."""
     for _, message in _meaningless(options):
         raise UserError(message)
     if options["resume"] and options["overwrite"]:
-        raise UserError("--resume continues the run that --overwrite would remove; leave one of them out.")
+        raise UserError("--resume continues the run that --overwrite would delete; leave one of them out.")
     if options["resume"] and options["out"] is None:
-        raise UserError("--resume needs the directory of the run to continue; name it with --out.")
+        raise UserError("--resume needs the run directory to continue; give it with --out.")
 
 
 def without_meaningless(config: TrainConfig, decided: dict[str, Any]) -> TrainConfig:
-    """The configuration with the defaults of those options that would have no meaning beside `decided`.
+    """Resets the options of a preset or an earlier run that do not apply given the options typed.
 
     Args:
-      config: of a preset or an earlier run, whose options nobody typed.
-      decided: those of `DECIDING` that were typed.
+      config: the configuration of the preset or run.
+      decided: the typed options among `DECIDING`.
     """
     options = config.options()
     return TrainConfig(**options | {name: DEFAULTS[name] for name, _ in _meaningless(options | decided)})
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type; a whole number will do for a float, but a bool is no number."""
+    """Whether a value is of a field's type. An int is accepted as a float, a bool is not accepted as a number."""
     arguments = get_args(hint)
     if get_origin(hint) is Literal:
         return value in arguments
@@ -235,20 +235,20 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 def _type_in_words(hint: Any) -> str:
-    """A field's type as a message says it: `a whole number or nothing`."""
+    """Describes a field's type for a message: `a whole number or nothing`."""
     arguments = get_args(hint)
     if get_origin(hint) is tuple:
         item = arguments[0]
-        of = ", ".join(get_args(item)) if get_origin(item) is Literal else _WORDS[item].removeprefix("a ") + "s"
-        return f"a list of {of}"
+        items = ", ".join(get_args(item)) if get_origin(item) is Literal else _WORDS[item].removeprefix("a ") + "s"
+        return f"a list of {items}"
     if get_origin(hint) is Literal:
         return " or ".join(arguments)
     return " or ".join(_WORDS[one] for one in arguments or (hint,))
 
 
-# What each preset changes. `cifar10` is the job of the Keras notebook; `demo` shows it all in a minute, offline;
+# Options that each preset sets. `cifar10` is the job of the Keras notebook; `demo` shows it in a minute, offline;
 # `finetune` is the recipe of the Keras lab that the notebook descends from, which trains all layers (published runs
-# reach 95.1 to 95.5 %, which is not measured here); `pretrain` makes a quarter-width backbone from scratch.
+# reach 95.1 to 95.5 %, not measured here); `pretrain` trains a quarter-width backbone from scratch.
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {},
     "demo": {
@@ -256,7 +256,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weights": "demo",
         "train_examples": 5000,
         "test_examples": 1000,
-        # 316 steps are few: momentum and a rate that falls to zero make the most of them.
+        # With only 316 steps, momentum and a learning rate that decays to zero help most.
         "learning_rate": 0.03,
         "momentum": 0.9,
         "schedule": "cosine",

@@ -1,4 +1,4 @@
-"""Data sets as arrays: real ones from tensorflow-datasets, drawn ones from NumPy."""
+"""Data sets as arrays: real ones from tensorflow-datasets, synthetic ones drawn with NumPy."""
 
 from cifar_jax.data.dataset import Dataset, Splits, balanced_subset, epoch_batches, hold_out
 from cifar_jax.data.load import load_splits

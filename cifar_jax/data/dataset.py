@@ -1,4 +1,4 @@
-"""A data set as two arrays, and what is drawn from it: balanced subsets, held-out images, the order of an epoch."""
+"""Data sets as two arrays, and random draws from them: balanced subsets, held-out images, the order of an epoch."""
 
 import hashlib
 from typing import NamedTuple
@@ -14,10 +14,10 @@ IMAGE_SHAPE = (32, 32, 3)
 
 
 class Digests(NamedTuple):
-    """SHA-256 digests of a data set: the same examples in the same order, the same digests."""
+    """SHA-256 digests of a data set, equal for the same examples in the same order."""
 
-    images: str  # of the pixels
-    examples: str  # of the pixels and labels
+    images: str  # digest of the pixels
+    examples: str  # digest of the pixels and labels
 
 
 class Dataset(NamedTuple):
@@ -27,11 +27,11 @@ class Dataset(NamedTuple):
     labels: Int32[np.ndarray, "n"]
 
     def take(self, indices: Int32[np.ndarray, "m"]) -> "Dataset":
-        """The examples at `indices`, in that order."""
+        """Returns the examples at `indices`, in that order."""
         return Dataset(self.images[indices], self.labels[indices])
 
     def digests(self) -> Digests:
-        """Both digests, in one pass over the pixels."""
+        """Computes both digests in one pass over the pixels."""
         digest = hashlib.sha256()
         update_digest(digest, self.images)
         images = digest.hexdigest()
@@ -39,12 +39,12 @@ class Dataset(NamedTuple):
         return Digests(images, digest.hexdigest())
 
     def fingerprint(self) -> str:
-        """SHA-256 over the pixels and labels: the same examples in the same order, the same fingerprint."""
+        """SHA-256 of the pixels and labels, equal for the same examples in the same order."""
         return self.digests().examples
 
 
 class Splits(NamedTuple):
-    """A data set's training and test images, and what it is called."""
+    """Training and test images of a data set, with its name, version and classes."""
 
     train: Dataset
     test: Dataset
@@ -54,19 +54,22 @@ class Splits(NamedTuple):
 
 
 def check(dataset: Dataset, num_classes: int, what: str) -> Dataset:
-    """Returns the data set if it is what it claims to be.
+    """Returns the data set if its dtypes, shapes and labels are valid.
 
     Raises:
-      UserError: for another dtype or shape, no images, unequal counts, or a label outside of 0..num_classes - 1.
+      UserError: for another dtype or shape, no images, unequal counts, or a label outside 0..num_classes - 1.
     """
     images, labels = dataset
     if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE:
-        raise UserError(f"{what} holds {images.dtype} images of {images.shape[1:]}; only uint8 32x32x3 can be used.")
+        raise UserError(f"{what} has {images.dtype} images of shape {images.shape[1:]}; only uint8 32x32x3 is usable.")
     if labels.dtype != np.int32 or labels.shape != images.shape[:1] or not len(labels):
-        raise UserError(f"{what} holds {len(images)} images and {labels.shape} {labels.dtype} labels: not a data set.")
+        raise UserError(
+            f"{what} has {len(images)} images but {labels.dtype} labels of shape {labels.shape}; prepare it again with "
+            "one int32 label per image."
+        )
     if labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(
-            f"{what} has labels in {labels.min()}..{labels.max()}, outside of 0..{num_classes - 1}: prepare it anew."
+            f"{what} has labels in {labels.min()}..{labels.max()}, outside 0..{num_classes - 1}; prepare it again."
         )
     return dataset
 
@@ -74,17 +77,18 @@ def check(dataset: Dataset, num_classes: int, what: str) -> Dataset:
 def balanced_subset(
     labels: Int32[np.ndarray, "n"], num_examples: int, key: PRNGKeyArray
 ) -> Int32[np.ndarray, "num_examples"]:
-    """Indices of a random subset with as many examples of each class as of any other, to one.
+    """Draws the indices of a random subset in which the class counts differ by at most one.
 
-    A class that runs out is filled up from the others. The indices ascend, so the subset keeps the data set's order.
+    If a class has too few examples, the others make up for it. The indices ascend, so the subset keeps the data set's
+    order.
 
     Raises:
-      ValueError: when more examples are asked for than there are, or none.
+      ValueError: if `num_examples` is below 1 or above the number of examples.
     """
     if not 1 <= num_examples <= len(labels):
-        raise ValueError(f"{num_examples} of {len(labels)} examples cannot be drawn")
+        raise ValueError(f"num_examples must be between 1 and {len(labels)}, got {num_examples}")
     shuffled = np.asarray(jax.random.permutation(key, len(labels)))
-    # Rank of each example within its class, in shuffled order: taking by rank takes the classes in turn.
+    # Rank of each example within its class, in shuffled order; taking examples by rank takes the classes in turn.
     rank = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
@@ -96,16 +100,16 @@ def balanced_subset(
 def hold_out(
     labels: Int32[np.ndarray, "n"], fraction: float, key: PRNGKeyArray
 ) -> tuple[Int32[np.ndarray, "kept"], Int32[np.ndarray, "held"]]:
-    """Splits indices into those to train on and `round(fraction * n)` held out, balanced over the classes.
+    """Splits indices into those to train on and `round(fraction * n)` held-out ones, balanced over the classes.
 
     Raises:
-      UserError: when that leaves nothing to train on, or nothing held out though `fraction` is above 0.
+      UserError: if either part would be empty.
     """
     num_held = round(fraction * len(labels))
     if not 0 < num_held < len(labels):
         raise UserError(
-            f"--val-fraction {fraction} of {len(labels)} training images holds out {num_held}; choose a share that "
-            "leaves images on both sides."
+            f"--val-fraction {fraction} of {len(labels)} training images holds out {num_held}; choose a fraction that "
+            "leaves images for both training and validation."
         )
     held = balanced_subset(labels, num_held, key)
     kept = np.setdiff1d(np.arange(len(labels), dtype=np.int32), held)
@@ -115,18 +119,18 @@ def hold_out(
 def epoch_batches(
     key: PRNGKeyArray, epoch: int, num_examples: int, batch_size: int, shuffle: bool = True
 ) -> tuple[Int32[np.ndarray, "steps batch"], Int32[np.ndarray, "steps"]]:
-    """The order in which an epoch visits the examples, each exactly once.
+    """Returns the order in which an epoch visits the examples, each exactly once.
 
     Args:
-      key: the run's key for order; the epoch is folded in, so any epoch's order can be had without the ones before.
-      epoch: counted from zero.
-      num_examples: n.
-      batch_size: examples a step.
-      shuffle: a new permutation every epoch, or 0, 1, 2, ...
+      key: the run's key for data order; the epoch is folded in, so each order is independent of earlier epochs.
+      epoch: index of the epoch, from 0.
+      num_examples: number of examples n.
+      batch_size: examples per step.
+      shuffle: whether to draw a new permutation every epoch, rather than visit 0, 1, 2, ...
 
     Returns:
-      Indices, a row a step, and how many of each row are real: all of them but in the last row, which holds what is
-      left (16 at n = 50,000 and 64 a step) and is filled up with index 0.
+      Indices with one row per step, and the number of real examples in each row: the batch size, except in the last
+      row, which has the remainder (16 at n = 50,000 and batch size 64) and is padded with index 0.
     """
     steps = -(-num_examples // batch_size)
     order = np.arange(num_examples, dtype=np.int32)

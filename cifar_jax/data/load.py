@@ -1,4 +1,4 @@
-"""From the name of a data set to its arrays, cut down to what was asked for."""
+"""Loading of data sets by name, cut down to the requested number of examples."""
 
 import os
 from pathlib import Path
@@ -12,26 +12,26 @@ from cifar_jax.data.sources.tfds import data_root, find_prepared, known_to_tfds,
 from cifar_jax.errors import UserError, did_you_mean
 from cifar_jax.rng import stream_key
 
-# Drawn images cost nothing to keep apart: as many as CIFAR-10 has, unless fewer are asked for.
+# Number of synthetic images by default, the same as in CIFAR-10.
 SHAPES_TRAIN, SHAPES_TEST = 50_000, 10_000
 SHAPES_VERSION = "1.0.0"
-MOST_SHAPES = 1_000_000  # 3 GB: of drawn images there is no end
+MAX_SHAPES = 1_000_000  # 3 GB; there is no natural limit to synthetic images
 
-# The sets of 32x32 images that TFDS has, which need not be looked up.
+# TFDS sets of 32x32 images, which need no lookup.
 OF_TFDS = ("cifar10", "cifar100", "svhn_cropped", "cifar10_corrupted", "cmaterdb")
 TAKES = "cifar10, shapes, or another TFDS data set of 32x32 images"
 
 
 def check_name(name: str, data_dir: str | None = None) -> None:
-    """Refuses what is not the name of a data set, at once: nothing is downloaded and TensorFlow is not imported.
+    """Checks that a data set of this name exists, without any download and without importing TensorFlow.
 
     Args:
-      name: `shapes`, a set that is prepared below the data directory, or one that TFDS knows, as `svhn_cropped`,
+      name: `shapes`, a set prepared in the data directory, or one that TFDS knows, such as `svhn_cropped`,
         `cifar10_corrupted/fog_1` or `cifar10:3.0.2`.
-      data_dir: where TFDS keeps its sets.
+      data_dir: the TFDS data directory.
 
     Raises:
-      UserError: when it is a path, or there is no such set, with the name that was probably meant.
+      UserError: if it is a path or there is no such set; the message suggests a similar name.
     """
     if name in ("shapes", *OF_TFDS) or name in (prepared := prepared_names(data_dir)):
         return
@@ -39,16 +39,16 @@ def check_name(name: str, data_dir: str | None = None) -> None:
     if has_separator and os.path.exists(os.path.expanduser(name)):
         raise UserError(_not_a_path(name))
     known = known_to_tfds()
-    # Without TFDS nobody knows, and names with a colon may be of its community: they are for TFDS to judge.
+    # Without TFDS the names are unknown, and names with a colon may be community data sets; TFDS itself decides later.
     if not known or ":" in name or name.partition("/")[0] in known:
         return
     if has_separator or os.path.lexists(name):
         raise UserError(_not_a_path(name))
-    # A name of the sets that fit goes first: `cifar-10` is nearer to cifar10 than to any other of TFDS's hundreds.
+    # Sets that fit are suggested before the hundreds of others in TFDS: `cifar-10` most likely means cifar10.
     meant = did_you_mean(name, ["shapes", *OF_TFDS, *prepared]) or did_you_mean(name, known)
     raise UserError(
-        f"There is no data set {name!r} in {data_root(data_dir)} or TFDS.{meant} --dataset takes {TAKES}; --data-dir "
-        "says where TFDS prepared a set of your own."
+        f"There is no data set {name!r} in {data_root(data_dir)} or TFDS.{meant} --dataset takes {TAKES}; for a TFDS "
+        "data set of your own, give its directory with --data-dir."
     )
 
 
@@ -56,11 +56,11 @@ def _not_a_path(name: str) -> str:
     path = Path(os.path.expanduser(name))
     if found := find_prepared(path.name, str(path.parent)):
         return (
-            f"--dataset takes a name, and {name} is a path; give --dataset {path.name} --data-dir {found.parents[1]}."
+            f"--dataset takes a name, but {name} is a path; give --dataset {path.name} --data-dir {found.parents[1]}."
         )
     return (
-        f"--dataset takes a name, and {name} is a path. Give {TAKES}; --data-dir says where TFDS prepared a set of "
-        "your own."
+        f"--dataset takes a name, but {name} is a path. Give {TAKES}; for a TFDS data set of your own, give its "
+        "directory with --data-dir."
     )
 
 
@@ -77,14 +77,14 @@ def load_splits(
 
     Args:
       name: `cifar10`, `shapes`, or another TFDS set of 32x32x3 images with labels.
-      data_dir: where TFDS keeps its sets; else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      cache_dir: where decoded arrays are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax.
+      data_dir: the TFDS data directory; if None, $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      cache_dir: the cache directory for decoded arrays; if None, $CIFAR_JAX_CACHE or ~/.cache/cifar_jax.
       train_examples: size of a balanced random subset of the training images; None for all.
       test_examples: the same for the test images.
-      seed: draws the subsets, and the drawn images.
+      seed: seed of the subsets and of synthetic images.
 
     Raises:
-      UserError: when there is no such set, it is damaged, or it has fewer examples than asked for.
+      UserError: if there is no such set, it is corrupt, or it has fewer examples than requested.
     """
     if name == "shapes":
         return _draw_splits(train_examples or SHAPES_TRAIN, test_examples or SHAPES_TEST, seed)
@@ -102,18 +102,16 @@ def _subset(dataset: Dataset, num_examples: int | None, key: PRNGKeyArray, split
     if num_examples > len(dataset.labels):
         option = "--train-examples" if split == "training" else "--test-examples"
         raise UserError(
-            f"{option} {num_examples} is more than the {len(dataset.labels)} {split} images there are; choose fewer."
+            f"{option} must be at most {len(dataset.labels)}, the number of {split} images, got {num_examples}."
         )
     return dataset.take(balanced_subset(np.asarray(dataset.labels), num_examples, key))
 
 
 def _draw_splits(num_train: int, num_test: int, seed: int) -> Splits:
-    if max(num_train, num_test) > MOST_SHAPES:
-        option = "--train-examples" if num_train > MOST_SHAPES else "--test-examples"
-        raise UserError(
-            f"{option} {max(num_train, num_test)} is more than the {MOST_SHAPES} images that are drawn; choose fewer."
-        )
-    # Even seeds for training, odd ones for test: no image is in both splits, whatever their sizes.
+    if max(num_train, num_test) > MAX_SHAPES:
+        option = "--train-examples" if num_train > MAX_SHAPES else "--test-examples"
+        raise UserError(f"{option} must be at most {MAX_SHAPES} for synthetic images, got {max(num_train, num_test)}.")
+    # Even seeds for training and odd ones for test, so that no image is in both splits, whatever their sizes.
     train = Dataset(*shapes.draw_shapes(num_train, seed=2 * seed))
     test = Dataset(*shapes.draw_shapes(num_test, seed=2 * seed + 1))
     return Splits(train, test, shapes.CLASS_NAMES, "shapes", SHAPES_VERSION)

@@ -1,4 +1,4 @@
-"""The images of a job, divided up by what they are used for."""
+"""Images of a job, divided into training, validation and test images."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from cifar_jax.rng import stream_key
 
 
 class Problem(NamedTuple):
-    """The images of a job by what they are used for.
+    """Images of a job by their use.
 
     Attributes:
       train: training images.
-      val: validation images: `test` itself unless some were held out of the training images.
+      val: validation images, which are `test` itself unless some training images were held out.
       test: test images.
-      splits: the data set that they are from.
-      digests: of each of them, by `train`, `test`, and `val` where images are held out.
+      splits: the data set they come from.
+      digests: digests by `train`, `test`, and `val` where images are held out.
     """
 
     train: Dataset
@@ -37,32 +37,32 @@ class Problem(NamedTuple):
 
     @property
     def held_out(self) -> bool:
-        """Whether validation images were held out of the training set; otherwise they are the test images."""
+        """Whether the validation images were held out of the training set rather than being the test images."""
         return self.val is not self.test
 
     @property
     def val_split(self) -> str:
-        """The split that the validation images are from, as files name it: `held_out` or `test`."""
+        """The split of the validation images as written in files: `held_out` or `test`."""
         return "held_out" if self.held_out else "test"
 
     @property
     def val_name(self) -> str:
-        """The same for people."""
+        """The split of the validation images for display: `held-out` or `test`."""
         return self.val_split.replace("_", "-")
 
 
 def images_in_both(train: Dataset, other: Dataset) -> int:
-    """How many images of `other` are also training images, bit by bit."""
+    """Counts the images of `other` that are bit-identical to a training image."""
     known = {hashlib.blake2b(image, digest_size=16).digest() for image in np.ascontiguousarray(train.images)}
     images = np.ascontiguousarray(other.images)
     return sum(hashlib.blake2b(image, digest_size=16).digest() in known for image in images)
 
 
 def load_problem(config: TrainConfig) -> Problem:
-    """Loads the data set of a configuration and divides it up.
+    """Loads the data set of a configuration and divides it into training, validation and test images.
 
     Raises:
-      UserError: when it cannot be had, or holds fewer images than a batch.
+      UserError: if it cannot be loaded or has fewer training images than a batch.
     """
     splits = load_splits(
         config.data.dataset,
@@ -80,13 +80,13 @@ def load_problem(config: TrainConfig) -> Problem:
         train, val = splits.train.take(kept), splits.train.take(held)
     if config.optim.batch_size > len(train.labels):
         raise UserError(
-            f"--batch-size {config.optim.batch_size} is more than the {len(train.labels)} training images; choose "
-            "fewer."
+            f"--batch-size must be at most {len(train.labels)}, the number of training images, got "
+            f"{config.optim.batch_size}."
         )
     return make_problem(train, val, splits)
 
 
 def make_problem(train: Dataset, val: Dataset, splits: Splits) -> Problem:
-    """Images divided up, with their digests, for which the pixels are gone through once."""
+    """Builds a `Problem` and computes its digests, in one pass over the pixels."""
     used = {"train": train, "test": splits.test} | ({} if val is splits.test else {"val": val})
     return Problem(train, val, splits.test, splits, {name: part.digests() for name, part in used.items()})

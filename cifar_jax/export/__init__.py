@@ -1,1 +1,1 @@
-"""Results in files that other programs read."""
+"""Export of results to files for other programs."""

@@ -1,4 +1,4 @@
-"""Features in a file, for use elsewhere: of a data set's splits with their labels, or of image files."""
+"""Export of features to a file: of a data set's splits with their labels, or of image files."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from cifar_jax.runtime.reporter import Reporter, Silent
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.train.inputs import load_inputs, network_image_size
 
-AT_ONCE = 1024  # image files that are in memory together
+BATCH_SIZE = 1024  # image files in memory at a time
 
 
 def is_data_set(sources: Sequence[str]) -> bool:
-    """Whether the sources are the name of one data set; otherwise they are image files."""
+    """Whether the sources are the name of one data set rather than paths of image files."""
     return len(sources) == 1 and re.fullmatch(r"\w+", sources[0]) is not None and not os.path.isfile(sources[0])
 
 
@@ -38,26 +38,27 @@ def write_features(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, str]:
-    """Writes the features of image files, or without any those of the data set of a configuration.
+    """Writes the features of image files or, if there are none, of the configuration's data set.
 
-    An .npz holds `train_features`, `train_labels`, `test_features`, `test_labels` and `class_names` of a data set, or
-    `features` and `paths` of image files; and of the backbone `backbone_sha256`, `backbone_source`, `preprocessing` (as
-    JSON), `image_size` and `precision`. An .npy holds nothing but the features of image files.
+    An .npz file has `train_features`, `train_labels`, `test_features`, `test_labels` and `class_names` for a data set,
+    or `features` and `paths` for image files, and about the backbone `backbone_sha256`, `backbone_source`,
+    `preprocessing` (as JSON), `image_size` and `precision`. An .npy file has only the features of image files.
 
     Args:
-      config: says which data set and backbone, and how they are run.
-      out: the file to write, whole or not at all.
+      config: data set, backbone and settings of the extraction.
+      out: the file to write, atomically.
       images: paths of image files.
-      direct: resize them straight to the network's size, not through 32x32 as the images of the data sets.
-      overwrite: replace a file that is there.
-      reporter: who is told about it.
+      direct: whether to resize them directly to the network's input size instead of going through 32x32, the size of
+        the data sets' images.
+      overwrite: whether to replace an existing file.
+      reporter: receives the progress.
 
     Returns:
-      What was written, in words, by name.
+      Descriptions of what was written, by name.
 
     Raises:
-      UserError: when the file cannot be, or what goes into it cannot be had.
-      RunError: when it cannot be written, or the features are not finite.
+      UserError: if `out` is unsuitable, or the data set, images or weights cannot be loaded.
+      RunError: if the file cannot be written, or the features are not finite.
     """
     path, reporter = Path(os.path.expanduser(out)), reporter or Silent()
     _check_target(path, bool(images), overwrite)
@@ -76,20 +77,22 @@ def write_features(
             else:
                 np.savez(file, **(about | arrays))
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error}); make room or choose another --out.") from error
-    return _in_words(path, arrays) | {name: str(value) for name, value in about.items()}
+        raise RunError(f"{path} cannot be written ({error}); free disk space or choose another --out.") from error
+    return _descriptions(path, arrays) | {name: str(value) for name, value in about.items()}
 
 
 def _check_target(path: Path, of_images: bool, overwrite: bool) -> None:
-    """Finds out before any work is done whether the file can be written."""
+    """Checks before any work is done that the file can be written."""
     if path.suffix not in (".npz", ".npy"):
-        raise UserError(f"--out {path} ends in neither .npz nor .npy; name it so.")
+        raise UserError(f"--out must end in .npz or .npy, got {path}.")
     if path.suffix == ".npy" and not of_images:
-        raise UserError(f"--out {path} would hold one matrix, and a data set has splits and labels; name an .npz file.")
-    if os.path.isdir(path) or not os.path.isdir(path.parent):
-        raise UserError(f"--out {path} cannot be a file: it is a directory, or its own is not there; name another.")
+        raise UserError(f"--out must end in .npz for a data set, as .npy cannot hold splits and labels, got {path}.")
+    if os.path.isdir(path):
+        raise UserError(f"--out {path} is a directory; give the path of a file.")
+    if not os.path.isdir(path.parent):
+        raise UserError(f"--out {path} is in a directory that does not exist; create {path.parent} first.")
     if os.path.lexists(path) and not overwrite:
-        raise UserError(f"--out {path} is there already; give --overwrite to replace it.")
+        raise UserError(f"--out {path} already exists; pass --overwrite to replace it.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"--out {path} cannot be written, as {path.parent} is read-only; choose another directory.")
 
@@ -100,8 +103,9 @@ def _of_data_set(config: TrainConfig, reporter: Reporter) -> tuple[AnyBackbone, 
     parts, names = problem.parts, {"train": "training images", "test": "test images"}
     digests = {name: problem.digests[split].images for split, name in names.items()}
     datasets = {name: parts[split] for split, name in names.items()}
-    how: dict[str, Any] = {"digests": digests, "reporter": reporter, "started": clock.started}
-    features = dataset_features(config, backbone, image_size, datasets, **how).features
+    features = dataset_features(
+        config, backbone, image_size, datasets, digests=digests, reporter=reporter, started=clock.started
+    ).features
     return backbone, {
         "train_features": features["training images"],
         "train_labels": np.asarray(problem.train.labels),
@@ -116,7 +120,7 @@ def _of_images(
 ) -> tuple[AnyBackbone, dict[str, np.ndarray]]:
     if config.backbone.weights in UNTRAINED:
         raise UserError(
-            f"--weights {config.backbone.weights} is made from the images of a data set; name one, or others."
+            f"--weights {config.backbone.weights} needs a data set to calibrate on; give one, or other --weights."
         )
     backbone = load_backbone(
         config.backbone.weights, config.backbone.variant, cache_dir=config.run.cache_dir, progress=reporter.progress
@@ -127,14 +131,14 @@ def _of_images(
     features = np.empty((len(paths), backbone.num_features), np.float32)
     with reporter.progress("Features of image files", len(paths), compiles=True) as bar:
         bar(0)
-        for start in range(0, len(paths), AT_ONCE):
-            images = np.stack([read_image(path, side) for path in paths[start : start + AT_ONCE]])
+        for start in range(0, len(paths), BATCH_SIZE):
+            images = np.stack([read_image(path, side) for path in paths[start : start + BATCH_SIZE]])
             features[start : start + len(images)] = extractor(images)
             bar(start + len(images))
     return backbone, {"features": features, "paths": np.array(paths)}
 
 
-def _in_words(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+def _descriptions(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     def shape(array: np.ndarray) -> str:
         return " x ".join(f"{size:,}" for size in array.shape)
 

@@ -1,8 +1,8 @@
 """Figures of a training run: samples, curves, predictions and the confusion matrix.
 
-Every `plot_*` function returns a new `matplotlib.figure.Figure`, uses no pyplot and leaves matplotlib's
-global settings as they were; `save_figure` writes one to disk. Images are uint8 [n, height, width, 3], labels
-class indices [n]. Font sizes are in points, figure sizes in inches, other lengths in pixels at `DPI`.
+Every `plot_*` function returns a new `matplotlib.figure.Figure` without pyplot and without changing matplotlib's global
+settings; `save_figure` writes one to disk. Images are uint8 [n, height, width, 3], labels are class indices [n]. Font
+sizes are in points, figure sizes in inches, other lengths in pixels at `DPI`.
 """
 
 import io
@@ -28,22 +28,22 @@ from matplotlib.ticker import MaxNLocator
 from cifar_jax.files import replacing
 
 DPI, SAMPLE_ROWS = 160, 2
-FONT, TEXT, SMALL = "DejaVu Sans", 8, 7  # this font comes with matplotlib: pictures look the same everywhere
+FONT, TEXT, SMALL = "DejaVu Sans", 8, 7  # a font that ships with matplotlib, so that figures look the same everywhere
 INK, RIGHT, WRONG = "#222222", "#1b7837", "#b2182b"
-TRAINING, VALIDATION = "#0072b2", "#d55e00"  # Okabe and Ito's: colour-blind readers tell them apart
+TRAINING, VALIDATION = "#0072b2", "#d55e00"  # from Okabe and Ito's colour-blind safe palette
 HISTORY_KEYS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 STYLE: dict[str, Any] = {
     **{"font.family": FONT, "font.size": TEXT, "axes.titlesize": TEXT, "axes.linewidth": 0.6},
     **{"xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "axes.formatter.useoffset": False},
     **{f"{key}color": INK for key in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")},
-    "text.parse_math": False,  # a "$" in a class name is a dollar
+    "text.parse_math": False,  # a "$" in a class name is a dollar sign
 }
 Tile = tuple[UInt8[np.ndarray, "height width 3"], str, str]  # an image, the text above it, the text's colour
 
 
 @contextmanager
 def _paper_style() -> Iterator[None]:
-    """Matplotlib's defaults, then `STYLE`: what a user has configured must not change a figure."""
+    """Applies matplotlib's defaults and `STYLE`, so that the user's matplotlib settings do not change a figure."""
     with matplotlib.style.context(["default", STYLE]):
         yield
 
@@ -58,10 +58,12 @@ def plot_samples(
     columns: int = 10,
     val_name: str = "validation",
 ) -> Figure:
-    """Draw up to two rows of training images above up to two of validation images, each under its class.
+    """Draws up to two rows each of training and validation images, titled with their classes.
 
     The first image of every class comes first, in class order, then the second of every class, and so on.
-    Raises ValueError if a split is empty or misshapen, a label has no name, or columns < 1.
+
+    Raises:
+      ValueError: if a split is empty or has the wrong shape, a label has no name, or columns < 1.
     """
     blocks: list[list[Tile]] = []
     for images, labels in ((train_images, train_labels), (val_images, val_labels)):
@@ -79,10 +81,14 @@ def plot_samples(
 
 @_paper_style()
 def plot_curves(history: Sequence[Mapping[str, float]], val_name: str = "validation") -> Figure:
-    """Draw loss and accuracy in percent over the epochs, with the final values in the legends.
+    """Draws loss, and accuracy in percent, over the epochs, with the final values in the legends.
 
-    `history` has one mapping an epoch, with `HISTORY_KEYS`: epochs increase, accuracies are fractions.
-    Raises ValueError if there is no epoch, a key is missing, or the epochs do not increase.
+    Args:
+      history: one mapping per epoch with `HISTORY_KEYS`; epochs increase, accuracies are fractions.
+      val_name: name of the validation split in the legend.
+
+    Raises:
+      ValueError: if there is no epoch, a key is missing, or the epochs do not increase.
     """
     if missing := {key for row in history for key in HISTORY_KEYS if key not in row}:
         raise ValueError(f"The history lacks {', '.join(sorted(missing))}.")
@@ -109,7 +115,7 @@ def plot_curves(history: Sequence[Mapping[str, float]], val_name: str = "validat
     note = f"training: running mean over each epoch, as Keras reports it; {val_name}: after each epoch"
     figure.supxlabel(f"{note}; numbers: last epoch", fontsize=SMALL)
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once: saving must not move anything
+    figure.set_layout_engine("none")  # saving must not change the layout
     return figure
 
 
@@ -123,20 +129,22 @@ def plot_predictions(
     columns: int = 8,
     split: str = "",
 ) -> Figure:
-    """Draw the first rows * columns images, each under its predicted class and that class's probability.
+    """Draws the first rows * columns images, each titled with its predicted class and that class's probability.
 
-    The title names the split that they are from.
-    Right ones are green and ticked; wrong ones are red and crossed, and name the true class.
-    Raises ValueError if there is no image, shapes disagree, a label has no name, or rows or columns < 1.
+    Correct predictions are green and ticked; wrong ones are red and crossed, and name the true class. The title of the
+    figure names the split.
+
+    Raises:
+      ValueError: if there is no image, shapes disagree, a label has no name, or rows or columns < 1.
     """
     _check_examples(images, labels, class_names)
     if probs.shape != (len(images), len(class_names)):
-        raise ValueError(f"Probabilities must be {[len(images), len(class_names)]}, not {list(probs.shape)}.")
+        raise ValueError(f"probs must have shape {[len(images), len(class_names)]}, got {list(probs.shape)}.")
     tiles: list[Tile] = []
     for image, label, prob in zip(images[: max(rows, 0) * columns], labels, probs, strict=False):
-        guess = prob.argmax()
-        answer, truth = f"{class_names[guess]} {prob[guess]:.0%}", f"true: {class_names[label]}"
-        right = guess == label
+        predicted = prob.argmax()
+        answer, truth = f"{class_names[predicted]} {prob[predicted]:.0%}", f"true: {class_names[label]}"
+        right = predicted == label
         tiles.append((image, f"✓ {answer}" if right else f"✗ {answer}\n{truth}", RIGHT if right else WRONG))
     figure = _draw_grid([tiles], columns, side=128, left=8, top=32)
     title = f"{sum(colour == RIGHT for _, _, colour in tiles)} of {len(tiles)} {_images_of(split)} right"
@@ -148,22 +156,25 @@ def plot_predictions(
 def plot_confusion(
     confusion: Integer[np.ndarray, "classes classes"], class_names: Sequence[str], split: str = ""
 ) -> Figure:
-    """Draw counts [true class, predicted class], shaded by share of the true class, and class accuracies.
+    """Draws a confusion matrix [true class, predicted class], shaded by share of the true class, and class accuracies.
 
-    The title names the split that they are of.
-    Counts are left out and ticks thinned where cells are too small for them.
-    Raises ValueError if the matrix does not fit the names, holds a negative count or no example at all.
+    The title names the split. If the cells are too small, counts are left out and only some ticks labelled.
+
+    Raises:
+      ValueError: if the matrix does not match the names, has a negative count or is all zero.
     """
     classes = len(class_names)
     if confusion.shape != (classes, classes) or confusion.min(initial=0) < 0 or not confusion.any():
-        raise ValueError(f"A confusion matrix must be {[classes, classes]} counts as its names, not all 0.")
+        raise ValueError(
+            f"confusion must be {[classes, classes]} counts for {classes} class names, none negative and not all 0."
+        )
     side, longest = min(max(66 * classes, 330), 726), ceil(max(map(_width, class_names)))
     left, top, step = longest + 60, 44, ceil(24 * classes / side)
     figure = Figure(((left + side + 320) / DPI, (top + side + ceil(0.72 * longest) + 70) / DPI), DPI)
     examples = confusion.sum(axis=1)
     shares = 100 * confusion / np.maximum(examples, 1)[:, None]
     matrix = _place_axes(figure, left, top, side, side)
-    # The root scale shows confusions of a few percent, which are what one looks for here.
+    # The square root scale makes confusions of a few percent visible.
     shading = matrix.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     if _width(str(confusion.max())) < 0.9 * side / classes:
         _write_counts(matrix, confusion, shading.to_rgba(shares))
@@ -186,23 +197,32 @@ def plot_confusion(
 
 @_paper_style()
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = DPI) -> None:
-    """Write the figure as a PNG, whole or not at all; the same figure gives the same bytes.
+    """Writes a figure atomically as a PNG; the same figure gives the same bytes.
 
-    Images are crisp at multiples of `DPI`. Raises OSError if it cannot be written; what was there then stays.
+    Args:
+      figure: the figure to write.
+      path: the file to write.
+      dpi: resolution; images are crisp at multiples of `DPI`.
+
+    Raises:
+      OSError: if it cannot be written; an existing file is then left as it was.
     """
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi, metadata={"Software": None})
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=dpi, metadata={"Software": None})
     with replacing(Path(path)) as temporary:
-        temporary.write_bytes(drawn.getvalue())
+        temporary.write_bytes(png.getvalue())
 
 
 def _check_examples(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> None:
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(images) == 0:
-        raise ValueError(f"Images must be some uint8 [n, h, w, 3], not {images.dtype} {list(images.shape)}.")
+        raise ValueError(f"images must be non-empty uint8 [n, h, w, 3], got {images.dtype} {list(images.shape)}.")
     if labels.shape != images.shape[:1]:
-        raise ValueError(f"There are {len(images)} images, but labels of shape {list(labels.shape)}.")
+        raise ValueError(f"labels must have shape [{len(images)}] for {len(images)} images, got {list(labels.shape)}.")
     if labels.min() < 0 or labels.max() >= len(class_names):
-        raise ValueError(f"Labels {labels.min()} to {labels.max()} do not fit {len(class_names)} names.")
+        raise ValueError(
+            f"labels must be in 0..{len(class_names) - 1}, as there are {len(class_names)} class names, got "
+            f"{labels.min()} to {labels.max()}."
+        )
 
 
 def _images_of(split: str) -> str:
@@ -210,7 +230,7 @@ def _images_of(split: str) -> str:
 
 
 def _width(text: str) -> float:
-    """Width of the text's widest line at size `SMALL`."""
+    """Returns the width of the text's widest line at size `SMALL`."""
     font = FontProperties(family=FONT, size=SMALL)
     lines = (text_to_path.get_text_width_height_descent(line, font, False) for line in text.split("\n"))
     return max(float(width) for width, _, _ in lines) * DPI / 72
@@ -222,7 +242,7 @@ def _place_axes(figure: Figure, left: int, top: int, width: int, height: int) ->
 
 
 def _draw_grid(blocks: list[list[Tile]], columns: int, side: int, left: int, top: int) -> Figure:
-    """Draw blocks of tiles in rows, images enlarged to about `side` by a whole number to keep them crisp."""
+    """Draws blocks of tiles in rows; images are enlarged to about `side` by an integer factor to keep them crisp."""
     if columns < 1 or not all(blocks):
         raise ValueError("A grid of images needs at least one row and one column.")
     image, texts = blocks[0][0][0], [text for block in blocks for _, text, _ in block]

@@ -1,4 +1,4 @@
-"""The pictures of a run: samples before it trains, and curves, predictions and confusions of a trained head."""
+"""Figure files of a run: samples before training; curves, predictions and confusion matrix of the trained head."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ NUM_PREDICTIONS = 32
 
 
 def write_samples(out: Path, problem: Problem) -> None:
-    """Writes samples.png.
+    """Writes samples.png to the run directory.
 
     Raises:
       OSError: if it cannot be written.
@@ -30,20 +30,20 @@ def write_samples(out: Path, problem: Problem) -> None:
 def write_pictures(
     out: Path, problem: Problem, rows: Sequence[EpochRow], val: EvalResult, test: EvalResult, seed: int
 ) -> None:
-    """Writes curves.png, and predictions.png and confusion.png of the validation images.
+    """Writes curves.png, and predictions.png and confusion.png for the validation images.
 
-    Where these were held out also test_predictions.png and test_confusion.png.
+    If these were held out, also test_predictions.png and test_confusion.png.
 
     Args:
       out: the run directory.
       problem: the images.
       rows: metrics of the epochs.
-      val: scores on the validation images.
-      test: scores on the test images.
-      seed: that decides which predictions are shown.
+      val: evaluation on the validation images.
+      test: evaluation on the test images.
+      seed: seed of the choice of images shown.
 
     Raises:
-      OSError: if one cannot be written.
+      OSError: if a file cannot be written.
     """
     names = problem.splits.class_names
     figures = {"curves.png": plot_curves([row._asdict() for row in rows], val_name=problem.val_name)}

@@ -1,1 +1,1 @@
-"""Devices, processes, signals, timing and caches."""
+"""Devices, processes, signals, timing, and the compilation cache."""

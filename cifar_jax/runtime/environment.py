@@ -1,4 +1,4 @@
-"""What a run ran on: versions, devices, and an accelerator that lies idle."""
+"""The environment of a run: versions, devices, settings, and a warning about an unused accelerator."""
 
 import importlib.metadata
 import os
@@ -17,28 +17,28 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "safetensors", "tensorflow-dataset
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of this project, Python, and the packages that the numbers depend on."""
+    """Returns the versions of this project, Python, and the packages that the results depend on."""
     versions = {"cifar-jax": __version__, "python": platform.python_version()}
     return versions | {name: _version(name) for name in PACKAGES}
 
 
 def device_description(used: int | None = None) -> str:
-    """The devices, for people, and how many of them are used: `tpu (TPU v5 lite), 8 of 8 devices`."""
+    """Describes the devices and how many of them are used: `tpu (TPU v5 lite), 8 of 8 devices`."""
     devices = jax.devices()
     kind = f"{_processor()}, {os.cpu_count()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
-    some = f", {used} of" if used else ","
-    return f"{devices[0].platform} ({kind})" + (f"{some} {len(devices)} devices" if len(devices) > 1 else "")
+    share = f", {used} of" if used else ","
+    return f"{devices[0].platform} ({kind})" + (f"{share} {len(devices)} devices" if len(devices) > 1 else "")
 
 
 def settings() -> dict[str, Any]:
-    """What else decides the last bits: variables of the environment that JAX reads, and the commit of this checkout."""
+    """Returns what else affects results to the last bit: JAX's environment variables and this checkout's commit."""
     names = ("XLA_", "JAX_", "LIBTPU_", "NVIDIA_TF32")
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(names)}
     return {"variables": variables, "commit": _commit(Path(__file__).parents[2])}
 
 
 def _commit(checkout: Path) -> str | None:
-    """The commit that a checkout is at, with `-dirty` where files differ from it; None where it is none."""
+    """Returns the commit of a checkout, with `-dirty` if files were changed; None if it is not a Git checkout."""
     git = shutil.which("git")
     if git is None or not (checkout / ".git").exists():
         return None
@@ -51,15 +51,15 @@ def _commit(checkout: Path) -> str | None:
 
 
 def unused_accelerator() -> str | None:
-    """A sentence to warn with when this machine has an accelerator that JAX does not use, else None."""
+    """Returns a warning if this machine has an accelerator that JAX does not use, else None."""
     if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS", "") == "cpu":
         return None
     if (found := accelerator()) is None:
         return None
     kind, extra = found
     return (
-        f"This machine has {kind}, but JAX runs on the CPU: `pip install '.[{extra}]'` in the checkout brings the JAX "
-        "that uses it; JAX_PLATFORMS=cpu silences this."
+        f"This machine has {kind}, but JAX runs on the CPU. Run `pip install '.[{extra}]'` in the checkout to use it, "
+        "or set JAX_PLATFORMS=cpu to silence this warning."
     )
 
 

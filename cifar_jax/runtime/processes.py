@@ -1,7 +1,7 @@
-"""More than one process: how they find each other, what the first one decides for all, and what each does its share of.
+"""Distributed runs: joining the processes, broadcasting decisions of the first one, and sharing out the work.
 
-Every process runs the same command. The first one alone says and writes things; all of them load the data, extract
-features of their share of the images, and take their part of every training step.
+Every process runs the same command. Only the first one prints and writes files; all of them load the data, extract the
+features of their share of the images, and compute their part of every training step.
 """
 
 import hashlib
@@ -18,20 +18,20 @@ from jaxtyping import Float32, PyTree
 
 from cifar_jax.errors import UserError
 
-# JAX itself reads the first of them only.
+# JAX itself reads only the first of these.
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 DETECT = "CIFAR_JAX_DISTRIBUTED"
 
 
 def join() -> None:
-    """Joins the other processes of a run. To be called before JAX looks for devices.
+    """Joins the other processes of a run. Must be called before JAX looks for devices.
 
-    $JAX_COORDINATOR_ADDRESS (host:port of the first process), $JAX_NUM_PROCESSES and $JAX_PROCESS_ID say who they are;
-    with $CIFAR_JAX_DISTRIBUTED=1 JAX finds out itself what is left open, on TPU pods, under SLURM, Open MPI or
-    Kubernetes. Without any of them the process is alone.
+    $JAX_COORDINATOR_ADDRESS (host:port of the first process), $JAX_NUM_PROCESSES and $JAX_PROCESS_ID identify the
+    processes; with $CIFAR_JAX_DISTRIBUTED=1 JAX detects whichever are not set, on TPU pods and under SLURM, Open MPI or
+    Kubernetes. With none of these variables set, this process is the only one.
 
     Raises:
-      UserError: when they do not say enough, or the others cannot be reached.
+      UserError: if only some of the variables are set, or the other processes cannot be reached.
     """
     asked = [name for name in NAMES if os.environ.get(name)]
     detects = os.environ.get(DETECT, "0") not in ("", "0")
@@ -39,7 +39,7 @@ def join() -> None:
         return
     if len(asked) < 3 and not detects:
         missing = next(name for name in NAMES if name not in asked)
-        raise UserError(f"${asked[0]} asks for more than one process; set ${missing} too, or ${DETECT}=1 to detect it.")
+        raise UserError(f"${asked[0]} is set, but ${missing} is not; set it too, or ${DETECT}=1 to detect it.")
     try:
         count, own = (int(os.environ[name]) if name in asked else None for name in NAMES[1:])
         jax.distributed.initialize(num_processes=count, process_id=own)
@@ -49,55 +49,57 @@ def join() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that says and writes things, or the only one."""
+    """Whether this is the first or only process, the one that prints and writes files."""
     return jax.process_index() == 0
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """A JSON value that the first process makes, in all of them. So is the UserError that making it raises."""
+    """Computes a JSON value in the first process and returns it, or raises its UserError, in all processes."""
     if jax.process_count() == 1:
         return make()
-    said: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     if is_first():
         try:
-            said = {"value": make()}
+            outcome = {"value": make()}
         except UserError as error:
-            said = {"error": str(error)}
-    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
+            outcome = {"error": str(error)}
+    text = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
-    said = json.loads(text.tobytes())
-    if "error" in said:
-        raise UserError(said["error"])
-    return said["value"]
+    outcome = json.loads(text.tobytes())
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return outcome["value"]
 
 
 def arrays_from_first(tree: PyTree) -> PyTree:
-    """The arrays that the first process has, in all of them; the others give arrays of the same shapes."""
+    """Returns the arrays of the first process in all of them; the others pass arrays of the same shapes."""
     return multihost_utils.broadcast_one_to_all(jax.device_get(tree)) if jax.process_count() > 1 else tree
 
 
 def require_same(about: Mapping[str, str]) -> None:
-    """Sees to it that all processes were given the same.
+    """Checks that all processes have the same values.
 
     Raises:
-      UserError: in all of them, naming what differs.
+      UserError: in all processes, naming the values that differ.
     """
     digests = [hashlib.sha256(value.encode()).digest() for value in about.values()]
-    mine = np.stack([np.frombuffer(digest, np.uint8) for digest in digests])
-    everyones = np.asarray(multihost_utils.process_allgather(mine)).reshape(jax.process_count(), *mine.shape)
-    differing = (everyones != everyones[:1]).any(axis=(0, 2))
+    own = np.stack([np.frombuffer(digest, np.uint8) for digest in digests])
+    gathered = np.asarray(multihost_utils.process_allgather(own)).reshape(jax.process_count(), *own.shape)
+    differing = (gathered != gathered[:1]).any(axis=(0, 2))
     if differing.any():
         names = ", ".join(name for name, differs in zip(about, differing, strict=True) if differs)
         raise UserError(f"The processes of this run differ in {names}; give all of them the same command and files.")
 
 
 def agreed(requested: Callable[[], bool]) -> Callable[[], bool]:
-    """Whether to stop, the same in all processes, which must ask equally often; once it is True it stays so.
+    """Returns a function that says whether to stop, with the same answer in all processes.
+
+    All processes must call it equally often. Once it has returned True it keeps returning True.
 
     Args:
-      requested: whether this process is to, where it is alone. Where there are several, JAX listens for SIGTERM, which
-        may come to any of them.
+      requested: whether to stop if this is the only process. With several, JAX listens for SIGTERM, which any of them
+        may receive.
     """
     if jax.process_count() == 1:
         return requested
@@ -112,14 +114,14 @@ def agreed(requested: Callable[[], bool]) -> Callable[[], bool]:
 
 
 def own_rows(count: int) -> slice:
-    """Those of `count` rows that this process does: as many as every other, but for the last ones."""
+    """Returns this process's share of `count` rows. All shares are equal, except that the last ones may be smaller."""
     each = -(-count // jax.process_count())
     first = min(count, jax.process_index() * each)
     return slice(first, min(count, first + each))
 
 
 def gather(own: Float32[np.ndarray, "rows features"], count: int) -> Float32[np.ndarray, "count features"]:
-    """The rows of all processes, in all of them."""
+    """Returns the rows of all processes, concatenated, in all of them."""
     if jax.process_count() == 1:
         return own
     padded = np.zeros((-(-count // jax.process_count()), *own.shape[1:]), own.dtype)

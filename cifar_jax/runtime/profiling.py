@@ -1,4 +1,4 @@
-"""A trace of what ran when, on the host and on the devices."""
+"""Profiler traces of the host and the devices."""
 
 import contextlib
 import logging
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def profiled(directory: str | None) -> Iterator[None]:
-    """Writes a JAX profiler trace of the block to a directory, for XProf or https://ui.perfetto.dev; nothing for None.
+    """Writes a JAX profiler trace of the block to a directory, for XProf or https://ui.perfetto.dev; None writes none.
 
     Raises:
-      UserError: when the directory cannot be written.
-      RunError: when no trace came to be.
+      UserError: if the directory cannot be created.
+      RunError: if the profiler wrote no trace.
     """
     if directory is None:
         yield
@@ -28,17 +28,17 @@ def profiled(directory: str | None) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--profile {path} cannot be made ({error.strerror}); choose another directory.") from error
+        raise UserError(f"--profile {path} cannot be created ({error.strerror}); choose another directory.") from error
     before = _traces(path)
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # every call of every Python function: a hundred megabytes, and minutes, of a demo
+    options.python_tracer_level = 0  # tracing every Python call takes 100 MB and minutes for a demo
     with jax.profiler.trace(path, profiler_options=options):
         yield
     if not (traces := _traces(path) - before):
-        raise RunError(f"The profiler wrote no trace to {path}; make room or choose another --profile.")
-    logger.info(f"The trace is in {traces.pop()[0].parent}.")
+        raise RunError(f"The profiler wrote no trace to {path}; free disk space or choose another --profile.")
+    logger.info(f"Profiler trace written to {traces.pop()[0].parent}.")
 
 
 def _traces(directory: Path) -> set[tuple[Path, int]]:
-    """The traces in a directory and when each was written: JAX names them by the second, so one can replace another."""
+    """Returns the traces in a directory with their times, as JAX names them by the second and may overwrite one."""
     return {(path, path.stat().st_mtime_ns) for path in directory.rglob("*.xplane.pb")}

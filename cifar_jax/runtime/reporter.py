@@ -1,4 +1,4 @@
-"""The progress of a job, for whoever watches it. Sentences go to the logger `cifar_jax`; the library prints nothing."""
+"""Interface for reporting the progress of a job. The library prints nothing; messages go to the logger `cifar_jax`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -6,9 +6,9 @@ from typing import NamedTuple, Protocol
 
 
 class EpochRow(NamedTuple):
-    """A line of metrics.jsonl. Training figures are running means over the epoch, as Keras reports them."""
+    """A line of metrics.jsonl. Training metrics are running means over the epoch, as Keras reports them."""
 
-    epoch: int  # counted from one
+    epoch: int  # from 1
     train_loss: float
     train_accuracy: float
     val_loss: float
@@ -17,68 +17,68 @@ class EpochRow(NamedTuple):
 
 
 class Progress(Protocol):
-    """Makes bars; see `Reporter.progress`."""
+    """Type of `Reporter.progress`."""
 
     def __call__(
         self, description: str, total: int, compiles: bool = False
     ) -> AbstractContextManager[Callable[[int], None]]:
-        """A bar."""
+        """Shows a progress bar."""
         ...
 
 
 class Reporter(Protocol):
-    """Shows the progress of a job: `cifar_jax.cli.console` to a person, `Silent` to nobody."""
+    """Receiver of a job's progress: `cifar_jax.cli.console` prints it, `Silent` discards it."""
 
     def header(self, rows: dict[str, str]) -> None:
-        """What is about to be done, and with what."""
+        """Shows the job's settings, before it starts."""
 
     def progress(
         self, description: str, total: int, compiles: bool = False
     ) -> AbstractContextManager[Callable[[int], None]]:
-        """A bar; the context's value is called with how many of `total` are done.
+        """Shows a progress bar for the block; yields a function to call with the number of `total` items done.
 
-        With `compiles` it is called with 0 when the work begins, and says until the next call that it is compiled.
+        With `compiles`, the first call is with 0 when the work starts, and the bar shows `compiling` until the next.
         """
 
     def epoch(self, row: EpochRow, num_epochs: int) -> None:
-        """An epoch has ended."""
+        """Shows the metrics of a finished epoch."""
 
 
 class Silent:
-    """A reporter that shows nothing."""
+    """A reporter that discards everything."""
 
     def header(self, rows: dict[str, str]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def progress(
         self, description: str, total: int, compiles: bool = False
     ) -> AbstractContextManager[Callable[[int], None]]:
-        """A bar that nobody sees."""
+        """Does nothing."""
         return nullcontext(lambda done: None)
 
     def epoch(self, row: EpochRow, num_epochs: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class Watched:
-    """A reporter that also tells of the work that its bars show."""
+    """A reporter that also calls a function with the work done, as its progress bars show it."""
 
     def __init__(self, reporter: Reporter, on_work: Callable[[int], None]) -> None:
-        """Passes everything on to `reporter`, and calls `on_work` with each step that a bar makes."""
+        """Forwards everything to `reporter` and calls `on_work` with each increment of a progress bar."""
         self._on_work = on_work
         self._progress, self.header, self.epoch = reporter.progress, reporter.header, reporter.epoch
 
     @contextmanager
     def progress(self, description: str, total: int, compiles: bool = False) -> Iterator[Callable[[int], None]]:
-        """A bar. Where it begins is no work of now, so its first call tells nothing."""
+        """Shows a progress bar. Its first call sets the starting point and counts as no work."""
         before: int | None = None
         with self._progress(description, total, compiles) as bar:
 
-            def watched(done: int) -> None:
+            def update(done: int) -> None:
                 nonlocal before
                 bar(done)
                 if before is not None:
                     self._on_work(done - before)
                 before = done
 
-            yield watched
+            yield update

@@ -1,8 +1,8 @@
-"""Data parallelism: the devices of a run as a mesh of one axis, and how arrays lie on them.
+"""Data parallelism: a mesh with one axis over the devices of a run, and the placement of arrays on it.
 
-No compiled function here knows of devices, as computation follows its data: parameters and cached features lie whole on
-every device, the examples of a step are divided between them, and XLA puts in the sums over the batch: those of the
-gradients and metrics, and where BatchNorm normalises by the batch those of its statistics.
+Compiled functions do not mention devices, as computation follows data: parameters and cached features are replicated,
+the examples of a step are sharded, and XLA inserts the sums over the batch: those of gradients and metrics, and of the
+batch statistics where BatchNorm uses them.
 """
 
 from collections.abc import Sequence
@@ -19,39 +19,40 @@ AXIS = "batch"
 
 
 def make_mesh(devices: int | None = 1) -> Mesh:
-    """The devices of a run in one row.
+    """Builds the one-axis mesh of a run.
 
     Args:
-      devices: how many of each process; all if None, but on a CPU, whose devices share its cores, one.
+      devices: number of devices of each process. None means all, except on a CPU, where it means one, as CPU devices
+        share the cores.
 
     Raises:
-      UserError: when there are fewer.
+      UserError: if there are fewer devices.
     """
-    here = jax.local_devices()
-    platform = here[0].platform
+    local = jax.local_devices()
+    platform = local[0].platform
     if devices is None:
-        devices = 1 if platform == "cpu" else len(here)
-    if devices > len(here):
-        how = "; set JAX_NUM_CPU_DEVICES to divide the CPU into more" if platform == "cpu" else ""
+        devices = 1 if platform == "cpu" else len(local)
+    if devices > len(local):
+        advice = "; set JAX_NUM_CPU_DEVICES to divide the CPU into more" if platform == "cpu" else ""
         raise UserError(
-            f"--devices must be at most {len(here)}, the {platform} devices of JAX here, got {devices}{how}."
+            f"--devices must be at most {len(local)}, the number of local {platform} devices, got {devices}{advice}."
         )
-    of_process = [[d for d in jax.devices() if d.process_index == process] for process in range(jax.process_count())]
-    return mesh_of([device for theirs in of_process for device in theirs[:devices]])
+    by_process = [[d for d in jax.devices() if d.process_index == process] for process in range(jax.process_count())]
+    return mesh_of([device for process_devices in by_process for device in process_devices[:devices]])
 
 
 def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
-    """Devices in one row."""
+    """Builds a mesh with one axis over the given devices."""
     return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
-    """The arrays, whole on every device. Those that lie so already stay where they are."""
+    """Replicates arrays on every device. Arrays that are replicated already are not copied."""
     return _place(tree, replicated_sharding(mesh))
 
 
 def shard(mesh: Mesh, tree: PyTree, axis: int = 0) -> PyTree:
-    """The arrays, divided between the devices along an axis, whose size must be a multiple of their number."""
+    """Shards arrays over the devices along an axis, whose size must be a multiple of the number of devices."""
     return _place(tree, rows_sharding(mesh, axis))
 
 
@@ -59,7 +60,7 @@ def _place(tree: PyTree, sharding: NamedSharding) -> PyTree:
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
-    # Every process has the whole array, and places what its devices need of it; device_put would compare them all.
+    # Every process has the whole array and places its devices' part; device_put would compare the arrays of all.
     def place(leaf: Any) -> jax.Array:
         if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
             return leaf
@@ -70,22 +71,22 @@ def _place(tree: PyTree, sharding: NamedSharding) -> PyTree:
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """How `replicate` places arrays."""
+    """Returns the sharding of `replicate`."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def rows_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """How `shard` divides arrays."""
+    """Returns the sharding of `shard`."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
 def round_up(mesh: Mesh, count: int) -> int:
-    """The number of examples that `count` are filled up to, so that they can be divided between the devices."""
+    """Rounds a number of examples up to a multiple of the number of devices."""
     return -(-count // mesh.size) * mesh.size
 
 
 def device_rows() -> list[dict[str, str]]:
-    """Every device, for people, and whether training uses it unless --devices says otherwise."""
+    """Returns a row for every device, with whether training uses it by default."""
     used = set(make_mesh(None).devices.flat)
     return [
         {

@@ -1,4 +1,4 @@
-"""How long the phases of a run take."""
+"""Timing of the phases of a run."""
 
 import contextlib
 import time
@@ -8,7 +8,7 @@ from cifar_jax.runtime.reporter import Reporter, Watched
 
 
 class Clock:
-    """Seconds by phase."""
+    """Stopwatch that adds up seconds by phase."""
 
     def __init__(self) -> None:
         """Starts the clock."""
@@ -18,7 +18,7 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Adds the time that the block takes to a phase."""
+        """Adds the duration of the block to a phase."""
         start = time.perf_counter()
         try:
             yield
@@ -26,12 +26,12 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def note_first_step(self) -> None:
-        """Something came through the network: the first time says how long compilation and all before it took."""
+        """Notes that the network produced its first result, after loading and compilation. Later calls do nothing."""
         if self.first_step is None:
             self.first_step = self.total
 
     def watch(self, reporter: Reporter) -> Reporter:
-        """The same reporter, the first work of whose bars is noted."""
+        """Wraps a reporter to note the first step when one of its progress bars first advances."""
         return Watched(reporter, lambda _: self.note_first_step())
 
     @property

@@ -1,4 +1,4 @@
-"""What is shown on a terminal of 80 columns: no name and no number is cut or broken, whatever others have named."""
+"""Tests of console output on a terminal of 80 columns: layout without cut names or numbers, and escaping."""
 
 import io
 import logging
@@ -21,7 +21,7 @@ logger = logging.getLogger("cifar_jax.anything")
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A reporter on a terminal of 80 columns, which shows both streams."""
+    """A reporter on a terminal of 80 columns, which captures both streams."""
     screen = io.StringIO()
 
     def console(stderr=False, **how):
@@ -39,12 +39,12 @@ def shown(reporter):
     return text.splitlines()
 
 
-def test_info_names_what_is_typed_whole(terminal, tmp_path):
+def test_info_table_shows_names_and_digests_in_full(terminal, tmp_path):
     rows = collect("weights", cache_dir=str(tmp_path))["weights"]
     terminal.table(rows)
     lines = shown(terminal)
     for row in rows:
-        assert row["name"] in lines  # alone on a line
+        assert row["name"] in lines  # on a line of its own
     text = "\n".join(lines)
     for entry in registry.entries().values():
         assert re.search(rf"digest:\s+{entry.digest}(  |$)", text, re.MULTILINE)
@@ -53,7 +53,7 @@ def test_info_names_what_is_typed_whole(terminal, tmp_path):
     assert [line for line in lines if len(line) > WIDTH and not any(path in line for path in paths)] == []
 
 
-def test_a_table_that_fits_is_one_and_one_that_does_not_loses_nothing():
+def test_table_falls_back_to_records_when_too_wide():
     rows = [{"name": f"keras-{'x' * n}", "MB": "1.5", "empty": "", "path": f"/{'p' * 20}"} for n in (1, 9)]
     narrow, wide = ([line.plain for line in table_lines(rows, width)] for width in (30, WIDTH))
     assert [line.split() for line in wide] == [
@@ -64,22 +64,22 @@ def test_a_table_that_fits_is_one_and_one_that_does_not_loses_nothing():
     assert max(map(len, narrow)) <= 30
 
 
-def test_figures_are_broken_only_between_them(terminal):
+def test_header_wraps_values_at_commas_only(terminal):
     seconds = ", ".join(f"phase {n} {n}.{n}" for n in range(12))
     terminal.header({"seconds": seconds, "run": f"/{'x/' * 60}"})
     *lines, path = shown(terminal)
-    assert path.endswith("  /" + "x/" * 60)  # which the terminal breaks, so that it can be copied
+    assert path.endswith("  /" + "x/" * 60)  # left to the terminal to wrap, so that it can be copied
     assert len(lines) > 1 and max(map(len, lines)) <= WIDTH
     assert " ".join(line.removeprefix("seconds").strip() for line in lines) == seconds
 
 
-def test_words_of_a_long_part_are_wrapped_but_no_command():
+def test_wrapped_breaks_long_parts_but_not_commands():
     command = "python -m cifar_jax predict /a/b IMAGE... " * 2
     assert wrapped(command, 30) == [command]
     assert wrapped("one two three four five six seven", 20) == ["one two three four", "five six seven"]
 
 
-def test_sentences_are_broken_between_words_and_a_path_or_command_nowhere(terminal):
+def test_log_lines_wrap_between_words_but_not_in_paths_or_commands(terminal):
     path, command = "/" + "long/" * 20, "`python -m cifar_jax predict runs/first IMAGE...`"
     text = f"The features come from the cache, {path}, which is fine; the next thing to type is this: {command}."
     with terminal.logged():
@@ -89,7 +89,7 @@ def test_sentences_are_broken_between_words_and_a_path_or_command_nowhere(termin
     assert all(len(line) <= WIDTH for line in lines if path not in line)
 
 
-def test_epochs_are_a_table_with_one_head(terminal):
+def test_epochs_are_a_table_with_one_header(terminal):
     for number in (9, 10):
         terminal.epoch(EpochRow(number, 1.23456, 0.5, 2.0, 0.25, 1234.56), 10)
     head, first, second = shown(terminal)
@@ -99,11 +99,11 @@ def test_epochs_are_a_table_with_one_head(terminal):
 
 
 @pytest.mark.parametrize(("compiles", "begins"), [(True, "compiling"), (False, "starting")])
-def test_a_bar_says_what_is_waited_for_until_something_is_done(terminal, monkeypatch, compiles, begins):
+def test_progress_bar_shows_compiling_or_starting_until_first_progress(terminal, monkeypatch, compiles, begins):
     bars = []
     begin = console_module.Progress.start
     monkeypatch.setattr(console_module.Progress, "start", lambda self: begin(self) or bars.append(self))
-    # It shows a state of the same second only once.
+    # By default it refreshes at most twice a second.
     monkeypatch.setattr(console_module._TimeLeft, "max_refresh", None)
     with terminal.progress("Features of training images", 50_000, compiles=compiles) as bar:
         bar(0)
@@ -116,7 +116,7 @@ def test_a_bar_says_what_is_waited_for_until_something_is_done(terminal, monkeyp
     assert "64/50000" in after and begins not in after
 
 
-def test_a_sentence_stands_above_the_bar_that_is_shown(terminal):
+def test_log_line_appears_above_the_progress_bar(terminal):
     with terminal.logged(), terminal.progress("Features of training images", 50_000) as bar:
         bar(64)
         logger.info("The cache is damaged.")
@@ -124,7 +124,7 @@ def test_a_sentence_stands_above_the_bar_that_is_shown(terminal):
     assert "The cache is damaged." in lines[:-1] and "Features of training images" in lines[-1]
 
 
-def test_what_a_command_within_a_command_logs_is_shown_once(terminal):
+def test_nested_command_prints_each_log_line_once(terminal):
     within = ConsoleReporter()
     within.err = Console(file=io.StringIO())
     with terminal.logged():
@@ -134,7 +134,7 @@ def test_what_a_command_within_a_command_logs_is_shown_once(terminal):
     assert within.err.file.getvalue() == "inner\n" and shown(terminal) == ["outer"]
 
 
-def test_muted_it_shows_nothing(terminal):
+def test_muted_reporter_prints_nothing(terminal):
     terminal.mute()
     with terminal.logged(), terminal.progress("Features of training images", 50_000) as bar:
         bar(64)
@@ -143,7 +143,7 @@ def test_muted_it_shows_nothing(terminal):
     assert terminal.screen.getvalue() == ""
 
 
-def test_names_of_others_move_no_cursor(terminal):
+def test_control_characters_are_escaped(terminal):
     evil = "cat\x1b[31m\n\x07\x9b\u202edog"
     escaped = r"cat\x1b[31m\n\x07\x9b\u202edog"
     assert printable(evil) == escaped and printable("Käfer 猫 😀 :cat:") == "Käfer 猫 😀 :cat:"

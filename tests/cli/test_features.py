@@ -1,4 +1,4 @@
-"""The features command: what it writes, of what, and what it refuses; and the traces of --profile."""
+"""Tests of the features command, and of the traces of --profile."""
 
 import json
 
@@ -39,7 +39,7 @@ def features(capsys, out, *arguments):
 
 
 def read(path):
-    with np.load(path) as file:  # which unpickles nothing
+    with np.load(path) as file:  # fails on pickled arrays
         return {name: file[name] for name in file.files}
 
 
@@ -64,7 +64,7 @@ def test_features_of_a_data_set(tmp_path, capsys, weights):
     assert json.loads(result.out)["train_features"] == f"20 x {NARROW.features} float32"
 
 
-def test_features_that_training_has_extracted_are_not_extracted_again(tmp_path, capsys, weights, monkeypatch):
+def test_features_cached_by_training_are_reused(tmp_path, capsys, weights, monkeypatch):
     run = ["--preset", "demo", "--weights", weights, "--train-examples", "64", "--test-examples", "10", "--epochs", "1"]
     cache = ["--cache-dir", tmp_path / "cache"]
     assert command(capsys, "train", *run, "--hidden", "4", "--out", tmp_path / "run", *cache).code == 0
@@ -106,22 +106,22 @@ def test_an_untrained_network_can_be_asked_for(tmp_path, capsys, narrow):
     ("typed", "parts"),
     [
         ("", ["features needs a data set or images"]),
-        ("shapes --out of.txt", ["of.txt ends in neither .npz nor .npy"]),
-        ("shapes --out of.npy", ["would hold one matrix"]),
-        ("shapes --out nowhere/of.npz", ["its own is not there"]),
-        ("shapes --out there.npz", ["is there already", "--overwrite"]),
-        ("shapes --direct", ["--direct is for image files"]),
+        ("shapes --out of.txt", ["--out must end in .npz or .npy, got of.txt."]),
+        ("shapes --out of.npy", ["--out must end in .npz for a data set"]),
+        ("shapes --out nowhere/of.npz", ["nowhere/of.npz is in a directory that does not exist"]),
+        ("shapes --out there.npz", ["already exists", "--overwrite"]),
+        ("shapes --direct", ["--direct applies to image files"]),
         ("shapes --image-size 33", ["--image-size must be a multiple of 32"]),
         ("shapes --train-examples 0", ["--train-examples must be at least 1, got 0."]),
         ("shapes --precision float16", ["--precision", "float16"]),
         ("nothing.png", ["nothing.png does not exist"]),
-        ("broken.png", ["broken.png", "not an image"]),
-        ("picture.png --weights random", ["random is made from the images of a data set"]),
+        ("broken.png", ["broken.png is not a readable image"]),
+        ("picture.png --weights random", ["--weights random needs a data set to calibrate on"]),
         ("picture.png --weights nothing.h5", ["nothing.h5"]),
-        ("shapes --profile there.npz/trace", ["--profile there.npz/trace cannot be made"]),
+        ("shapes --profile there.npz/trace", ["--profile there.npz/trace cannot be created"]),
     ],
 )
-def test_what_is_not_allowed_is_refused(tmp_path, capsys, monkeypatch, weights, pictures, typed, parts):
+def test_invalid_arguments_are_refused(tmp_path, capsys, monkeypatch, weights, pictures, typed, parts):
     monkeypatch.chdir(tmp_path)
     pictures[0].rename("picture.png")
     for name in ("there.npz", "broken.png"):
@@ -134,15 +134,15 @@ def test_what_is_not_allowed_is_refused(tmp_path, capsys, monkeypatch, weights, 
     assert files_below(tmp_path) == before and (tmp_path / "there.npz").read_text() == "notes"
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, capsys, weights, pictures):
+def test_full_disk_leaves_no_file(tmp_path, capsys, weights, pictures):
     before = files_below(tmp_path)
     with full_disk(at=100):
         result = features(capsys, tmp_path / "of.npz", *pictures, "--weights", weights)
-    is_one_error(result, 1, "of.npz cannot be written", "make room")
+    is_one_error(result, 1, "of.npz cannot be written", "free disk space")
     assert files_below(tmp_path) == before
 
 
-def test_overwrite_replaces_the_file(tmp_path, capsys, weights, pictures):
+def test_overwrite_replaces_an_existing_file(tmp_path, capsys, weights, pictures):
     (tmp_path / "of.npz").write_text("notes")
     assert features(capsys, tmp_path / "of.npz", *pictures, "--weights", weights, "--overwrite").code == 0
     assert len(read(tmp_path / "of.npz")["features"]) == 3
@@ -156,14 +156,14 @@ def test_profile_writes_a_trace(tmp_path, capsys, weights, pictures, narrow):
     of_features, of_train = tmp_path / "trace" / "features", tmp_path / "trace" / "train"
     result = features(capsys, tmp_path / "of.npz", *pictures, "--weights", weights, "--profile", of_features)
     assert result.code == 0 and len(traces(of_features)) == 1
-    assert result.err.startswith(f"The trace is in {of_features}")
+    assert result.err.startswith(f"Profiler trace written to {of_features}")
     result = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "run", "--profile", of_train)
-    assert result.code == 0 and f"The trace is in {of_train}" in result.err and len(traces(of_train)) == 1
-    assert b"jit_" in traces(of_train)[0].read_bytes()  # the compiled functions are in it
+    assert result.code == 0 and f"Profiler trace written to {of_train}" in result.err and len(traces(of_train)) == 1
+    assert b"jit_" in traces(of_train)[0].read_bytes()  # contains the compiled functions
 
 
-def test_a_trace_of_the_same_second_replaces_the_one_before_and_is_named(tmp_path, caplog):
-    for _ in range(3):  # two of three end in one second
+def test_traces_within_one_second_are_each_logged(tmp_path, caplog):
+    for _ in range(3):  # at least two of three end within the same second
         with caplog.at_level("INFO"), profiled(str(tmp_path)):
             pass
-    assert caplog.text.count("The trace is in") == 3
+    assert caplog.text.count("Profiler trace written to") == 3

@@ -1,4 +1,4 @@
-"""Sentences for the user: the library logs them and prints nothing, a command shows each of them once."""
+"""Tests of log messages for the user: the library logs them without printing, and commands print each one once."""
 
 import logging
 import subprocess
@@ -15,7 +15,7 @@ LIBRARY = logging.getLogger("cifar_jax")
 
 @pytest.fixture
 def cache(tmp_path):
-    """A cache with a file that it did not write, which is told of when the cache is cleared; named by an adversary."""
+    """A cache with a foreign file, which clearing the cache logs, in a path that contains control characters."""
     place = tmp_path / "[red]50%s %(name)s {0}\n\x1b[31m" / "cache"
     (place / FEATURES).mkdir(parents=True)
     (place / FEATURES / "notes.txt").touch()
@@ -23,14 +23,14 @@ def cache(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def left_alone():
-    """Whatever a test does, no handler is left behind and no level changed."""
+def logging_is_unchanged():
+    """Asserts after each test that the logger's level and handlers are as before."""
     before = LIBRARY.level, list(LIBRARY.handlers), LIBRARY.propagate
     yield
     assert (LIBRARY.level, LIBRARY.handlers, LIBRARY.propagate) == before
 
 
-def test_the_library_logs_and_prints_nothing(cache, caplog, capsys):
+def test_library_logs_and_does_not_print(cache, caplog, capsys):
     caplog.set_level(logging.INFO, "cifar_jax")
     clear(cache)
     (record,) = caplog.records
@@ -40,7 +40,7 @@ def test_the_library_logs_and_prints_nothing(cache, caplog, capsys):
 
 
 @pytest.mark.parametrize("configured", [False, True])
-def test_who_imports_it_sees_what_logging_is_told_to_show(tmp_path, configured):
+def test_importers_control_logging(tmp_path, configured):
     (tmp_path / FEATURES).mkdir()
     (tmp_path / FEATURES / "notes.txt").touch()
     code = "import logging, pathlib, sys, cifar_jax.runtime.caches as cache\n"
@@ -54,7 +54,7 @@ def test_who_imports_it_sees_what_logging_is_told_to_show(tmp_path, configured):
         assert ran.stderr == ""
 
 
-def test_a_command_shows_each_sentence_once_however_often_it_runs(tmp_path, capsys, narrow):
+def test_repeated_commands_print_each_log_line_once(tmp_path, capsys, narrow):
     train = ["train", *TINY, "--epochs", "1", "--cache-dir", tmp_path / "cache"]
     shown = [command(capsys, *train, "--out", tmp_path / name) for name in ("first", "second", "third")]
     assert [result.code for result in shown] == [0, 0, 0]
@@ -65,7 +65,7 @@ def test_a_command_shows_each_sentence_once_however_often_it_runs(tmp_path, caps
         assert all(line.startswith("The features come from the cache, ") for line in lines[1:])
 
 
-def test_an_error_ends_what_a_command_shows(tmp_path, capsys):
+def test_failed_command_removes_its_log_handler(tmp_path, capsys):
     is_one_error(command(capsys, "evaluate", tmp_path), 2, str(tmp_path))
     with pytest.raises(UserError):
         command(capsys, "evaluate", tmp_path, "--debug")
@@ -73,14 +73,14 @@ def test_an_error_ends_what_a_command_shows(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_what_a_name_holds_is_shown_and_does_nothing(cache, capsys):
+def test_control_characters_and_format_codes_in_paths_are_escaped(cache, capsys):
     result = command(capsys, "info", "cache", "--clear", "--cache-dir", cache)
     (line,) = result.err.splitlines()
     escaped = str(cache).replace("\n", r"\n").replace("\x1b", r"\x1b")
     assert result.code == 0 and line.startswith(f"{escaped}/{FEATURES}/notes.txt stays, as the cache did not write it")
 
 
-def test_a_level_that_the_caller_chose_silences_no_command_and_stays(cache, capsys):
+def test_commands_print_logs_whatever_the_callers_level(cache, capsys):
     LIBRARY.setLevel(logging.ERROR)
     try:
         assert "notes.txt stays" in command(capsys, "info", "cache", "--clear", "--cache-dir", cache).err

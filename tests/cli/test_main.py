@@ -1,4 +1,4 @@
-"""The command line: what each command shows, and one sentence and an exit code for whatever is typed wrong."""
+"""Tests of the command line: the output of each command, and the errors and exit codes for wrong arguments."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def picture(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is typed wrong
+# Wrong arguments
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def picture(tmp_path):
         ("--epochs 0", ["--epochs must be at least 1, got 0."]),
         ("--batch-size 0", ["--batch-size must be at least 1, got 0."]),
         ("--batch-size -3", ["--batch-size must be at least 1, got -3."]),
-        ("--batch-size 129", ["--batch-size 129 is more than the 128 training images"]),
-        ("--batch-size 128 --val-fraction 0.5", ["--batch-size 128 is more than the 64 training images"]),
+        ("--batch-size 129", ["--batch-size must be at most 128, the number of training images, got 129."]),
+        ("--batch-size 128 --val-fraction 0.5", ["--batch-size must be at most 64, the number of training images"]),
         ("--learning-rate 0", ["--learning-rate must be a positive number, got 0.0."]),
         ("--lr -0.1", ["--learning-rate must be a positive number, got -0.1."]),
         ("--learning-rate nan", ["--learning-rate must be a positive number, got nan."]),
@@ -74,7 +74,7 @@ def picture(tmp_path):
         ("--image-size 0", ["--image-size must be", "got 0."]),
         ("--image-size -32", ["--image-size must be", "got -32."]),
         ("--image-size 1024000000", ["--image-size must be", "at most 4096, got 1024000000."]),
-        ("--train-examples 1000001", ["--train-examples 1000001 is more than the 1000000 images that are drawn"]),
+        ("--train-examples 1000001", ["--train-examples must be at most 1000000 for synthetic images, got 1000001."]),
         ("--train-examples 0", ["--train-examples must be at least 1, got 0."]),
         ("--test-examples -1", ["--test-examples must be at least 1, got -1."]),
         ("--extract-batch-size 0", ["--extract-batch-size must be at least 1, got 0."]),
@@ -92,7 +92,7 @@ def picture(tmp_path):
         ("--config there --preset demo", ["--config there includes a preset; leave out --preset demo."]),
     ],
 )
-def test_options_that_are_not_allowed(tmp_path, capsys, typed, parts):
+def test_invalid_option_values_are_refused(tmp_path, capsys, typed, parts):
     out = tmp_path / "out"
     tiny = TINY[2:] if "--preset" in typed else TINY
     tiny = tiny if "--variant" not in typed else ("--preset", "demo")
@@ -104,16 +104,16 @@ def test_options_that_are_not_allowed(tmp_path, capsys, typed, parts):
 @pytest.mark.parametrize(
     ("typed", "parts"),
     [
-        ("--epochs four", ["Error parsing --epochs: it takes a whole number, got four."]),
-        ("--epochs 2.5", ["Error parsing --epochs: it takes a whole number, got 2.5."]),
-        ("--epochs=", ["Error parsing --epochs: it takes a whole number, got nothing."]),
-        ("--train-examples many", ["Error parsing --train-examples: it takes a whole number, got many."]),
-        ("--lr small", ["--learning-rate: it takes a number, got small."]),
-        ("--clip-norm x", ["Error parsing --clip-norm: it takes a number, got x."]),
-        ("--hidden wide", ["Error parsing --hidden: it takes a whole number, got wide."]),
-        ("--hidden 512;256", ["Error parsing --hidden: it takes a whole number, got 512;256."]),
-        ("--hidden=", ["Error parsing --hidden: it takes a whole number, got nothing."]),
-        ("--augment flip,turn", ["Error parsing --augment: it takes any of flip, crop, cutout, got turn."]),
+        ("--epochs four", ["Error parsing --epochs: expected a whole number, got four."]),
+        ("--epochs 2.5", ["Error parsing --epochs: expected a whole number, got 2.5."]),
+        ("--epochs=", ["Error parsing --epochs: expected a whole number, got nothing."]),
+        ("--train-examples many", ["Error parsing --train-examples: expected a whole number, got many."]),
+        ("--lr small", ["--learning-rate: expected a number, got small."]),
+        ("--clip-norm x", ["Error parsing --clip-norm: expected a number, got x."]),
+        ("--hidden wide", ["Error parsing --hidden: expected a whole number, got wide."]),
+        ("--hidden 512;256", ["Error parsing --hidden: expected a whole number, got 512;256."]),
+        ("--hidden=", ["Error parsing --hidden: expected a whole number, got nothing."]),
+        ("--augment flip,turn", ["Error parsing --augment: expected one of flip, crop, cutout, got turn."]),
         ("--epochs", ["Missing value for argument '--epochs'"]),
         ("--preset", ["Missing value for argument '--preset'"]),
         ("--learning_rate", ["Missing value for argument", "--learning-rate"]),
@@ -124,7 +124,7 @@ def test_options_that_are_not_allowed(tmp_path, capsys, typed, parts):
         ("stray words", ["Unrecognized options: stray, words"]),
     ],
 )
-def test_what_tyro_does_not_understand_is_shown_in_its_words(tmp_path, capsys, monkeypatch, typed, parts):
+def test_unparsable_options_give_tyros_error(tmp_path, capsys, monkeypatch, typed, parts):
     monkeypatch.setenv("COLUMNS", "80")
     result = command(capsys, "train", *TINY, "--out", tmp_path / "out", *typed.split())
     is_tyros_error(result, *parts)
@@ -151,33 +151,33 @@ def test_what_tyro_does_not_understand_is_shown_in_its_words(tmp_path, capsys, m
         ("", "preset", "cifar10"),
     ],
 )
-def test_values_of_options(typed, name, value):
+def test_option_values_are_parsed(typed, name, value):
     config = parse_train(typed.split())
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
 
 
-def test_the_last_of_several_presets_counts_as_a_whole():
+def test_last_of_several_presets_wins():
     assert parse_train(["--preset", "demo", "--preset=finetune"]) == preset("finetune")
 
 
 @pytest.mark.parametrize("option", ["--out", "--cache-dir", "--data-dir", "--profile"])
-def test_an_empty_path_is_refused(capsys, option):
-    """As a shell makes of an unset variable."""
+def test_empty_path_is_refused(capsys, option):
+    """The shell passes an empty path for an unset variable."""
     is_one_error(command(capsys, "train", "--preset", "demo", f"{option}="), 2, f"{option} must be a path, got ''.")
 
 
-def test_a_comma_too_many_is_refused(capsys):
+def test_double_comma_is_refused(capsys):
     is_refused(command(capsys, "train", "--preset", "demo", "--hidden", "512,,256"), "--hidden", "a whole number")
 
 
-def test_an_image_may_be_named_like_a_flag(run, capsys, tmp_path, picture):
+def test_image_named_like_a_flag_is_accepted(run, capsys, tmp_path, picture):
     strange = tmp_path / "debug=1.png"
     shutil.copy(picture, strange)
     assert command(capsys, "predict", run, strange).code == 0
 
 
-def test_no_option_at_all_is_the_main_job(tmp_path, capsys, monkeypatch):
-    """Without its weights, its data or a network it ends in a sentence."""
+def test_train_without_options_is_the_main_job(tmp_path, capsys, monkeypatch):
+    """Without weights, data or a network it ends with an error message."""
     assert parse_train([]) == TrainConfig()
 
     def refuse(*_, **__):
@@ -200,10 +200,10 @@ def test_no_option_at_all_is_the_main_job(tmp_path, capsys, monkeypatch):
         ("shape", "Did you mean shapes?"),
         ("svhn", "Did you mean svhn_cropped?"),
         ("Tiny", "Did you mean tiny?"),
-        ("cats", "--dataset takes a name, and cats is a path. Give cifar10, shapes, or another TFDS data set"),
+        ("cats", "--dataset takes a name, but cats is a path. Give cifar10, shapes, or another TFDS data set"),
     ],
 )
-def test_an_unknown_data_set_is_refused_before_any_download(tmp_path, capsys, monkeypatch, verb, name, part):
+def test_unknown_data_set_is_refused_before_any_download(tmp_path, capsys, monkeypatch, verb, name, part):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "tiny" / "1.0.0").mkdir(parents=True)
     (tmp_path / "data" / "tiny" / "1.0.0" / "dataset_info.json").touch()
@@ -222,17 +222,17 @@ def test_an_unknown_data_set_is_refused_before_any_download(tmp_path, capsys, mo
         ("data/tiny", "data/tiny is a path; give --dataset tiny --data-dir data."),
     ],
 )
-def test_a_path_is_no_data_set(tmp_path, capsys, monkeypatch, path, part):
+def test_path_is_refused_as_data_set(tmp_path, capsys, monkeypatch, path, part):
     monkeypatch.chdir(tmp_path)
     for directory in ("photos/cats", "data/tiny/1.0.0"):
         (tmp_path / directory).mkdir(parents=True)
     for file in ("notes.txt", "data/tiny/1.0.0/dataset_info.json"):
         (tmp_path / file).touch()
-    is_one_error(command(capsys, "train", "--dataset", path), 2, f"--dataset takes a name, and {part}")
+    is_one_error(command(capsys, "train", "--dataset", path), 2, f"--dataset takes a name, but {part}")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "shapes", "mnist", "cifar10_corrupted/fog_1", "cifar10:3.0.2", "tiny"])
-def test_names_of_data_sets(tmp_path, name):
+def test_data_set_names_are_accepted(tmp_path, name):
     (tmp_path / "tiny" / "1.0.0").mkdir(parents=True)
     (tmp_path / "tiny" / "1.0.0" / "dataset_info.json").touch()
     check_name(name, str(tmp_path))
@@ -245,13 +245,13 @@ def test_names_of_data_sets(tmp_path, name):
         ("keras-2016", "--variant keras-2016 does not fit keras-resnet50, whose tensors have the names of keras"),
     ],
 )
-def test_a_variant_that_does_not_fit_is_refused_before_any_download(monkeypatch, capsys, variant, part):
+def test_wrong_variant_is_refused_before_any_download(monkeypatch, capsys, variant, part):
     monkeypatch.setattr(registry, "download", lambda *_, **__: pytest.fail("a download begins"))
     is_one_error(command(capsys, "train", "--variant", variant), 2, part)
 
 
 def written_below(directory):
-    """Every file and directory but what was compiled on the way, which is kept whatever becomes of a command."""
+    """Lists files and directories except compiled functions, which are cached even if a command fails."""
     return [name for name in files_below(directory) if not re.match(r"cache(/xla(/|$)|$)", name)]
 
 
@@ -265,7 +265,7 @@ def written_below(directory):
         (["predict", "run"], ["predict needs images"]),
     ],
 )
-def test_commands_that_are_not_there(capsys, typed, parts):
+def test_unknown_commands_are_refused(capsys, typed, parts):
     is_one_error(command(capsys, *typed), 2, *parts)
 
 
@@ -278,11 +278,11 @@ def test_commands_that_are_not_there(capsys, typed, parts):
         (["info", "--verbose"], ["Unrecognized options: --verbose"]),
     ],
 )
-def test_arguments_of_other_commands(capsys, typed, parts):
+def test_wrong_arguments_give_tyros_error(capsys, typed, parts):
     is_tyros_error(command(capsys, *typed), *parts)
 
 
-def test_no_command_shows_how_it_is_used(capsys, monkeypatch):
+def test_usage_is_shown_without_a_command(capsys, monkeypatch):
     result = command(capsys)
     assert result.code == 2 and result.out == "" and result.err.startswith("usage: python -m cifar_jax COMMAND")
     for name in (*COMMANDS, "help COMMAND", "--version"):
@@ -296,29 +296,29 @@ def test_no_command_shows_how_it_is_used(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_lists_the_options_of_a_command(capsys, name):
+def test_help_of_each_command(capsys, name):
     result = command(capsys, name, "--help")
     assert result.code == 0 and result.err == "" and result.out.startswith(f"usage: python -m cifar_jax {name} [")
     assert command(capsys, "help", name) == result
 
 
-def test_the_version(capsys):
-    for typed in ([], ["train"]):  # train.py puts the command in front
+def test_version(capsys):
+    for typed in ([], ["train"]):  # train.py prepends its command
         assert command(capsys, *typed, "--version") == (0, f"cifar-jax {cifar_jax.__version__}\n", "")
 
 
 @pytest.mark.parametrize(
     ("platforms", "message"),
     [
-        ("cuda", "JAX finds no CUDA device here. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS."),
-        ("gpu", "JAX finds no CUDA device here. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS."),
+        ("cuda", "JAX found no CUDA device. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS."),
+        ("gpu", "JAX found no CUDA device. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS."),
         (
             "cpu,kuda",
-            "JAX knows no platform 'kuda' here. Did you mean cuda? Set JAX_PLATFORMS to cpu, cuda or tpu, or ",
+            "JAX has no platform 'kuda'. Did you mean cuda? Set JAX_PLATFORMS to cpu, cuda or tpu, or ",
         ),
     ],
 )
-def test_a_platform_without_a_device(tmp_path, platforms, message):
+def test_platform_without_a_device_is_explained(tmp_path, platforms, message):
     away = environment(tmp_path) | {"JAX_PLATFORMS": platforms}
     arguments = ["train", *TINY, "--out", tmp_path / "out"] if platforms == "cuda" else ["info"]
     done = subprocess.run(
@@ -334,12 +334,12 @@ def test_a_platform_without_a_device(tmp_path, platforms, message):
         (
             "tpu",
             "Unable to initialize backend 'tpu': INTERNAL: Failed to open libtpu.so: x",
-            "JAX finds no TPU here. Run",
+            "JAX found no TPU. Run",
         ),
         (
             "tpu,cpu",
             "Unable to initialize backend 'tpu': ABORTED: in use by 7 (set JAX_PLATFORMS='' to automatically choose)",
-            "JAX finds no TPU here (ABORTED: in use by 7). Run pip install '.[tpu]' in the checkout, or unset",
+            "JAX found no TPU (ABORTED: in use by 7). Run pip install '.[tpu]' in the checkout, or unset",
         ),
         (
             "",
@@ -348,13 +348,13 @@ def test_a_platform_without_a_device(tmp_path, platforms, message):
         ),
     ],
 )
-def test_what_jax_says_of_a_platform(monkeypatch, platforms, error, message):
+def test_missing_platform_messages(monkeypatch, platforms, error, message):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     assert missing_platform(RuntimeError(error)).startswith(message)
     assert missing_platform(RuntimeError("another")) is None and missing_platform(AssertionError()) is None
 
 
-def test_a_run_directory_is_a_configuration(run, tmp_path, capsys):
+def test_config_takes_a_run_directory(run, tmp_path, capsys):
     config = parse_train(["--config", str(run), "--epochs", "7"])
     assert config == parse_train(["--config", str(run / "config.json"), "--epochs", "7"])
     assert (config.epochs, config.hidden, config.out) == (7, (8,), None)
@@ -363,16 +363,16 @@ def test_a_run_directory_is_a_configuration(run, tmp_path, capsys):
     is_one_error(result, 2, f"{tmp_path}/empty/config.json cannot be read", "name a run directory or its config.json")
 
 
-def test_a_strange_file_name_keeps_the_error_on_one_line(tmp_path, capsys):
+def test_error_about_a_path_with_newlines_is_one_line(tmp_path, capsys):
     name = tmp_path / "two\nlines\r.txt"
     name.write_text("a file")
     is_one_error(command(capsys, "train", *TINY, "--out", name), 2, "is a file; choose a directory")
 
 
-def test_debug_shows_the_traceback(tmp_path):
+def test_debug_raises_the_error(tmp_path):
     with pytest.raises(UserError, match="--epochs must be at least 1"):
         main(["train", *TINY, "--epochs", "0", "--debug"])
-    main(["info"])  # without it, NaNs are not looked for any more
+    main(["info"])  # without --debug, which turns NaN checks off again
     assert not jax.config.jax_debug_nans
 
 
@@ -388,7 +388,7 @@ def test_debug_shows_the_traceback(tmp_path):
         ),
     ],
 )
-def test_what_may_happen_before_a_run_begins(tmp_path, capsys, monkeypatch, error, code, parts):
+def test_errors_before_the_run_directory_exists(tmp_path, capsys, monkeypatch, error, code, parts):
     def fail(*_):
         raise error
 
@@ -398,7 +398,7 @@ def test_what_may_happen_before_a_run_begins(tmp_path, capsys, monkeypatch, erro
     assert all(part in result.err for part in parts) and not (tmp_path / "out").exists()
 
 
-def test_an_error_of_the_program_is_not_hidden(monkeypatch):
+def test_unexpected_error_propagates(monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
@@ -408,10 +408,10 @@ def test_an_error_of_the_program_is_not_hidden(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the commands show
+# Output of the commands
 
 
-def test_training_shows_plain_lines_where_there_is_no_terminal(tmp_path_factory):
+def test_train_prints_plain_lines_without_a_terminal(tmp_path_factory):
     run, (code, out, err) = tiny_run(tmp_path_factory)
     assert code == 0
     assert "\x1b" not in out + err and "\r" not in out + err and "━" not in out + err
@@ -421,7 +421,7 @@ def test_training_shows_plain_lines_where_there_is_no_terminal(tmp_path_factory)
     assert err.startswith("Warning: --weights random-w16 is an UNTRAINED network") and err.count("\n") == 1
 
 
-def test_evaluate_gives_what_training_gave(run, capsys):
+def test_evaluate_reproduces_the_summary(run, capsys):
     summary = json.loads((run / "summary.json").read_text())
     result = command(capsys, "evaluate", run, "--json")
     scores = json.loads(result.out)
@@ -433,7 +433,7 @@ def test_evaluate_gives_what_training_gave(run, capsys):
 
 
 @pytest.mark.parametrize("direct", [[], ["--direct"]])
-def test_predict_names_the_likeliest_classes(run, capsys, picture, direct):
+def test_predict_prints_the_top_classes(run, capsys, picture, direct):
     result = command(capsys, "predict", run, picture, run / "curves.png", "--json", *direct)
     lines = [json.loads(line) for line in result.out.splitlines()]
     assert result.code == 0 and [line["path"] for line in lines] == [str(picture), str(run / "curves.png")]
@@ -443,12 +443,12 @@ def test_predict_names_the_likeliest_classes(run, capsys, picture, direct):
         assert len(probs) == 3 and set(line["top"]) <= set(names)
         assert probs == sorted(probs, reverse=True) and 0 < sum(probs) <= 1
     plain = command(capsys, "predict", run, picture, *direct).out
-    likeliest = max(lines[0]["top"], key=lines[0]["top"].get)
-    assert plain.startswith(f"{picture}  {likeliest} {lines[0]['top'][likeliest]:.3f}  ")
+    best = max(lines[0]["top"], key=lines[0]["top"].get)
+    assert plain.startswith(f"{picture}  {best} {lines[0]['top'][best]:.3f}  ")
 
 
-def test_predict_sees_the_upright_picture(run, capsys, tmp_path, picture):
-    """A photograph that is stored turned gives the very probabilities of the upright one."""
+def test_predict_applies_exif_orientation(run, capsys, tmp_path, picture):
+    """A rotated image with an EXIF orientation gives exactly the probabilities of the upright one."""
     turned = tmp_path / "turned.png"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -458,14 +458,14 @@ def test_predict_sees_the_upright_picture(run, capsys, tmp_path, picture):
     assert one == other
 
 
-def test_predict_prints_names_that_are_no_text(run, capsys, tmp_path, picture):
+def test_predict_escapes_undecodable_file_names(run, capsys, tmp_path, picture):
     strange = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png")
     shutil.copy(picture, strange)
     result = command(capsys, "predict", run, strange)
     assert result.code == 0 and r"caf\udce9.png  " in result.out
 
 
-def test_info_names_all_that_is_known(run, capsys, tmp_path):
+def test_info_lists_weights_and_data_sets(run, capsys, tmp_path):
     about = json.loads(command(capsys, "info", "--json", "--data-dir", tmp_path, "--cache-dir", tmp_path).out)
     assert [row["name"] for row in about["weights"]] == [*registry.entries(), *UNTRAINED]
     shipped = str(registry.weights_dir() / "demo-resnet50-w16.safetensors")
@@ -482,14 +482,14 @@ def test_info_names_all_that_is_known(run, capsys, tmp_path):
         assert re.search(rf"^{entry.name}\t.*{entry.digest}", result.out, re.MULTILINE)
 
 
-def test_info_devices_names_each_and_which_train(capsys):
+def test_info_devices_marks_those_used_for_training(capsys):
     (row,) = json.loads(command(capsys, "info", "devices", "--json").out)["devices"]
     assert (row["platform"], row["process"], row["training"]) == ("cpu", "0", "yes")
     assert command(capsys, "info", "devices").out.splitlines()[0].split("\t")[:3] == ["device", "platform", "kind"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In a process of its own
+# Commands in separate processes
 
 
 def environment(tmp_path):
@@ -497,7 +497,7 @@ def environment(tmp_path):
     return os.environ | {"PYTHONPATH": path, "CIFAR_JAX_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
 
 
-def test_the_script_runs_from_anywhere_and_imports_no_more_than_it_must(tmp_path):
+def test_script_runs_from_any_directory_with_few_imports(tmp_path):
     check = "import sys, cifar_jax, cifar_jax.cli.main; print({'tensorflow', 'matplotlib', 'torch'} & set(sys.modules))"
     commands = [[sys.executable, ROOT / "train.py", "--help"], [sys.executable, "-c", check]]
     ascii_only = environment(tmp_path) | {"PYTHONIOENCODING": "ascii"}
@@ -512,7 +512,7 @@ def test_ctrl_c_ends_a_live_run_cleanly(tmp_path):
     out = tmp_path / "out"
     start = "import pytest, helpers; from cifar_jax.cli.main import run; "
     start += "helpers.narrow_networks(pytest.MonkeyPatch()); run()"
-    # An epoch of a second or so, in whose midst the signal comes.
+    # An epoch takes about a second, so that the signal arrives in the middle of one.
     live = ["--mode", "live", "--train-examples", "2000", "--batch-size", "2", "--epochs", "1000", "--out", out]
     with subprocess.Popen(
         [sys.executable, "-c", start, "train", *TINY, *live],

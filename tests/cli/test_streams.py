@@ -1,4 +1,4 @@
-"""Standard output and error that are closed or full: commands end as they should, and runs are finished."""
+"""Tests of closed, full and missing standard streams: training completes, other commands stop with an exit code."""
 
 import io
 import json
@@ -14,9 +14,9 @@ from cifar_jax.cli.streams import Output, OutputLost
 
 
 def ended(arguments, stdout="pipe", stderr="pipe"):
-    """Runs a command with streams that are a closed pipe, full, or not open; its exit code and the other stream.
+    """Runs a command with one stream lost and returns its exit code and the output of the other one.
 
-    A `pipe` has its reader; a `closed` one lost it before the first line came.
+    A stream is a `pipe` with a reader, a pipe `closed` before the first line, `full`, or `missing`.
     """
     reader, closed = os.pipe()
     os.close(reader)
@@ -47,7 +47,7 @@ def cache(tmp_path_factory):
         ({"stderr": "missing"}, 0, ""),
     ],
 )
-def test_a_run_is_finished_whoever_reads(tmp_path, cache, streams, code, said):
+def test_training_completes_with_lost_streams(tmp_path, cache, streams, code, said):
     out = tmp_path / "run"
     train = [TESTS / "narrow_train.py", *TINY, "--epochs", "2", "--cache-dir", cache, "--out", out]
     ended_with, other = ended(train, **streams)
@@ -65,7 +65,7 @@ def test_a_run_is_finished_whoever_reads(tmp_path, cache, streams, code, said):
 
 @pytest.mark.parametrize("what", ["info", "predict", "train --help"])
 @pytest.mark.parametrize(("kind", "code", "lines"), [("closed", 141, 0), ("full", 1, 1)])
-def test_other_commands_end_with_their_output(tmp_path, tmp_path_factory, what, kind, code, lines):
+def test_other_commands_stop_when_stdout_is_lost(tmp_path, tmp_path_factory, what, kind, code, lines):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "picture.png")
     more = [tiny_run(tmp_path_factory).path, tmp_path / "picture.png"] if what == "predict" else []
     start = "import pytest, helpers; from cifar_jax.cli.main import run; "
@@ -76,8 +76,8 @@ def test_other_commands_end_with_their_output(tmp_path, tmp_path_factory, what, 
     assert errors.startswith("Error: Standard output could not be written" if lines else "")
 
 
-class Full(io.StringIO):
-    """Takes the first write."""
+class FullAfterFirstWrite(io.StringIO):
+    """A stream that fails from the second write on."""
 
     def write(self, text):
         if self.tell() and text:
@@ -85,8 +85,8 @@ class Full(io.StringIO):
         return super().write(text)
 
 
-def test_what_follows_a_lost_write_is_lost_too():
-    stream = Full()
+def test_output_is_discarded_after_a_failed_write():
+    stream = FullAfterFirstWrite()
     output = Output(stream)
     print("one", end="", file=output)
     assert output.error is None

@@ -1,4 +1,4 @@
-"""The configuration: options in groups, which are typed, recorded and given in Python by their names alone."""
+"""Tests of the configuration: options in groups that are typed, recorded and set in Python by name alone."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from cifar_jax.config.groups import FIELDS, GROUP_OF, GROUPS, OF_A_PROCESS, OF_T
 from cifar_jax.errors import UserError
 from cifar_jax.runs.layout import recorded
 
-CONFIGS = Path(__file__).parent / "configs"  # written before options were in groups
+CONFIGS = Path(__file__).parent / "configs"  # written before options had groups
 FINETUNE = FinetuneConfig(2, 0.01, "batch", 0.8, False, 16, True)
 OPTIM = OptimConfig(
     mode="finetune",
@@ -81,27 +81,27 @@ def read(name):
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_config_that_was_written_before_there_were_groups(name):
+def test_old_flat_config_files_are_read(name):
     config = TrainConfig.from_json(read(name))
     assert config == WRITTEN[name]
-    # The same keys are written, with the same values.
+    # The same keys and values are written again.
     assert recorded(config) == config.to_json() == read(name)
 
 
-def test_those_configs_set_something_in_every_group():
+def test_old_configs_cover_every_group():
     for group in GROUPS:
         usual = getattr(TrainConfig(), group)
         assert any(getattr(WRITTEN[name], group) != usual for name in ("finetune", "cached")), group
 
 
-def test_every_option_is_in_one_group():
+def test_every_option_is_in_exactly_one_group():
     names = [field.name for group in GROUPS.values() for field in fields(group)]
     assert len(names) == len(set(names)) == len(GROUP_OF)
     assert {"preset", *GROUPS} == {field.name for field in fields(TrainConfig)}
-    assert not {"preset", *GROUPS} & set(names)  # an option of such a name could not be given in Python
+    assert not {"preset", *GROUPS} & set(names)  # such an option could not be set in Python
 
 
-def test_options_are_given_and_read_without_their_groups():
+def test_options_are_set_and_read_without_groups():
     config = TrainConfig(epochs=2, out="x", augment=("flip",), mode="live", image_size=64)
     assert (config.epochs, config.out, config.augment, config.image_size) == (2, "x", ("flip",), 64)
     assert (config.optim.epochs, config.run.out, config.data.augment) == (2, "x", ("flip",))
@@ -118,17 +118,17 @@ def test_options_are_given_and_read_without_their_groups():
     assert replace(preset("demo"), **changes).options() == preset("demo").options() | changes
 
 
-def test_a_single_option_goes_before_its_group():
+def test_single_option_overrides_its_group():
     assert TrainConfig(optim=OptimConfig(epochs=2, seed=5), epochs=3).optim == OptimConfig(epochs=3, seed=5)
 
 
 @pytest.mark.parametrize("make", [lambda: TrainConfig(epoch=2), lambda: replace(TrainConfig(), epoch=2)])
-def test_an_option_that_there_is_not_is_a_type_error(make):
+def test_unknown_option_raises_type_error(make):
     with pytest.raises(TypeError, match=r"There is no option 'epoch'\. Did you mean epochs\?"):
         make()
 
 
-def test_a_field_that_there_is_not_is_an_attribute_error():
+def test_unknown_field_raises_attribute_error():
     with pytest.raises(AttributeError, match="'TrainConfig' object has no attribute 'epoch'"):
         TrainConfig().epoch  # noqa: B018
     assert not hasattr(TrainConfig(), "__fspath__")
@@ -137,7 +137,7 @@ def test_a_field_that_there_is_not_is_an_attribute_error():
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_it_is_a_value(name):
+def test_config_is_a_value(name):
     config = WRITTEN[name]
     for same in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config)), replace(config)):
         assert same == config and hash(same) == hash(config) and repr(same) == repr(config)
@@ -147,37 +147,37 @@ def test_it_is_a_value(name):
         config.epochs = 3
 
 
-def test_a_copy_in_the_making_has_no_groups_yet():
+def test_uninitialised_copy_raises_attribute_error():
     empty = TrainConfig.__new__(TrainConfig)
     for name in ("optim", "epochs", "__setstate__"):
         with pytest.raises(AttributeError):
             getattr(empty, name)
 
 
-def test_values_are_checked_within_groups_too():
+def test_values_in_groups_are_checked():
     for make in (lambda: TrainConfig(optim=OptimConfig(epochs=0)), lambda: TrainConfig(epochs=0)):
         with pytest.raises(UserError, match=r"--epochs must be at least 1, got 0\."):
             make()
 
 
-def test_what_kind_an_option_is():
+def test_option_sets():
     assert set(FINETUNE_ONLY) == {field.name for field in fields(FinetuneConfig)}
     assert set(RUN_ONLY) == {field.name for field in fields(RunConfig)}
     assert set(RUN_ONLY) - set(OF_THE_COMMAND) == {"data_dir", "cache_dir", "cache_limit"}
     assert set(RUN_ONLY) - set(OF_A_PROCESS) == {"checkpoint_every"}
     assert set(PATHS) == {"out", "config", "data_dir", "cache_dir", "profile"}
-    # What is a path says so: else it would be recorded as it was typed.
+    # A path option without the mark would be recorded as typed instead of as an absolute path.
     assert {name for name in FIELDS if name.endswith("_dir")} < set(PATHS)
 
 
-def test_a_rerun_keeps_inputs_and_caches_and_nothing_of_the_command(tmp_path):
+def test_config_option_keeps_only_input_and_cache_locations(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(read("finetune")))
-    theirs, ours = WRITTEN["finetune"], parse_train(["--config", str(tmp_path)])
-    assert ours == replace(theirs, run=RunConfig(data_dir="/data", cache_dir="/cache", cache_limit=3.0))
+    original, rerun = WRITTEN["finetune"], parse_train(["--config", str(tmp_path)])
+    assert rerun == replace(original, run=RunConfig(data_dir="/data", cache_dir="/cache", cache_limit=3.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a preset or an earlier run says, and what is typed takes the meaning from
+# Options of a preset or an earlier run that do not apply given the typed options
 
 
 LIVE = {"mode": "live", "bn_momentum": 0.99, "zero_gamma": False}
@@ -203,9 +203,9 @@ LIVE = {"mode": "live", "bn_momentum": 0.99, "zero_gamma": False}
         ("finetune.json", "--mode live", {"mode": "live", **{name: FIELDS[name].default for name in FINETUNE_ONLY}}),
     ],
 )
-def test_options_that_nobody_typed_and_that_have_no_meaning_are_dropped(of, typed, changes):
+def test_inapplicable_preset_options_are_reset(of, typed, changes):
     default = ["--config", str(CONFIGS / of)] if of.endswith(".json") else ["--preset", of]
-    default += ["--dataset", "shapes"]  # which is there on every machine
+    default += ["--dataset", "shapes"]  # available on every machine
     assert parse_train([*typed.split(), *default]).options() == parse_train(default).options() | changes
 
 
@@ -215,15 +215,15 @@ def test_options_that_nobody_typed_and_that_have_no_meaning_are_dropped(of, type
         ("--preset pretrain --mode live --bn-momentum 0.9", "--bn-momentum has no meaning in --mode live"),
         ("--mode cached --preset pretrain --zero-gamma", "--zero-gamma has no meaning in --mode cached"),
         ("--preset pretrain --mode cached --augment flip", "--augment needs the pixels at every step"),
-        ("--preset pretrain --mode live --feature-dtype float16", "--feature-dtype says what --mode cached keeps"),
+        ("--preset pretrain --mode live --feature-dtype float16", "--feature-dtype applies to --mode cached only"),
         ("--preset pretrain --schedule constant --warmup-epochs 2", "--warmup-epochs goes with --schedule cosine"),
         ("--preset pretrain --epochs 2 --warmup-epochs 2", "--warmup-epochs must be at least 0 and below --epochs 2"),
-        ("--preset pretrain --momentum 0 --nesterov", "--nesterov is a form of momentum"),
+        ("--preset pretrain --momentum 0 --nesterov", "--nesterov needs --momentum"),
         ("--preset pretrain --bn-statistics frozen --bn-momentum 0.9", "--bn-momentum moves no statistics"),
         ("--preset demo --momentum 1", "--momentum must be at least 0 and below 1, got 1.0."),
     ],
 )
-def test_the_same_options_typed_are_refused(capsys, typed, part):
+def test_inapplicable_typed_options_are_refused(capsys, typed, part):
     is_one_error(command(capsys, "train", *typed.split()), 2, part)
 
 

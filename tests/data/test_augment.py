@@ -1,4 +1,4 @@
-"""Augmentation: what may happen to an image and nothing else, decided by a key alone."""
+"""Tests of the augmentations: their effects on images, and their dependence on the key alone."""
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,14 @@ def images(shapes):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_keeps_shape_and_dtype_and_changes_some_images(images, name):
+def test_augmentations_keep_shape_and_dtype_and_change_some_images(images, name):
     changed = jax.jit(AUGMENTATIONS[name])(KEY, images)
     assert changed.shape == images.shape and changed.dtype == jnp.uint8
     differs = np.asarray(changed != images).any(axis=(1, 2, 3))
     assert 10 < differs.sum() <= 64
 
 
-def test_flip_gives_the_image_or_its_mirror_image(images):
+def test_flip_returns_the_image_or_its_mirror(images):
     flipped = np.asarray(random_flip(KEY, images))
     pairs = list(zip(flipped, np.asarray(images), strict=True))
     mirrored = sum(np.array_equal(a, b[:, ::-1]) for a, b in pairs)
@@ -31,7 +31,7 @@ def test_flip_gives_the_image_or_its_mirror_image(images):
     assert 20 <= mirrored <= 44
 
 
-def test_crop_is_a_window_of_the_mirrored_image(images):
+def test_crop_is_a_window_of_the_reflected_image(images):
     padded = np.pad(np.asarray(images), ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (32, 32), axis=(1, 2))  # [n, 9, 9, 3, 32, 32]
     cropped = np.asarray(random_crop(KEY, images)).transpose(0, 3, 1, 2)[:, None, None]
@@ -51,14 +51,14 @@ def test_cutout_paints_a_square_of_half_the_side(images):
     assert (painted > 0).sum(axis=(1, 2, 3)).max() == 3 * 16 * 16
 
 
-def test_same_key_same_bits_other_key_other_draw(images):
+def test_augment_is_determined_by_the_key(images):
     changed = jax.jit(lambda key: augment(key, images, ("flip", "crop", "cutout")))
     first, again, other = (changed(jax.random.fold_in(KEY, step)) for step in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert np.asarray(first != other).any()
 
 
-def test_one_function_does_not_move_what_another_draws(images):
+def test_augmentations_draw_independently(images):
     np.testing.assert_array_equal(
         augment(KEY, images, ("crop", "flip")),
         AUGMENTATIONS["crop"](jax.random.fold_in(KEY, 1), augment(KEY, images, ("flip",))),

@@ -1,4 +1,4 @@
-"""Tests of the figures: what they say, that nothing is cut off or overlaps, and how they are saved."""
+"""Tests of the figures: their content, that nothing is cut off or overlaps, and how they are saved."""
 
 import os
 import subprocess
@@ -26,22 +26,22 @@ NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 
 
 def make_images(count: int, height: int = 32, width: int = 32) -> UInt8[np.ndarray, "n height width 3"]:
-    """Noise, different in each image."""
+    """Draws noise, different in each image."""
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
 def make_labels(count: int, classes: int = 10) -> Int[np.ndarray, " n"]:
-    """Class indices in no order."""
+    """Draws class indices."""
     return np.random.default_rng(1).integers(0, classes, count, dtype=np.int32)
 
 
 def make_probs(count: int, classes: int = 10) -> Float[np.ndarray, "n classes"]:
-    """Probabilities that sum to one."""
+    """Draws probabilities that sum to one."""
     return np.random.default_rng(2).dirichlet(np.full(classes, 0.3), count).astype(np.float32)
 
 
 def make_history(epochs: int) -> list[dict[str, float]]:
-    """Curves that fall and rise, none equal to another."""
+    """Returns distinct falling losses and rising accuracies."""
     return [
         {
             "epoch": epoch,
@@ -55,7 +55,7 @@ def make_history(epochs: int) -> list[dict[str, float]]:
 
 
 def make_confusion(classes: int, examples: int = 10_000) -> Int[np.ndarray, "classes classes"]:
-    """Count predictions of which nine in ten are right."""
+    """Draws a confusion matrix in which nine in ten predictions are right."""
     rng = np.random.default_rng(3)
     true = rng.integers(0, classes, examples)
     predicted = np.where(rng.random(examples) < 0.9, true, rng.integers(0, classes, examples))
@@ -106,14 +106,14 @@ quick_figures = pytest.mark.parametrize(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Make a folder of the test's own: other fixtures write to `tmp_path`."""
+    """An empty folder of the test's own, as other fixtures write to `tmp_path`."""
     folder = tmp_path / "figures"
     folder.mkdir()
     return folder
 
 
 def render(figure: Figure) -> UInt8[np.ndarray, "height width 4"]:
-    """Rasterise the figure."""
+    """Rasterises a figure."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())
@@ -126,7 +126,7 @@ def texts_of(figure: Figure) -> list[str]:
 
 @cache
 def rendered(name: str) -> Figure:
-    """Draw one of `FIGURES`, which fixes where everything in it lies."""
+    """Draws one of `FIGURES`, which fixes its layout."""
     figure = FIGURES[name]()
     render(figure)
     return figure
@@ -154,8 +154,8 @@ def assert_apart(texts: Sequence[Text]) -> None:
         assert box.count_overlaps(boxes[i + 1 :]) == 0, texts[i]
 
 
-def leave_no_trace(directory: Path) -> None:
-    """Fail if the directory holds anything but the old figure, unharmed."""
+def assert_only_the_old_figure(directory: Path) -> None:
+    """Fails if the directory contains anything but the unchanged old figure."""
     assert [path.name for path in directory.iterdir()] == ["figure.png"]
     assert (directory / "figure.png").read_bytes() == b"old"
 
@@ -181,7 +181,7 @@ def test_texts_do_not_overlap(name: str) -> None:
 
 @quick_figures
 def test_same_figure_gives_same_bytes(name: str, folder: Path) -> None:
-    """Neither saving again, nor drawing again, nor a user's own settings change a byte."""
+    """Saving again, drawing again and the user's own settings do not change a byte."""
     figure = FIGURES[name]()
     figures.save_figure(figure, folder / "first.png")
     figures.save_figure(figure, folder / "again.png")
@@ -193,16 +193,16 @@ def test_same_figure_gives_same_bytes(name: str, folder: Path) -> None:
 
 
 @quick_figures
-def test_global_settings_stay(name: str, folder: Path) -> None:
+def test_global_settings_are_unchanged(name: str, folder: Path) -> None:
     """Drawing and saving leave matplotlib's settings alone."""
-    # Reading the backend would choose one; the test below looks after it.
+    # Reading the backend would select one, which the test below checks.
     before = {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
     figures.save_figure(FIGURES[name](), folder / "figure.png")
     assert {key: matplotlib.rcParams[key] for key in before} == before
 
 
-def test_no_backend_is_chosen(folder: Path) -> None:
-    """Neither importing, nor drawing, nor saving imports pyplot, which chooses one for the whole program."""
+def test_pyplot_is_not_imported(folder: Path) -> None:
+    """Importing, drawing and saving do not import pyplot, which selects a backend for the whole program."""
     code = """
 import sys, numpy as np
 from cifar_jax.report import figures
@@ -226,7 +226,7 @@ def test_images_are_enlarged_by_whole_pixels(size: tuple[int, int]) -> None:
         np.testing.assert_array_equal(pixels[y0:y1, x0:x1][::-1], enlarged)
 
 
-def test_samples_come_class_by_class() -> None:
+def test_samples_are_ordered_class_by_class() -> None:
     """A row holds the first image of every class, the next row the second of every class."""
     train_labels = np.array([2, 2, 0, 1, 0, 2, 1, 0, 1], np.int32)
     val_labels = np.array([1, 1, 0, 1], np.int32)
@@ -256,8 +256,8 @@ def test_samples_fill_two_rows_of_many_classes() -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 4, 90])
-def test_curves_are_the_history(epochs: int) -> None:
-    """The lines are losses and percentages over epochs, and the legend has the last of each."""
+def test_curves_plot_the_history(epochs: int) -> None:
+    """The lines are losses and percentages over epochs, and the legend shows the last values."""
     history = make_history(epochs)
     figure = figures.plot_curves(history, "test")
     expected = {"Loss": ("loss", 1, "{:.3f}"), "Accuracy (%)": ("accuracy", 100, "{:.1f}%")}
@@ -287,7 +287,7 @@ def test_epoch_ticks_are_epochs(epochs: int, first: int) -> None:
         assert len(ticks) >= min(epochs, 4)
 
 
-def test_diverged_history_can_be_drawn(folder: Path) -> None:
+def test_diverged_history_is_drawn(folder: Path) -> None:
     """Losses that are not finite leave a gap, and the legend says so."""
     history = make_history(4)
     history[-1].update(train_loss=np.nan, val_loss=np.inf)
@@ -296,8 +296,8 @@ def test_diverged_history_can_be_drawn(folder: Path) -> None:
     assert [line.get_label() for line in figure.axes[0].get_lines()] == ["training nan", "validation inf"]
 
 
-def test_predictions_tell_right_from_wrong() -> None:
-    """Right ones are green and ticked, wrong ones red and crossed with the true class."""
+def test_predictions_mark_right_and_wrong() -> None:
+    """Correct predictions are green and ticked, wrong ones red and crossed with the true class."""
     probs = np.array([[0.1, 0.9, 0], [0.25, 0.5, 0.25], [0.004, 0, 0.996]], np.float32)
     figure = figures.plot_predictions(make_images(3), np.array([1, 0, 2]), probs, ["cat", "dog", "emu"])
     assert texts_of(figure) == ["✓ dog 90%", "✗ dog 50%\ntrue: cat", "✓ emu 100%"]
@@ -308,7 +308,7 @@ def test_predictions_tell_right_from_wrong() -> None:
     assert max(green) == green[1] and max(red) == red[0]
 
 
-def test_names_are_no_formulas() -> None:
+def test_names_are_not_parsed_as_formulas() -> None:
     """Dollars in class names are drawn as dollars."""
     names = ["$10 notes", "$20 notes"]
     predictions = figures.plot_predictions(make_images(2), np.array([0, 1]), np.eye(2, dtype=np.float32), names)
@@ -319,7 +319,7 @@ def test_names_are_no_formulas() -> None:
     assert not any(text.get_parse_math() for text in named)
 
 
-def test_predictions_agree_with_their_arrays() -> None:
+def test_predictions_match_their_arrays() -> None:
     """Every tile of a full grid shows its own image, class, confidence and colour."""
     images, labels, probs = make_images(40), make_labels(40), make_probs(40)
     figure = figures.plot_predictions(images, labels, probs, NAMES, rows=4, columns=8)
@@ -333,8 +333,8 @@ def test_predictions_agree_with_their_arrays() -> None:
     assert figure.texts[0].get_text() == f"{right[:32].sum()} of 32 images right"
 
 
-def test_confusion_says_its_counts() -> None:
-    """The cells say the counts, rows being true classes, and the sides the classes and accuracies."""
+def test_confusion_shows_counts() -> None:
+    """Cells show the counts, with true classes as rows, and the axes the classes and accuracies."""
     confusion = np.array([[90, 10, 0], [5, 15, 0], [0, 0, 0]])
     figure = figures.plot_confusion(confusion, ["cat", "dog", "emu"])
     matrix = next(axes for axes in figure.axes if axes.images)
@@ -351,7 +351,7 @@ def test_confusion_says_its_counts() -> None:
     assert bars.get_ylim() == matrix.get_ylim()
 
 
-def test_counts_stand_out_from_their_cells() -> None:
+def test_counts_contrast_with_their_cells() -> None:
     """Numbers are light on dark cells and dark on light ones, whatever the share."""
     shares = np.arange(0, 101, 10)
     confusion = np.zeros((11, 11), int)
@@ -367,7 +367,7 @@ def test_counts_stand_out_from_their_cells() -> None:
         assert abs(cell - ink) > 0.3, text
 
 
-def test_many_classes_leave_room() -> None:
+def test_many_classes_drop_counts_and_thin_ticks() -> None:
     """With 100 classes no counts are written and few ticks labelled, but each class has its bar."""
     names = [f"class {i}" for i in range(100)]
     confusion = make_confusion(100)
@@ -383,18 +383,18 @@ def test_many_classes_leave_room() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_images": make_images(0), "train_labels": make_labels(0)}, "some uint8"),
-        ({"val_images": make_images(0), "val_labels": make_labels(0)}, "some uint8"),
-        ({"train_images": make_images(3).astype(np.float32)}, "not float32"),
+        ({"train_images": make_images(0), "train_labels": make_labels(0)}, "non-empty uint8"),
+        ({"val_images": make_images(0), "val_labels": make_labels(0)}, "non-empty uint8"),
+        ({"train_images": make_images(3).astype(np.float32)}, "got float32"),
         ({"val_images": make_images(3)[0]}, r"\[32, 32, 3\]"),
         ({"val_labels": make_labels(2)}, "3 images"),
-        ({"train_labels": np.array([0, 10, 1])}, "0 to 10 do not fit 10 names"),
-        ({"train_labels": np.array([0, -1, 1])}, "-1 to 1 do not fit"),
+        ({"train_labels": np.array([0, 10, 1])}, r"in 0\.\.9, as there are 10 class names, got 0 to 10"),
+        ({"train_labels": np.array([0, -1, 1])}, "got -1 to 1"),
         ({"columns": 0}, "at least one row and one column"),
     ],
 )
-def test_samples_refuse_what_does_not_agree(change: dict[str, object], message: str) -> None:
-    """What cannot be drawn is refused with the reason."""
+def test_samples_reject_inconsistent_arguments(change: dict[str, object], message: str) -> None:
+    """Invalid arguments raise ValueError with the reason."""
     arguments: dict[str, object] = {"train_images": make_images(3), "train_labels": make_labels(3)}
     arguments |= {"val_images": make_images(3), "val_labels": make_labels(3), "class_names": NAMES}
     with pytest.raises(ValueError, match=message):
@@ -404,17 +404,17 @@ def test_samples_refuse_what_does_not_agree(change: dict[str, object], message: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": make_images(0), "labels": make_labels(0), "probs": make_probs(0)}, "some uint8"),
+        ({"images": make_images(0), "labels": make_labels(0), "probs": make_probs(0)}, "non-empty uint8"),
         ({"labels": make_labels(2)}, "3 images"),
-        ({"probs": make_probs(2)}, r"must be \[3, 10\], not \[2, 10\]"),
-        ({"probs": make_probs(3, classes=9)}, r"must be \[3, 10\], not \[3, 9\]"),
+        ({"probs": make_probs(2)}, r"must have shape \[3, 10\], got \[2, 10\]"),
+        ({"probs": make_probs(3, classes=9)}, r"must have shape \[3, 10\], got \[3, 9\]"),
         ({"rows": 0}, "at least one row"),
         ({"rows": -1, "columns": 1}, "at least one row"),
         ({"rows": -1, "columns": -1}, "at least one row"),
     ],
 )
-def test_predictions_refuse_what_does_not_agree(change: dict[str, object], message: str) -> None:
-    """What cannot be drawn is refused with the reason."""
+def test_predictions_reject_inconsistent_arguments(change: dict[str, object], message: str) -> None:
+    """Invalid arguments raise ValueError with the reason."""
     arguments: dict[str, object] = {
         "images": make_images(3),
         "labels": make_labels(3),
@@ -432,8 +432,8 @@ def test_predictions_refuse_what_does_not_agree(change: dict[str, object], messa
         (2 * make_history(2), "must increase"),
     ],
 )
-def test_curves_refuse_a_broken_history(history: list[dict[str, float]], message: str) -> None:
-    """A history that is empty, incomplete or out of order is refused."""
+def test_curves_reject_an_invalid_history(history: list[dict[str, float]], message: str) -> None:
+    """An empty, incomplete or unordered history raises ValueError."""
     with pytest.raises(ValueError, match=message):
         figures.plot_curves(history)
 
@@ -448,14 +448,14 @@ def test_curves_refuse_a_broken_history(history: list[dict[str, float]], message
         np.array([[1, -1], [0, 1]]),
     ],
 )
-def test_confusion_refuses_what_are_no_counts(confusion: Int[np.ndarray, "..."]) -> None:
-    """A matrix that does not fit two classes or holds no counts is refused."""
+def test_confusion_rejects_invalid_matrices(confusion: Int[np.ndarray, "..."]) -> None:
+    """A matrix of the wrong shape or without valid counts raises ValueError."""
     with pytest.raises(ValueError, match=r"must be .* counts"):
         figures.plot_confusion(confusion, ["circle", "square"])
 
 
 def test_save_writes_a_plain_png(folder: Path) -> None:
-    """The file is a PNG of the size asked for, with no name of software in it, and replaces an old one."""
+    """The file is a PNG of the requested size without a software tag, and replaces an old one."""
     path = folder / "figure.png"
     path.write_bytes(b"old")
     figures.save_figure(figures.plot_curves(make_history(2)), str(path), dpi=80)
@@ -470,7 +470,7 @@ def test_save_writes_a_plain_png(folder: Path) -> None:
 def test_save_leaves_nothing_behind_when_writing_fails(
     step: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk or a forbidden move keeps the old file and no other."""
+    """A full disk or a failed rename leaves only the old file."""
 
     def fail(*_: object) -> None:
         assert any(path.name.startswith(".figure.png.") for path in folder.iterdir())
@@ -480,11 +480,11 @@ def test_save_leaves_nothing_behind_when_writing_fails(
     monkeypatch.setattr(os, step, fail)
     with pytest.raises(OSError, match="No space"):
         figures.save_figure(figures.plot_curves(make_history(1)), folder / "figure.png")
-    leave_no_trace(folder)
+    assert_only_the_old_figure(folder)
 
 
 def test_save_keeps_the_old_file_when_drawing_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A figure that cannot be drawn keeps the old file and no other, even when it fails half way."""
+    """A figure that fails to draw leaves only the old file, even if it fails half way."""
 
     def fail(_: Figure, file: object, **__: object) -> None:
         file.write(b"half")  # type: ignore[attr-defined]
@@ -494,11 +494,11 @@ def test_save_keeps_the_old_file_when_drawing_fails(folder: Path, monkeypatch: p
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(RuntimeError, match="drawing failed"):
         figures.save_figure(Figure(), folder / "figure.png")
-    leave_no_trace(folder)
+    assert_only_the_old_figure(folder)
 
 
-def test_save_needs_a_directory_that_can_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing or forbidden directory is an error, and the old file stays."""
+def test_save_fails_in_missing_and_read_only_directories(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing or read-only directory is an error, and the old file stays."""
     figure = figures.plot_curves(make_history(1))
     with pytest.raises(FileNotFoundError):
         figures.save_figure(figure, folder / "missing" / "figure.png")
@@ -509,14 +509,14 @@ def test_save_needs_a_directory_that_can_be_written(folder: Path, monkeypatch: p
 
     (folder / "figure.png").write_bytes(b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", forbid)  # permissions do not bind root, as whom containers run tests
+        patch.setattr(Path, "open", forbid)  # file permissions do not stop root, the user of test containers
         with pytest.raises(PermissionError):
             figures.save_figure(figure, folder / "figure.png")
-    leave_no_trace(folder)
+    assert_only_the_old_figure(folder)
 
 
 def test_save_flushes_before_it_replaces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole picture is on the disk, in the same directory, before it takes the place of the old one."""
+    """The whole image is flushed to disk, in the same directory, before it replaces the old one."""
     steps: list[str] = []
     fsync, replace = os.fsync, os.replace
 

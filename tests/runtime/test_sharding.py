@@ -1,4 +1,4 @@
-"""Data parallelism: a process with eight devices runs what stands in eight_devices.py, as this one has but one."""
+"""Tests of data parallelism. Those for eight devices, in eight_devices.py, run in a process that has eight."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from cifar_jax.runtime.environment import device_description
 from cifar_jax.runtime.sharding import device_rows, make_mesh
 
 
-def test_eight_devices_give_what_one_gives():
+def test_eight_devices_match_one():
     flags = "--xla_force_host_platform_device_count=8"
     tests = [sys.executable, "-m", "pytest", "-q", "tests/e2e/eight_devices.py"]
     done = subprocess.run(
@@ -22,7 +22,7 @@ def test_eight_devices_give_what_one_gives():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_more_devices_than_there_are_is_refused_before_any_work(tmp_path, capsys):
+def test_too_many_devices_are_refused_before_any_work(tmp_path, capsys):
     too_many = str(jax.local_device_count() + 1)
     result = command(capsys, "train", *TINY, "--devices", too_many, "--out", tmp_path / "out")
     is_one_error(result, 2, "--devices must be at most ", f"got {too_many}", "JAX_NUM_CPU_DEVICES")
@@ -32,7 +32,7 @@ def test_more_devices_than_there_are_is_refused_before_any_work(tmp_path, capsys
         make_mesh(int(too_many))
 
 
-def test_training_takes_one_device_of_a_cpu():
+def test_training_uses_one_cpu_device_by_default():
     assert make_mesh(None).size == make_mesh().size == 1
     rows = device_rows()
     assert len(rows) == jax.device_count() and [row["training"] for row in rows].count("yes") == 1

@@ -16,7 +16,7 @@ from cifar_jax import load_run
 from cifar_jax.runs.layout import SUMMARY
 from cifar_jax.runtime.signals import Terminated, listening
 
-# Steps that take long enough to be interrupted, and few enough of them to be soon done.
+# Long enough to be interrupted, short enough to finish soon.
 LIVE = (
     *TINY,
     "--mode",
@@ -32,10 +32,10 @@ LIVE = (
 )
 
 
-def test_what_comes_while_files_are_written_waits_for_them():
+def test_held_defers_the_signal_to_the_end_of_the_block():
     done = []
     with listening() as signals:
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the interrupt comes in the midst of the block)
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the interrupt comes in the middle of the block)
             with signals.held():
                 signal.raise_signal(signal.SIGINT)
                 done.append("the rest of the block")
@@ -44,7 +44,7 @@ def test_what_comes_while_files_are_written_waits_for_them():
     assert done == ["the rest of the block"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_is_only_noted_raises_nothing_and_what_is_not_held_raises_at_once():
+def test_noted_suppresses_the_exception_and_unheld_signals_raise_at_once():
     with listening() as signals:
         with signals.noted():
             signal.raise_signal(signal.SIGTERM)
@@ -76,7 +76,7 @@ def test_what_the_process_was_told_to_ignore_stays_ignored():
 
 
 def start(out, cache, *more):
-    """A run in a process of its own, narrow as those of other tests are."""
+    """Starts a run with a narrow network in a separate process."""
     command = [sys.executable, TESTS / "narrow_train.py", *LIVE, "--cache-dir", cache, "--out", out, *more]
     usual = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.Popen(
@@ -84,15 +84,15 @@ def start(out, cache, *more):
     )
 
 
-def wait_for(happened, process, seconds=120):
-    """Until something has happened that the process does."""
+def wait_until(happened, process, seconds=120):
+    """Waits until a condition holds while the process runs."""
     end = time.monotonic() + seconds
     while not happened():
         assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.01)
 
 
-def rows_of(run):
+def results_of(run):
     rows = [json.loads(line) | {"seconds": 0} for line in (run / "metrics.jsonl").read_text().splitlines()]
     return rows, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(load_run(run).head_params)]
 
@@ -108,14 +108,14 @@ def undisturbed(tmp_path_factory, cache):
     process = start(out, cache)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    return rows_of(out)
+    return results_of(out)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_told_to_end_saves_and_goes_on_to_the_same_bits(tmp_path, cache, undisturbed, number, code):
+def test_interrupted_run_resumes_to_identical_results(tmp_path, cache, undisturbed, number, code):
     out = tmp_path / "run"
     process = start(out, cache)
-    wait_for((out / "metrics.jsonl").exists, process)  # the first of three epochs is done
+    wait_until((out / "metrics.jsonl").exists, process)  # after the first of three epochs
     process.send_signal(number)
     said, errors = process.communicate()
     assert process.returncode == code, errors
@@ -126,13 +126,13 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_to_the_same_bits(tmp_path, 
     again = start(out, cache, "--resume")
     _, errors = again.communicate()
     assert again.returncode == 0, errors
-    assert rows_of(out) == undisturbed
+    assert results_of(out) == undisturbed
 
 
-def test_the_second_one_ends_the_process_at_once_and_the_run_goes_on_nevertheless(tmp_path, cache, undisturbed):
+def test_second_signal_ends_the_process_and_the_run_still_resumes(tmp_path, cache, undisturbed):
     out = tmp_path / "run"
     process = start(out, cache)
-    wait_for((out / "metrics.jsonl").exists, process)
+    wait_until((out / "metrics.jsonl").exists, process)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
@@ -140,10 +140,10 @@ def test_the_second_one_ends_the_process_at_once_and_the_run_goes_on_nevertheles
     again = start(out, cache, "--resume")
     _, errors = again.communicate()
     assert again.returncode == 0, errors
-    assert rows_of(out) == undisturbed
+    assert results_of(out) == undisturbed
 
 
-def test_ctrl_c_before_anything_is_written_leaves_nothing(tmp_path, cache):
+def test_early_sigterm_leaves_no_broken_run(tmp_path, cache):
     process = start(tmp_path / "run", cache)
     time.sleep(1.0)  # while it imports or loads
     process.send_signal(signal.SIGTERM)

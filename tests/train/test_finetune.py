@@ -234,7 +234,7 @@ def test_a_run_that_diverges_names_the_tensor_the_rate_and_how_to_continue(tmp_p
         ("--backbone-learning-rate 0.1", ["--backbone-learning-rate has no meaning"]),
         ("--mode finetune --bn-statistics frozen --bn-momentum 0.5", ["--bn-momentum moves no statistics"]),
         ("--bn-momentum 1 --mode finetune", ["--bn-momentum must be at least 0 and below 1, got 1.0."]),
-        ("--nesterov --momentum 0", ["--nesterov is a form of momentum", "--momentum"]),
+        ("--nesterov --momentum 0", ["--nesterov needs --momentum", "--momentum"]),
         ("--warmup-epochs 1 --schedule constant", ["--warmup-epochs goes with --schedule cosine"]),
         ("--warmup-epochs 4 --schedule cosine", ["--warmup-epochs must be at least 0 and below --epochs 4, got 4.0."]),
         ("--label-smoothing 1", ["--label-smoothing must be at least 0 and below 1, got 1.0."]),

@@ -1,13 +1,13 @@
-"""A drawn stand-in for CIFAR-10: ten classes of 32x32 RGB images, made on the spot from a seed.
+"""Synthetic stand-in for CIFAR-10: ten classes of 32x32 RGB images, drawn from a seed.
 
-It lets the whole pipeline run, and be tested, without a download. A picture shows one large shape on a
-textured ground. The class is the outline and nothing else: place, size, turn and colours are drawn
-without regard to it, and the shape is as often lighter than its ground as darker. So neither the mean colour
-nor a linear function of the pixels tells much, while features that see edges, corners and holes do.
+It lets the whole pipeline run, and be tested, without a download. Each image shows one large shape on a textured
+background. Only the outline determines the class: position, size, rotation and colours are independent of it, and the
+shape is lighter than its background as often as darker. So neither the mean colour nor a linear function of the pixels
+predicts the class well, while features that detect edges, corners and holes do.
 
-A shape stands upright but for a random turn of at most 10 degrees either way, as things in photographs do: telling them
-apart at every angle is a matter of geometry that features of photographs are little help with. The outlines would stay
-apart however they were turned: no diamond beside the square, no ellipse beside the disc.
+Shapes are upright up to a random rotation of at most 10 degrees either way, like objects in photographs: features
+learned on photographs help little in recognising shapes at arbitrary angles. The outlines would be distinct at any
+angle, though: there is no diamond besides the square and no ellipse besides the disc.
 """
 
 import numpy as np
@@ -15,21 +15,21 @@ from jaxtyping import Float32, Int32, UInt8
 
 CLASS_NAMES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "heart", "arrow", "hourglass")
 IMAGE_SIZE = 32
-# A block holds each class once, and is what a random stream belongs to: see `draw_shapes`.
+# A block has one image of each class and a random stream of its own; see `draw_shapes`.
 BLOCK_SIZE = len(CLASS_NAMES)
 
 # Outlines are given in units of this radius (in pixels), on a scale at which they look equally large.
 RADIUS_RANGE = (9.0, 12.0)
-OUTLINE_REACH = 1.2  # what none exceeds; with it the frame never cuts a shape
-MAX_TURN = np.pi / 18  # of the shape, either way: as things in photographs, it stands more or less upright
-MAX_SHIFT = 3.0  # of the shape's centre from the image's, in pixels, where the frame leaves that much room
-# Luma (0 to 1) between shape and ground, of which texture and shading take up to TEXTURE_LUMA on either side.
+OUTLINE_REACH = 1.2  # upper bound of all outlines, so that no shape is cut off at the image's border
+MAX_TURN = np.pi / 18  # rotation of a shape, either way
+MAX_SHIFT = 3.0  # pixels between the centres of shape and image, where the border leaves that much room
+# Difference in luma (0 to 1) between shape and background; texture and shading take up to TEXTURE_LUMA on either side.
 CONTRAST_RANGE = (0.42, 0.62)
 TEXTURE_LUMA = 0.06
 NOISE_STD = 0.02
 
-LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # of red, green and blue (Rec. 601)
-PIXEL_CENTRES = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5 - IMAGE_SIZE / 2  # from the image's middle
+LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # weights of red, green and blue (Rec. 601)
+PIXEL_CENTRES = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5 - IMAGE_SIZE / 2  # relative to the image's centre
 
 Plane = Float32[np.ndarray, "32 32"]
 Planes = Float32[np.ndarray, "10 32 32"]  # one for each image of a block
@@ -47,7 +47,7 @@ STAR: Corners = [
 ]
 ARROW: Corners = [(1.15, 0.0), (0.1, 0.9), (0.1, 0.3), (-1.1, 0.3), (-1.1, -0.3), (0.1, -0.3), (0.1, -0.9)]
 HOURGLASS: Corners = [(-0.74, -0.92), (0.74, -0.92), (0.14, 0.0), (0.74, 0.92), (-0.74, 0.92), (-0.14, 0.0)]
-# A heart is two discs, the lobes, and the point below them, whose sides are tangents to the discs.
+# A heart is two discs, the lobes, and the point below them, whose sides are tangent to the discs.
 HEART_LOBE = (0.48, 0.38, 0.5)
 HEART_POINT: Corners = [(0.0, -1.05), (0.874, 0.073), (0.48, 0.38), (-0.48, 0.38), (-0.874, 0.073)]
 
@@ -90,8 +90,8 @@ def _outline_distances(x: Planes, y: Planes) -> Planes:
 
 
 def _float32(*arrays: np.ndarray) -> list[Float32[np.ndarray, "..."]]:
-    # Sines differ in their last bit between processors. In double precision, then rounded, they agree, and
-    # the sums, products and square roots that make pixels of them do too.
+    # Sines differ in their last bit between processors, but agree if computed in double precision and then rounded. So
+    # do the sums, products and square roots that make pixels of them.
     return [array.astype(np.float32) for array in arrays]
 
 
@@ -100,7 +100,7 @@ def _angles(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def _coverage(rng: np.random.Generator) -> Planes:
-    """Place each class's outline at random; returns the share of each pixel that it covers."""
+    """Places each class's outline at random and returns the fraction of each pixel that it covers."""
     radius = rng.uniform(*RADIUS_RANGE, (BLOCK_SIZE, 1, 1))
     room = np.minimum(IMAGE_SIZE / 2 - 0.5 - OUTLINE_REACH * radius, MAX_SHIFT)
     shift_x, shift_y = room * rng.uniform(-1, 1, (2, BLOCK_SIZE, 1, 1))
@@ -108,7 +108,7 @@ def _coverage(rng: np.random.Generator) -> Planes:
     x, y = _float32(PIXEL_CENTRES - shift_x, shift_y - PIXEL_CENTRES[:, None])  # y points up, as rows go down
     cos, sin, radius = _float32(np.cos(angle) / radius, np.sin(angle) / radius, radius)
     distance = _outline_distances(cos * x + sin * y, cos * y - sin * x) * radius
-    # Anti-aliasing: an edge through a pixel's centre covers half of it, one half a pixel away all or nothing.
+    # Antialiasing: an edge through a pixel's centre covers half of it, an edge half a pixel away all of it or none.
     return np.clip(0.5 - distance, 0, 1)
 
 
@@ -118,20 +118,20 @@ def _waves(rng: np.random.Generator, direction: np.ndarray, max_cycles: float) -
     per_pixel = 2 * np.pi / IMAGE_SIZE * max_cycles * rng.uniform(0.4, 1, direction.shape)
     x = per_pixel * np.cos(direction) * PIXEL_CENTRES
     y = per_pixel * np.sin(direction) * PIXEL_CENTRES[:, None] + _angles(rng, *direction.shape)
-    # sin(x + y), of which only the rows and columns need sines.
+    # sin(x + y) by the angle sum identity, so that only rows and columns need sines.
     sin_x, cos_x, sin_y, cos_y = _float32(np.sin(x), np.cos(x), np.sin(y), np.cos(y))
     return sin_x * cos_y + cos_x * sin_y
 
 
 def _gradient(rng: np.random.Generator) -> Planes:
-    """At most half a wave in [-1, 1], which looks like light from one side."""
+    """Draws at most half a wave in [-1, 1], which looks like light from one side."""
     return _waves(rng, _angles(rng, BLOCK_SIZE), 0.5)
 
 
 def _texture(rng: np.random.Generator) -> Planes:
-    """Pick a ground texture in [-1, 1] for each image: plain, gradient, stripes, checks or clouds."""
+    """Picks a background texture in [-1, 1] for each image: plain, gradient, stripes, checks or clouds."""
     direction = _angles(rng, BLOCK_SIZE)
-    # Clipped waves are bands with soft edges; two sets of bands at a right angle multiply to checks.
+    # Clipped waves are bands with soft edges; the product of two sets of bands at a right angle is a check pattern.
     stripes, crossing = (np.clip(3 * _waves(rng, direction + turn, 5.0), -1, 1) for turn in (0.0, np.pi / 2))
     clouds = np.mean(_waves(rng, _angles(rng, 3, BLOCK_SIZE), 3.0), axis=0)
     kinds = np.stack([np.zeros_like(stripes), _gradient(rng), stripes, stripes * crossing, clouds])
@@ -139,17 +139,17 @@ def _texture(rng: np.random.Generator) -> Planes:
 
 
 def _colours(luma: np.ndarray, hue: np.ndarray, saturation: np.ndarray) -> Float32[np.ndarray, "10 1 1 3"]:
-    """RGB colours in [0, 1] that have exactly the luma asked for."""
+    """Returns RGB colours in [0, 1] with exactly the given luma."""
     direction = np.cos(hue[:, None] - np.array([0, 2, 4]) * np.pi / 3)
     direction -= np.sum(LUMA_WEIGHTS * direction, axis=-1, keepdims=True)
     luma = luma[:, None]
-    # The way from grey to the face of the RGB cube. `saturation` is the share of it gone: nothing is clipped.
-    way = np.min(np.where(direction > 0, 1 - luma, luma) / np.maximum(np.abs(direction), 1e-6), axis=-1)
-    return (luma + (saturation * way)[:, None] * direction).astype(np.float32)[:, None, None, :]
+    # Distance from grey to the face of the RGB cube; `saturation` is a fraction of it, so nothing is clipped.
+    reach = np.min(np.where(direction > 0, 1 - luma, luma) / np.maximum(np.abs(direction), 1e-6), axis=-1)
+    return (luma + (saturation * reach)[:, None] * direction).astype(np.float32)[:, None, None, :]
 
 
 def _paint(rng: np.random.Generator, luma: np.ndarray, pattern: Planes) -> Float32[np.ndarray, "10 32 32 3"]:
-    """Colour surfaces of that luma: `pattern` (in [-1, 1]) runs between two neighbouring random hues."""
+    """Colours surfaces of the given luma: `pattern` (in [-1, 1]) blends two neighbouring random hues."""
     hue = _angles(rng, BLOCK_SIZE)
     hue_step = rng.uniform(-0.4, 0.4, BLOCK_SIZE)
     luma_step = TEXTURE_LUMA * rng.uniform(0.3, 1, BLOCK_SIZE)
@@ -174,29 +174,29 @@ def _draw_block(seed: int, block: int) -> tuple[UInt8[np.ndarray, "10 32 32 3"],
 
 
 def draw_shapes(num_images: int, seed: int) -> tuple[UInt8[np.ndarray, "n 32 32 3"], Int32[np.ndarray, "n"]]:
-    """Draws labelled pictures of the ten shapes in `CLASS_NAMES`.
+    """Draws labelled images of the ten shapes in `CLASS_NAMES`.
 
-    Every ten consecutive images are a block that holds each class once, in random order, and has a random
-    stream of its own. So image i depends on `seed` and i alone, fewer images are the first of more, and the
-    classes are balanced however many are drawn. Draw training and test images from different seeds.
+    Every ten consecutive images are a block with one image of each class, in random order, and a random stream of its
+    own. So image i depends only on `seed` and i, a smaller set is a prefix of a larger one, and the classes are
+    balanced for any number of images. Draw training and test images from different seeds.
 
-    The bits depend neither on the process nor on the vector instructions that its processor has; a future
-    NumPy with other random streams would draw other images.
+    The images are bit-identical across processes and processors, whatever vector instructions they have; a future NumPy
+    with other random streams would draw other images.
 
     Args:
-      num_images: at least 1.
-      seed: any integer from 0 on.
+      num_images: number of images, at least 1.
+      seed: random seed, at least 0.
 
     Returns:
-      RGB images, uint8 [num_images, 32, 32, 3], and labels, int32 [num_images], which index `CLASS_NAMES`.
+      RGB images, uint8 [num_images, 32, 32, 3], and labels, int32 [num_images], indices into `CLASS_NAMES`.
 
     Raises:
-      ValueError: when `num_images` is below 1 or `seed` below 0.
+      ValueError: if `num_images` is below 1 or `seed` below 0.
     """
     if num_images < 1:
-        raise ValueError(f"{num_images} images cannot be drawn; choose 1 or more.")
+        raise ValueError(f"num_images must be at least 1, got {num_images}.")
     if seed < 0:
-        raise ValueError(f"seed {seed} cannot be used; choose 0 or more.")
+        raise ValueError(f"seed must be at least 0, got {seed}.")
     num_blocks = -(-num_images // BLOCK_SIZE)
     images, labels = zip(*(_draw_block(seed, block) for block in range(num_blocks)), strict=True)
     return np.concatenate(images)[:num_images], np.concatenate(labels)[:num_images]

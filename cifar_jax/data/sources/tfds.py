@@ -1,7 +1,7 @@
-"""CIFAR-10 and other 32x32 classification sets from tensorflow-datasets, decoded once and kept as arrays.
+"""CIFAR-10 and other 32x32 classification sets from tensorflow-datasets, decoded once and cached as arrays.
 
-TensorFlow is needed only to decode: it is imported inside the functions that do, after its GPUs are hidden from it and
-its log is quieted, and not at all when the arrays of the same source files are already there.
+TensorFlow is needed only for decoding: the functions that decode import it, with its log silenced and accelerators
+hidden from it. If the arrays of the same source files are already in the cache, it is not imported at all.
 """
 
 import contextlib
@@ -22,37 +22,37 @@ from cifar_jax.data.dataset import IMAGE_SHAPE, Dataset, Splits, check
 from cifar_jax.errors import UserError
 from cifar_jax.files import cache_root, load_arrays, save_arrays, sha256_of_file
 
-# TFDS's own ten, each after a longer wait, are three and a half minutes of silence where there is no network.
+# TFDS's own ten retries with growing waits are three and a half minutes of silence without a network.
 DOWNLOAD_RETRIES = 3
 
 logger = logging.getLogger(__name__)
 
 
 def data_root(data_dir: str | None) -> Path:
-    """Where TFDS looks: the argument, $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    """Returns the TFDS data directory: the argument, $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     return Path(os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def find_prepared(name: str, data_dir: str | None) -> Path | None:
-    """The newest prepared version of a data set below the data directory, or None."""
+    """Returns the directory of the newest prepared version of a data set, or None."""
     versions = _versions(data_root(data_dir) / name, "*")
     return max(versions, key=lambda path: [int(number) for number in path.name.split(".")], default=None)
 
 
 def prepared_names(data_dir: str | None) -> set[str]:
-    """The names of all prepared data sets below the data directory, as `--dataset` takes them."""
+    """Returns the names of all data sets prepared in the data directory, as `--dataset` takes them."""
     root = data_root(data_dir)
     return {str(path.parent.relative_to(root)) for depth in ("*/*", "*/*/*") for path in _versions(root, depth)}
 
 
 def _versions(root: Path, depth: str) -> list[Path]:
     found = [info.parent for info in root.glob(f"{depth}/dataset_info.json")]
-    # What TFDS left unfinished has another name: 1.0.0.incompleteXXXXXX, incomplete.XXXXXX_1.0.0.
+    # Directories of interrupted preparations are named otherwise: 1.0.0.incompleteXXXXXX, incomplete.XXXXXX_1.0.0.
     return [path for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
 
 
 def known_to_tfds() -> list[str]:
-    """The names of all data sets that TFDS can prepare, without TensorFlow or a network; none without TFDS."""
+    """Returns the names of all data sets that TFDS can prepare, without TensorFlow or a network; none without TFDS."""
     try:
         import tensorflow_datasets as tfds
     except ImportError:
@@ -61,13 +61,13 @@ def known_to_tfds() -> list[str]:
 
 
 def load_tfds(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Splits:
-    """Reads a TFDS data set with a `train` and a `test` split, an `image` and a `label`.
+    """Reads a TFDS data set with `train` and `test` splits and the features `image` and `label`.
 
-    A set that is prepared below the data directory is read from there; otherwise TFDS downloads and prepares it there.
-    The decoded arrays are kept in the cache under a fingerprint of the source files, and memory-mapped from then on.
+    If the set is not prepared in the data directory, TFDS downloads and prepares it there. The decoded arrays are
+    cached under a fingerprint of the source files, and memory-mapped from then on.
 
     Raises:
-      UserError: when the set is not there and cannot be downloaded, is damaged, or is not made of 32x32x3 images.
+      UserError: if the set is neither prepared nor downloadable, is corrupt, or does not consist of 32x32x3 images.
     """
     source = find_prepared(name, data_dir) or _download(name, data_root(data_dir))
     files = sorted(path for path in source.iterdir() if path.is_file())
@@ -80,7 +80,7 @@ def load_tfds(name: str, data_dir: str | None = None, cache_dir: str | None = No
     except FileNotFoundError:
         arrays, about = _decode_and_keep(name, source, kept, fingerprint)
     except ValueError as error:
-        logger.info(f"{error}: decoding {source} again.")
+        logger.info(f"{error}; decoding {source} again.")
         shutil.rmtree(kept, ignore_errors=True)
         arrays, about = _decode_and_keep(name, source, kept, fingerprint)
     return _splits(arrays, about)
@@ -110,7 +110,7 @@ def _decode_and_keep(
         save_arrays(kept, arrays, about)
     except OSError as error:
         logger.info(
-            f"The decoded images could not be kept in {kept.parent} ({error}); they will be decoded again next time."
+            f"The decoded images cannot be cached in {kept.parent} ({error}); they will be decoded again next time."
         )
     return arrays, about
 
@@ -123,28 +123,29 @@ def _decode(name: str, source: Path) -> Splits:
             missing = {"train", "test"} - set(info.splits)
             if missing or not {"image", "label"} <= set(info.features):
                 raise UserError(
-                    f"The data set in {source} cannot be used: it needs the splits train and test, and the features "
-                    f"image and label; it has {sorted(info.splits)} and {sorted(info.features)}."
+                    f"The data set in {source} cannot be used: it must have the splits train and test and the features "
+                    f"image and label, but has {sorted(info.splits)} and {sorted(info.features)}; give another "
+                    "--dataset."
                 )
             if info.features["image"].shape != IMAGE_SHAPE or not hasattr(info.features["label"], "names"):
                 raise UserError(
                     f"The data set in {source} cannot be used: it has {info.features['image'].shape} images and "
-                    f"{type(info.features['label']).__name__} labels where {IMAGE_SHAPE} and ClassLabel are needed; "
-                    "name another --dataset."
+                    f"{type(info.features['label']).__name__} labels, but {IMAGE_SHAPE} and ClassLabel are needed; "
+                    "give another --dataset."
                 )
             class_names = tuple(info.features["label"].names)
             train, test = (_read_split(tfds, builder, split) for split in ("train", "test"))
         except UserError:
             raise
-        except Exception as error:  # TFDS, TensorFlow and protobuf raise what their many layers happen to raise
+        except Exception as error:  # TFDS, TensorFlow and protobuf raise all kinds of errors on corrupt files
             raise UserError(
-                f"The data set in {source} is damaged ({_cause(error)}); delete it and prepare it again."
+                f"The data set in {source} is corrupt ({_cause(error)}); delete it and prepare it again."
             ) from error
     for split, dataset in (("train", train), ("test", test)):
         expected = info.splits[split].num_examples
         if len(dataset.labels) != expected:
             raise UserError(
-                f"The {split} split in {source} holds {len(dataset.labels)} examples where its dataset_info.json says "
+                f"The {split} split in {source} has {len(dataset.labels)} examples, but its dataset_info.json lists "
                 f"{expected}; delete it and prepare it again."
             )
         check(dataset, len(class_names), f"The {split} split in {source}")
@@ -152,7 +153,7 @@ def _decode(name: str, source: Path) -> Splits:
 
 
 def _read_split(tfds: Any, builder: Any, split: str) -> Dataset:
-    # One file after the other, so that the order is the order on disk, everywhere and always.
+    # Files are read one after the other, so that the order is always the order on disk.
     config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     read = builder.as_dataset(split=split, shuffle_files=False, read_config=config)
     pairs = read.map(lambda example: (example["image"], example["label"])).batch(1024).prefetch(2)
@@ -164,29 +165,34 @@ def _read_split(tfds: Any, builder: Any, split: str) -> Dataset:
 
 
 def _download(name: str, root: Path) -> Path:
-    logger.info(f"{name} is not prepared in {root}: tensorflow-datasets downloads and prepares it there.")
-    with _tensorflow(root) as tfds, _few_retries(), _no_trace(root, name), contextlib.redirect_stdout(sys.stderr):
+    logger.info(f"{name} is not prepared in {root}; downloading and preparing it there with tensorflow-datasets.")
+    with (
+        _tensorflow(root) as tfds,
+        _few_retries(),
+        _removing_empty_directories(root, name),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
         try:
             builder = tfds.builder(name, data_dir=root)
             builder.download_and_prepare()
         except tfds.core.registered.DatasetNotFoundError as error:
             raise UserError(
-                f"There is no data set {name!r} in {root}, and TFDS knows none of that name; name another --dataset, "
-                "such as cifar10 or shapes, or the --data-dir that it was prepared in."
+                f"There is no data set {name!r} in {root} or TFDS; give another --dataset, such as cifar10 or shapes, "
+                "or the --data-dir in which it was prepared."
             ) from error
-        except Exception as error:  # TFDS lets through whatever its network and file layers raise; the cause is told
+        except Exception as error:  # TFDS passes on whatever its network and file layers raise
             raise UserError(
-                f"The data set {name!r} is not in {root} and could not be downloaded ({_cause(error)}). Prepare"
-                f" it on a machine with a network, by `tfds build {name} --data_dir {root}`, copy it here and "
-                "name it with --data-dir or TFDS_DATA_DIR, or try the drawn images that need none: --dataset shapes."
+                f"The data set {name!r} is not in {root} and could not be downloaded ({_cause(error)}). Prepare it on "
+                f"a machine with a network by `tfds build {name} --data_dir {root}`, copy it here and give its "
+                "directory with --data-dir or TFDS_DATA_DIR, or use synthetic images: --dataset shapes."
             ) from error
     return Path(builder.data_dir)
 
 
 @contextlib.contextmanager
 def _tensorflow(place: Path) -> Iterator[Any]:
-    """TFDS and with it TensorFlow, imported now, quiet, and without a claim on the accelerators that JAX needs."""
-    # Read when TensorFlow is first imported; only talk is lost, as oneDNN's kernels play no part in decoding.
+    """Imports TensorFlow and yields TFDS, with their logs silenced and the accelerators, which JAX needs, hidden."""
+    # Read when TensorFlow is first imported. Only log lines are lost, as decoding does not use oneDNN's kernels.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
@@ -194,31 +200,31 @@ def _tensorflow(place: Path) -> Iterator[Any]:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UserError(
-            f"Reading {place} needs TensorFlow, which cannot be imported ({_cause(error)}): "
-            "`pip install -r requirements.txt` brings it, or try the drawn images that need none: --dataset shapes."
+            f"Reading {place} needs TensorFlow, which cannot be imported ({_cause(error)}); install it with "
+            "`pip install -r requirements.txt`, or use synthetic images, which do not need it: --dataset shapes."
         ) from error
     for kind in ("GPU", "TPU"):
-        with contextlib.suppress(RuntimeError):  # raised where TensorFlow already runs on them: the caller's choice
+        with contextlib.suppress(RuntimeError):  # raised if the caller has already initialised TensorFlow on them
             tf.config.set_visible_devices([], kind)
-    theirs = [logging.getLogger(name) for name in ("absl", "urllib3")]
-    levels = [other.level for other in theirs]
-    for other in theirs:
+    noisy = [logging.getLogger(name) for name in ("absl", "urllib3")]
+    levels = [other.level for other in noisy]
+    for other in noisy:
         other.setLevel(logging.ERROR)
     handlers = list(logging.root.handlers)
     tfds.disable_progress_bar()
     try:
         yield tfds
     finally:
-        for other, level in zip(theirs, levels, strict=True):
+        for other, level in zip(noisy, levels, strict=True):
             other.setLevel(level)
-        # absl, which TFDS logs by, gives the root logger a handler where it has none; all logs would be shown by it.
+        # absl, which TFDS logs with, adds a handler to a root logger without one, which would print every log record.
         for handler in set(logging.root.handlers).difference(handlers):
             logging.root.removeHandler(handler)
 
 
 @contextlib.contextmanager
-def _no_trace(root: Path, name: str) -> Iterator[None]:
-    """Where the block fails, empty directories that it made go again."""
+def _removing_empty_directories(root: Path, name: str) -> Iterator[None]:
+    """Removes the empty directories that the block created if it fails."""
     own = (root / "downloads", root / name, root, *root.parents)
     made = [path for path in own if not path.exists()]
     try:
@@ -226,7 +232,7 @@ def _no_trace(root: Path, name: str) -> Iterator[None]:
     except BaseException:
         for top in made:
             for directory in (*sorted(top.rglob("*"), reverse=True), top):
-                with contextlib.suppress(OSError):  # a file, or it holds one
+                with contextlib.suppress(OSError):  # a file, or a directory that contains one
                     directory.rmdir()
         raise
 
@@ -244,10 +250,10 @@ def _few_retries() -> Iterator[None]:
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong, in a line."""
+    """Returns the cause of an error in one line."""
     if isinstance(error, requests.ConnectionError) and error.request is not None:
         return f"no connection to {error.request.url!r}"
-    # TensorFlow puts the place in its graph before the cause, and its operation behind it.
+    # TensorFlow puts the graph location before the cause and the operation after it.
     text = re.sub(r"^\{\{.*?\}\} | \[Op:\w+\].*", "", str(error).strip())
     lines = text.splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".:")[:200]

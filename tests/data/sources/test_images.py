@@ -1,4 +1,4 @@
-"""Image files of every kind a user may have: upright RGB pixels, or a sentence."""
+"""Tests of reading image files of all kinds: upright RGB pixels, or an error message."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ WHITE, RED = (255, 255, 255), (255, 0, 0)
 
 
 def gradient(width=32, height=32):
-    """A picture whose corners all differ, so that a turned one is told from an upright one."""
+    """Draws an image whose corners all differ, so that rotations and reflections are recognised."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
 
@@ -33,39 +33,39 @@ def read(tmp_path, image, size=32, format="PNG", **how):
 def refusal(path):
     with pytest.raises(UserError) as caught:
         read_image(path, 32)
-    sentence = str(caught.value)
-    assert "\n" not in sentence and str(path) in sentence, sentence
-    return sentence
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message, message
+    return message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files that are images
+# Images
 
 
-def test_a_picture_of_the_right_size_is_read_to_the_bit(tmp_path):
+def test_image_of_the_target_size_is_read_exactly(tmp_path):
     np.testing.assert_array_equal(read(tmp_path, gradient()), np.asarray(gradient()))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
-def test_usual_formats(tmp_path, format):
+def test_common_formats(tmp_path, format):
     difference = read(tmp_path, gradient(), format=format).astype(int) - np.asarray(gradient())
-    assert np.abs(difference).mean() < 8  # lossy ones and the palette of a GIF
+    assert np.abs(difference).mean() < 8  # for lossy formats and the palette of a GIF
 
 
-def test_one_pixel_fills_the_square(tmp_path):
+def test_single_pixel_fills_the_square(tmp_path):
     assert (read(tmp_path, Image.new("RGB", (1, 1), RED)) == RED).all()
 
 
-def test_the_centred_square_is_cut_out(tmp_path):
+def test_centred_square_is_cropped(tmp_path):
     wide = Image.new("RGB", (96, 32), RED)
     wide.paste(gradient(), (32, 0))
     np.testing.assert_array_equal(read(tmp_path, wide), np.asarray(gradient()))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "I;16", "LA"])
-def test_grey_pictures_become_rgb(tmp_path, mode):
+def test_grey_images_become_rgb(tmp_path, mode):
     grey = gradient().convert("L")
-    # Of 16 bits, white is 65535.
+    # White is 65535 in 16-bit images.
     picture = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
     pixels = read(tmp_path, picture)
     assert (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all()
@@ -74,16 +74,16 @@ def test_grey_pictures_become_rgb(tmp_path, mode):
 
 
 @pytest.mark.parametrize(("dtype", "white"), [(np.float32, 255), (np.int32, 65535), (np.float32, 65535)])
-def test_grey_tiffs_of_32_bits_are_not_all_white(tmp_path, dtype, white):
+def test_32_bit_grey_tiffs_are_not_clipped_to_white(tmp_path, dtype, white):
     grey = np.tile(np.linspace(0, white, 32), (32, 1)).astype(dtype)
     pixels = read(tmp_path, Image.fromarray(grey), format="TIFF")
     assert pixels[0, 0, 0] == 0 and pixels[0, -1, 0] == 255 and 100 < pixels[0, 15, 0] < 150
 
 
 def transparent(mode):
-    """Red with a transparent left half, in one of the ways that PNG knows."""
+    """Draws a red image with a transparent left half, in one of PNG's encodings."""
     rgba = Image.new("RGBA", (32, 32), (*RED, 255))
-    rgba.paste((0, 0, 255, 0), (0, 0, 16, 32))  # blue that nobody sees
+    rgba.paste((0, 0, 255, 0), (0, 0, 16, 32))  # invisible blue
     if mode == "RGBA":
         return rgba, {}
     if mode == "half":
@@ -99,7 +99,7 @@ def transparent(mode):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "half", "tRNS", "P", "P bytes"])
-def test_transparent_parts_are_white(tmp_path, mode):
+def test_transparent_parts_become_white(tmp_path, mode):
     picture, how = transparent(mode)
     pixels = read(tmp_path, picture, **how)
     left = [255, 127, 127] if mode == "half" else WHITE
@@ -107,14 +107,14 @@ def test_transparent_parts_are_white(tmp_path, mode):
     np.testing.assert_array_equal(pixels[:, 16:], np.broadcast_to(RED, (32, 16, 3)))
 
 
-def test_cmyk_jpegs_have_their_colours(tmp_path):
+def test_cmyk_jpegs_keep_their_colours(tmp_path):
     pixels = read(tmp_path, Image.new("RGB", (32, 32), RED).convert("CMYK"), format="JPEG", quality=95)
     assert np.abs(pixels.astype(int) - RED).max() < 30
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_turned_upright(tmp_path, orientation):
-    """The stored pixels are turned the other way, so that every file shows the same picture."""
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    """The stored pixels are transformed inversely, so that every file shows the same image."""
     turns = {
         2: [Image.Transpose.FLIP_LEFT_RIGHT],
         3: [Image.Transpose.ROTATE_180],
@@ -132,7 +132,7 @@ def test_photographs_are_turned_upright(tmp_path, orientation):
     np.testing.assert_array_equal(read(tmp_path, stored, exif=exif), read(tmp_path, gradient(48, 32)))
 
 
-def test_the_first_picture_of_an_animation_is_taken(tmp_path):
+def test_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     for format in ("GIF", "PNG", "WEBP"):
         how = {"lossless": True} if format == "WEBP" else {}
@@ -141,10 +141,10 @@ def test_the_first_picture_of_an_animation_is_taken(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files that are none
+# Files that are not images
 
 
-def png_that_claims(width, height):
+def png_claiming(width, height):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -161,30 +161,30 @@ def saved(format="PNG"):
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b"", "is not an image that can be read"),
-        (b"a letter", "is not an image that can be read"),
-        (b"<!DOCTYPE html><html></html>", "is not an image that can be read"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image that can be read"),
+        (b"", "is not a readable image"),
+        (b"a letter", "is not a readable image"),
+        (b"<!DOCTYPE html><html></html>", "is not a readable image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a readable image"),
         (saved()[: len(saved()) // 2], "cannot be read as an image (image file is truncated"),
         (saved("JPEG")[:-100], "cannot be read as an image (image file is truncated"),
         (saved("JPEG")[:100], "cannot be read as an image ("),
         (saved()[:20], "cannot be read as an image ("),
-        (png_that_claims(32, 32), "cannot be read as an image ("),
-        (png_that_claims(10_001, 10_000), "10001x10000 pixels, more than the 100 million"),
-        (png_that_claims(100_000, 100_000), "cannot be read as an image (Image size (10000000000 pixels) exceeds"),
-        (png_that_claims(2**31 - 1, 2**31 - 1), "cannot be read as an image (Image size"),
-        # Pillow would hand it to Ghostscript, which runs what stands in it.
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not an image that can be read"),
+        (png_claiming(32, 32), "cannot be read as an image ("),
+        (png_claiming(10_001, 10_000), "10001x10000 pixels, more than the limit of 100 million"),
+        (png_claiming(100_000, 100_000), "cannot be read as an image (Image size (10000000000 pixels) exceeds"),
+        (png_claiming(2**31 - 1, 2**31 - 1), "cannot be read as an image (Image size"),
+        # Pillow would pass it to Ghostscript, which executes it.
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not a readable image"),
     ],
 )
-def test_files_that_are_no_images(tmp_path, content, part):
+def test_non_images_are_refused(tmp_path, content, part):
     path = tmp_path / "picture.png"
     path.write_bytes(content)
-    sentence = refusal(path)
-    assert part in sentence and sentence.endswith(("give a PNG or JPEG file.", "make it smaller."))
+    message = refusal(path)
+    assert part in message and message.endswith(("give a PNG or JPEG file.", "make it smaller."))
 
 
-def test_paths_that_are_no_files(tmp_path):
+def test_missing_files_and_directories_are_refused(tmp_path):
     assert "does not exist" in refusal(tmp_path / "missing.png")
     assert "cannot be read as an image (" in refusal(tmp_path)
     assert "File name too long" in refusal(tmp_path / ("x" * 300))
@@ -192,7 +192,7 @@ def test_paths_that_are_no_files(tmp_path):
         read_image("a\0b", 32)
 
 
-def test_the_limit_is_that_of_a_large_photograph():
+def test_pixel_limit():
     assert MAX_PIXELS == 10_000 * 10_000
 
 
@@ -202,7 +202,7 @@ def test_the_limit_is_that_of_a_large_photograph():
     changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4),
     length=st.floats(0.1, 1),
 )
-def test_damaged_images_give_pixels_or_a_sentence(tmp_path_factory, format, changes, length):
+def test_corrupt_images_give_pixels_or_a_user_error(tmp_path_factory, format, changes, length):
     content = bytearray(saved(format))
     for position, value in changes:
         content[position % min(len(content), 200)] = value  # mostly in the headers

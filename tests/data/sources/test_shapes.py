@@ -1,4 +1,4 @@
-"""The drawn data set: reproducible, balanced, and told apart by outlines, not by colours or single pixels."""
+"""Tests of the synthetic data set: reproducible, balanced, and separable by outlines but not by colours or pixels."""
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ NUM_CLASSES = len(CLASS_NAMES)
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Enough images of seed 0 to fit a classifier on the first and test it on the last."""
+    """Images of seed 0, enough to fit a classifier on the first ones and test it on the last."""
     return draw_shapes(NUM_TRAIN + NUM_TEST, seed=0)
 
 
 def linear_accuracy(features, labels, ridge):
-    """Test accuracy of least squares on one-hot labels, fitted on all rows but the last NUM_TEST."""
+    """Computes the test accuracy of least squares on one-hot labels, fitted on all rows but the last NUM_TEST."""
     scaled = (features - features.mean(0)) / features.std(0)
     train, test = scaled[:-NUM_TEST], scaled[-NUM_TEST:]
     targets = np.eye(NUM_CLASSES, dtype=scaled.dtype)[labels] - 1 / NUM_CLASSES
@@ -26,7 +26,7 @@ def linear_accuracy(features, labels, ridge):
 
 
 def shape_masks(images):
-    """Pixels whose luma is further from the ground's, which the frame shows, than half way to the shape's."""
+    """Masks pixels whose luma is closer to the shape's than to the background's, estimated from the border."""
     luma = images @ LUMA_WEIGHTS
     frame = np.concatenate([luma[:, 0], luma[:, -1], luma[:, :, 0], luma[:, :, -1]], axis=1)
     difference = np.abs(luma - np.median(frame, axis=1)[:, None, None])
@@ -34,19 +34,19 @@ def shape_masks(images):
 
 
 def outline_moments(masks):
-    """Moments of each mask that neither its place, nor its size, nor a rotation changes."""
+    """Computes moments of each mask that are invariant to translation, scale and rotation."""
     rows, columns = np.mgrid[:32, :32]
     area = masks.sum((1, 2))[:, None, None]
     z = np.where(masks, columns + 1j * rows, 0)
     z = np.where(masks, z - z.sum((1, 2), keepdims=True) / area, 0) / np.sqrt(area)
-    # z^k turns k times as fast as the shape does; the modulus of its mean does not turn at all.
+    # z^k rotates k times as fast as the shape; the modulus of its mean is invariant.
     r2 = np.abs(z) ** 2
     terms = [r2, r2**2, *(z**k for k in range(2, 6)), *(r2 * z**k for k in (1, 3))]
     return np.stack([np.abs((term / area).sum((1, 2))) for term in terms], axis=1)
 
 
-def test_shapes_dtypes_and_range(drawn):
-    """What every data set of the package is: uint8 images, int32 labels; few pixels may be clipped."""
+def test_image_shapes_dtypes_and_range(drawn):
+    """Images are uint8 and labels int32, as in every data set of the package; few pixels are clipped."""
     images, labels = drawn
     assert images.shape == (NUM_TRAIN + NUM_TEST, 32, 32, 3)
     assert images.dtype == np.uint8
@@ -58,15 +58,15 @@ def test_shapes_dtypes_and_range(drawn):
 
 
 @pytest.mark.parametrize("num_images", [1, 9, 10, 237])
-def test_fewer_images_are_the_first_of_more(drawn, num_images):
-    """Image i depends on the seed and i alone: not on how many are drawn, nor on what was drawn before."""
+def test_smaller_sets_are_prefixes_of_larger_ones(drawn, num_images):
+    """Image i depends only on the seed and i, not on the number of images or on earlier draws."""
     images, labels = draw_shapes(num_images, seed=0)
     np.testing.assert_array_equal(images, drawn[0][:num_images])
     np.testing.assert_array_equal(labels, drawn[1][:num_images])
 
 
-def test_no_picture_comes_twice(drawn):
-    """Two blocks or two seeds that shared a stream would leak training images into the test set."""
+def test_no_image_is_repeated(drawn):
+    """Blocks or seeds that shared a random stream would leak training images into the test set."""
     other_images, other_labels = draw_shapes(500, seed=1)
     pictures = np.concatenate([drawn[0][:500], other_images]).reshape(1000, -1)
     assert len(np.unique(pictures, axis=0)) == 1000
@@ -74,16 +74,16 @@ def test_no_picture_comes_twice(drawn):
     assert len(np.unique(orders, axis=0)) == 100
 
 
-def test_every_ten_images_hold_each_class_once(drawn):
-    """Any number of images is balanced, to one."""
+def test_every_block_of_ten_has_each_class_once(drawn):
+    """So any number of images is balanced to within one."""
     blocks = np.sort(drawn[1].reshape(-1, NUM_CLASSES), axis=1)
     assert (blocks == np.arange(NUM_CLASSES)).all()
 
 
 def test_known_images():
-    """Published figures refer to these images: they must not change unnoticed.
+    """Published results refer to these images, so they must not change unnoticed.
 
-    Mean colours are compared, not bytes: a last bit that differs on some processor would be no defect.
+    Mean colours are compared instead of bytes, as a different last bit on some processor would be no defect.
     """
     images, labels = draw_shapes(4, seed=0)
     assert [CLASS_NAMES[label] for label in labels] == ["cross", "crescent", "square", "heart"]
@@ -94,14 +94,14 @@ def test_known_images():
 
 
 @pytest.mark.parametrize(("num_images", "seed"), [(0, 0), (-1, 0), (1, -1)])
-def test_rejects_what_cannot_be_drawn(num_images, seed):
-    """An empty data set would only fail much later."""
-    with pytest.raises(ValueError, match=r"^[^.]*; choose . or more\.$"):
+def test_rejects_invalid_count_and_seed(num_images, seed):
+    """Otherwise an empty data set would fail much later."""
+    with pytest.raises(ValueError, match=r"^(num_images|seed) must be at least [01], got -?[01]\.$"):
         draw_shapes(num_images, seed)
 
 
-def test_shapes_stand_out_large_and_whole(drawn):
-    """Luma alone finds the shape in every picture: large, clear of the frame, and as often light as dark."""
+def test_shapes_are_large_whole_and_distinct_in_luma(drawn):
+    """Luma alone segments the shape in every image: large, clear of the border, and as often light as dark."""
     images, _ = drawn
     masks = shape_masks(images)
     area = masks.mean((1, 2))
@@ -117,8 +117,8 @@ def test_shapes_stand_out_large_and_whole(drawn):
     assert 0.45 < np.mean(contrast > 0) < 0.55
 
 
-def test_mean_colour_does_not_tell_the_class(drawn):
-    """The nearest class mean of the mean colours is right about once in ten times."""
+def test_mean_colour_does_not_predict_the_class(drawn):
+    """The nearest class mean of the mean colours is right about one time in ten."""
     colours, labels = drawn[0].mean((1, 2)), drawn[1]
     train, train_labels = colours[:-NUM_TEST], labels[:-NUM_TEST]
     means = np.stack([train[train_labels == label].mean(0) for label in range(NUM_CLASSES)])
@@ -126,15 +126,15 @@ def test_mean_colour_does_not_tell_the_class(drawn):
     assert np.mean(np.argmin(distances, axis=1) == labels[-NUM_TEST:]) < 0.15
 
 
-def test_pixels_do_not_tell_the_class_linearly(drawn):
-    """Otherwise a good accuracy would say nothing about the features below the head."""
+def test_pixels_do_not_predict_the_class_linearly(drawn):
+    """Otherwise a good accuracy would say nothing about the backbone's features."""
     images, labels = drawn
     pixels = images.reshape(len(images), -1).astype(np.float32)
     assert linear_accuracy(pixels, labels, ridge=1e4) < 0.4
 
 
-def test_outlines_tell_the_class(drawn):
-    """Eight moments suffice; two outlines alike under rotation, or wrong labels, would not allow that."""
+def test_outlines_predict_the_class(drawn):
+    """Eight moments suffice, which would be impossible with wrong labels or two outlines equal under rotation."""
     images, labels = drawn[0][-3000:], drawn[1][-3000:]
     moments = np.log(outline_moments(shape_masks(images)) + 1e-3)
     assert linear_accuracy(moments, labels, ridge=1e-3) > 0.95

@@ -1,4 +1,4 @@
-"""Prepared data sets: decoded once and kept, damage noticed, and a sentence where there is none to be had."""
+"""Tests of TFDS data sets: decoded once and cached, corruption detected, and errors where there is no data set."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ TRAIN, TEST = "tiny-train.tfrecord-00000-of-00001", "tiny-test.tfrecord-00000-of
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """A data set of 40 and 20 images, as TFDS prepares it."""
+    """A data set of 40 and 20 images, prepared by TFDS."""
     root = tmp_path_factory.mktemp("tfds")
     write_tfds(root)
     return root
@@ -27,49 +27,49 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def root(prepared, tmp_path):
-    """A copy that may be damaged."""
+    """A copy that tests may corrupt."""
     return shutil.copytree(prepared, tmp_path / "data")
 
 
 @pytest.fixture
 def load(root, tmp_path, said):
-    """Loads the copy and tells what was logged meanwhile."""
+    """Loads the copy and returns it with the messages logged meanwhile."""
 
-    def load_it():
+    def load_copy():
         said.clear()
         return load_tfds("tiny", str(root), str(tmp_path / "cache")), list(said)
 
-    return load_it
+    return load_copy
 
 
 def refusal(load):
     with pytest.raises(UserError) as caught:
         load()
-    sentence = str(caught.value)
-    assert "\n" not in sentence and "{{" not in sentence, sentence
-    return sentence
+    message = str(caught.value)
+    assert "\n" not in message and "{{" not in message, message
+    return message
 
 
-def test_reads_what_was_written(load):
+def test_reads_a_prepared_data_set(load):
     splits, said = load()
     assert (splits.name, splits.version, said) == ("tiny", "1.0.0", [])
     assert splits.class_names == tuple(f"class {label}" for label in range(10))
     for dataset, count, seed in ((splits.train, 40, 0), (splits.test, 20, 1)):
         written = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), np.uint8)
-        # TFDS shuffles what it writes: the same pairs, in some order that stays.
+        # TFDS shuffles when it writes, so the pairs come in another order, though always the same one.
         order = [next(i for i, image in enumerate(written) if (image == read).all()) for read in dataset.images]
         assert sorted(order) == list(range(count))
         np.testing.assert_array_equal(dataset.labels, np.array(order) % 10)
 
 
-def test_logging_is_left_as_it_was(load, monkeypatch):
-    """What TFDS logs by gives the root logger a handler where it has none, which would show all that is logged here."""
+def test_root_logger_is_left_unchanged(load, monkeypatch):
+    """absl, which TFDS logs with, adds a handler to a root logger without one, which would print every log record."""
     monkeypatch.setattr(logging.root, "handlers", [])
     load()
     assert logging.root.handlers == []
 
 
-def test_a_second_load_needs_no_tensorflow_and_maps_memory(load, monkeypatch):
+def test_second_load_memory_maps_without_tensorflow(load, monkeypatch):
     first, _ = load()
     monkeypatch.setattr(module, "_tensorflow", lambda place: pytest.fail("TensorFlow is imported"))
     second, said = load()
@@ -90,7 +90,7 @@ def test_a_second_load_needs_no_tensorflow_and_maps_memory(load, monkeypatch):
     ],
     ids=["replaced", "emptied", "missing", "flipped"],
 )
-def test_a_damaged_cache_is_noticed_and_made_again(load, tmp_path, damage):
+def test_corrupt_cache_is_detected_and_rebuilt(load, tmp_path, damage):
     first, _ = load()
     (kept,) = (tmp_path / "cache" / "data").iterdir()
     damage(kept)
@@ -106,7 +106,7 @@ def flip(path, position):
     path.write_bytes(content)
 
 
-def test_another_source_is_decoded_anew(load, root, tmp_path):
+def test_changed_source_is_decoded_again(load, root, tmp_path):
     load()
     labels = root / "tiny" / "1.0.0" / "label.labels.txt"
     labels.write_text(labels.read_text().replace("class 3", "cat"))
@@ -116,17 +116,17 @@ def test_another_source_is_decoded_anew(load, root, tmp_path):
 
 
 @pytest.mark.parametrize("blocked", ["cache", "cache/data"])
-def test_a_cache_that_cannot_be_written_only_warns(load, tmp_path, blocked):
+def test_unwritable_cache_is_logged(load, tmp_path, blocked):
     (tmp_path / "cache").parent.mkdir(exist_ok=True)
     (tmp_path / blocked).parent.mkdir(exist_ok=True)
     (tmp_path / blocked).write_text("a file where a directory should be")
     splits, said = load()
     assert len(splits.train.labels) == 40
-    assert len(said) == 1 and "could not be kept" in said[0] and "decoded again next time" in said[0]
+    assert len(said) == 1 and "cannot be cached" in said[0] and "decoded again next time" in said[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Damage
+# Corruption
 
 
 def edit_json(path, change):
@@ -145,27 +145,27 @@ def set_shards(lengths):
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
-        (lambda at: flip(at / TRAIN, 70_000), "damaged (corrupted record"),
-        (lambda at: flip(at / TEST, 3), "damaged (corrupted record"),
-        (lambda at: (at / TRAIN).write_bytes((at / TRAIN).read_bytes()[:70_000]), "damaged (truncated record"),
+        (lambda at: flip(at / TRAIN, 70_000), "corrupt (corrupted record"),
+        (lambda at: flip(at / TEST, 3), "corrupt (corrupted record"),
+        (lambda at: (at / TRAIN).write_bytes((at / TRAIN).read_bytes()[:70_000]), "corrupt (truncated record"),
         (lambda at: (at / TRAIN).write_bytes(b""), "expected to contain 40 elements but contained only 0"),
         (lambda at: (at / TEST).unlink(), "No such file"),
         (set_shards(["41"]), "expected to contain 41 elements but contained only 40"),
         (set_shards(["39"]), "expected to contain 39 elements but contained at least 40"),
         (set_shards(["20", "20"]), "00002; No such file"),
-        (lambda at: (at / "dataset_info.json").write_text(""), "damaged (Failed to load JSON"),
-        (lambda at: (at / "dataset_info.json").write_text("{}"), "damaged (Invalid version"),
-        (lambda at: (at / "dataset_info.json").write_bytes(b"\xff\xfe"), "damaged ("),
-        (lambda at: (at / "features.json").unlink(), "damaged (Cannot restore"),
-        (lambda at: (at / "features.json").write_text('{"x": 1}'), "damaged ("),
-        (lambda at: (at / "label.labels.txt").write_text("a\nb\n"), "labels in 0..9, outside of 0..1"),
+        (lambda at: (at / "dataset_info.json").write_text(""), "corrupt (Failed to load JSON"),
+        (lambda at: (at / "dataset_info.json").write_text("{}"), "corrupt (Invalid version"),
+        (lambda at: (at / "dataset_info.json").write_bytes(b"\xff\xfe"), "corrupt ("),
+        (lambda at: (at / "features.json").unlink(), "corrupt (Cannot restore"),
+        (lambda at: (at / "features.json").write_text('{"x": 1}'), "corrupt ("),
+        (lambda at: (at / "label.labels.txt").write_text("a\nb\n"), "labels in 0..9, outside 0..1"),
     ],
 )
-def test_damage_is_noticed_and_told(load, root, tmp_path, damage, part):
+def test_corrupt_data_sets_are_refused(load, root, tmp_path, damage, part):
     at = root / "tiny" / "1.0.0"
     damage(at)
-    sentence = refusal(load)
-    assert part in sentence and str(at) in sentence, sentence
+    message = refusal(load)
+    assert part in message and str(at) in message, message
     assert files_below(tmp_path / "cache") == []
 
 
@@ -176,26 +176,26 @@ def test_damage_is_noticed_and_told(load, root, tmp_path, damage, part):
         ("label", lambda tfds: tfds.features.Scalar(np.int64), "Scalar labels"),
     ],
 )
-def test_other_sets_are_refused(tmp_path, feature, make, part):
+def test_unsuitable_features_are_refused(tmp_path, feature, make, part):
     at = write_tfds(tmp_path / "data", **{feature: make})
-    sentence = refusal(lambda: load_tfds("tiny", str(tmp_path / "data"), str(tmp_path / "cache")))
-    assert f"The data set in {at} cannot be used" in sentence and part in sentence
+    message = refusal(lambda: load_tfds("tiny", str(tmp_path / "data"), str(tmp_path / "cache")))
+    assert f"The data set in {at} cannot be used" in message and part in message
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [("features.json", '"label"', '"target"'), ("dataset_info.json", '"name": "test"', '"name": "validation"')],
 )
-def test_a_set_without_labels_or_a_test_split_is_refused(load, root, file, old, new):
+def test_data_set_without_labels_or_test_split_is_refused(load, root, file, old, new):
     path = root / "tiny" / "1.0.0" / file
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    sentence = refusal(load)
-    assert "it needs the splits train and test, and the features image and label" in sentence
-    assert new.rpartition('"')[0].rpartition('"')[2] in sentence
+    message = refusal(load)
+    assert "it must have the splits train and test and the features image and label" in message
+    assert new.rpartition('"')[0].rpartition('"')[2] in message
 
 
-def test_the_newest_version_is_read(load, root):
+def test_newest_version_is_read(load, root):
     for version in ("0.9.0", "1.0.0.incompleteA1B2C3", "incomplete.A1B2C3_2.0.0", "0.10.0"):
         shutil.copytree(root / "tiny" / "1.0.0", root / "tiny" / version)
     assert find_prepared("tiny", str(root)).name == "1.0.0"
@@ -208,7 +208,7 @@ def test_the_newest_version_is_read(load, root):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """TFDS finds no network, at once: after its own ten retries it would be three and a half minutes."""
+    """Makes downloads fail at once; TFDS's own ten retries would take three and a half minutes."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import downloader
 
@@ -223,7 +223,7 @@ def offline(monkeypatch):
     assert downloader.MAX_RETRIES == 10
 
 
-def test_no_data_and_no_network_is_explained(tmp_path, capsys, offline):
+def test_missing_data_without_a_network_is_explained(tmp_path, capsys, offline):
     root, out = tmp_path / "nothing", tmp_path / "out"
     result = command(capsys, "train", "--data-dir", root, "--weights", "random-w16", "--out", out)
     hints = [f"tfds build cifar10 --data_dir {root}", "--data-dir", "TFDS_DATA_DIR", "--dataset shapes"]
@@ -236,11 +236,11 @@ def test_no_data_and_no_network_is_explained(tmp_path, capsys, offline):
     [
         ("cifar11", "There is no data set 'cifar11' in"),
         ("shape", "There is no data set 'shape' in"),
-        ("../cifar10", "--dataset takes a name, and ../cifar10 is a path"),
+        ("../cifar10", "--dataset takes a name, but ../cifar10 is a path"),
         ("no such set", "There is no data set 'no such set' in"),
     ],
 )
-def test_an_unknown_name_is_explained(tmp_path, capsys, name, part):
+def test_unknown_name_is_explained(tmp_path, capsys, name, part):
     out = tmp_path / "out"
     result = command(
         capsys, "train", "--dataset", name, "--data-dir", tmp_path, "--weights", "random-w16", "--out", out
@@ -249,13 +249,19 @@ def test_an_unknown_name_is_explained(tmp_path, capsys, name, part):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("options", [{"train_examples": 41}, {"test_examples": 21}])
-def test_more_examples_than_there_are(load, root, tmp_path, options):
-    with pytest.raises(UserError, match=r"--(train|test)-examples (41|21) is more than the (40|20) (training|test)"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_examples": 41}, r"--train-examples must be at most 40, the number of training images, got 41\."),
+        ({"test_examples": 21}, r"--test-examples must be at most 20, the number of test images, got 21\."),
+    ],
+)
+def test_rejects_more_examples_than_the_split_has(load, root, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
         load_splits("tiny", data_dir=str(root), cache_dir=str(tmp_path / "cache"), **options)
 
 
-def test_real_cifar10_is_what_it_is(cifar10):
+def test_real_cifar10(cifar10):
     assert (cifar10.train.images.shape, cifar10.test.images.shape) == ((50_000, 32, 32, 3), (10_000, 32, 32, 3))
     assert np.bincount(cifar10.train.labels).tolist() == [5000] * 10
     assert np.bincount(cifar10.test.labels).tolist() == [1000] * 10
