@@ -17,22 +17,15 @@ from cifar_jax.errors import RunError, UserError
 from cifar_jax.models.head import Head
 from cifar_jax.pretrained import AnyBackbone
 from cifar_jax.runs.checkpoint import Position
-from cifar_jax.runs.layout import CHECKPOINTS, claimed
-from cifar_jax.runs.resume import (
-    NO_PROGRESS,
-    Progress,
-    check_again,
-    find_run,
-    load_state,
-    require_same_inputs,
-    selected_epoch,
-)
+from cifar_jax.runs.layout import CHECKPOINTS, RunInputs, claimed
+from cifar_jax.runs.match import rates_of, require_same_inputs
+from cifar_jax.runs.resume import NO_PROGRESS, Progress, check_again, check_state, find_run, load_state, selected_epoch
 from cifar_jax.runs.writer import RunWriter
 from cifar_jax.runtime.environment import device_description
 from cifar_jax.runtime.processes import agreed, arrays_from_first, from_first, is_first
 from cifar_jax.runtime.profiling import profiled
 from cifar_jax.runtime.reporter import EpochRow, Reporter, Silent
-from cifar_jax.runtime.sharding import make_mesh
+from cifar_jax.runtime.sharding import make_mesh, replicate
 from cifar_jax.runtime.signals import Signals, listening
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.train.evaluate import EvalResult
@@ -41,6 +34,7 @@ from cifar_jax.train.loop import Diverged, EpochPart, fit
 from cifar_jax.train.losses import LossFn
 from cifar_jax.train.optimizer import make_schedule
 from cifar_jax.train.prepare import Parts, Training, prepare
+from cifar_jax.train.rehearsal import state_shapes
 from cifar_jax.train.step import TrainState
 from cifar_jax.train.task import Augment
 
@@ -83,7 +77,7 @@ def train(
       The run directory.
 
     Raises:
-      UserError: for what the user can mend; nothing was written then.
+      UserError: for what the user can mend; where that was seen before training, nothing was written.
       RunError: when the job failed; what was done until then is in the run directory.
       Interrupted: when Ctrl-C came.
     """
@@ -92,26 +86,29 @@ def train(
     with profiled(config.run.profile), listening(jax.process_count() == 1, _acknowledge) as signals:
         mesh = make_mesh(config.optim.devices)
         _check(config, parts, mesh)
-        found = from_first(lambda: find_run(config, parts.tx is not None))
+        names = parts.names()
+        found = from_first(lambda: find_run(config, names))
         out, progress = Path(found["out"]), Progress.from_json(found["progress"]) if found["progress"] else NO_PROGRESS
         if found["finished"]:
             logger.info(f"The run in {out} is finished; there is nothing to resume.")
             return out
         clock = Clock()
         inputs = load_inputs(config, clock, reporter.progress, backbone)
-        require_same_inputs_everywhere(config, inputs, parts.names())
-        require_same_inputs(out, progress, inputs.digests() | parts.names())
+        require_same_inputs_everywhere(config, inputs, names)
+        if found["inputs"]:
+            require_same_inputs(out, RunInputs(*found["inputs"]), RunInputs(inputs.digests(), names))
         warn_of_shared_images(inputs.problem)
         reporter.header(_header(config, inputs, parts, out, mesh.size))
+        _rehearse(config, inputs, parts, mesh, out, progress)
         if progress.position > (0, 0):
             logger.info(f"Resuming the run in {out} after {progress.position.words}.")
-        writer = RunWriter(out, config, inputs, clock, progress, parts.names()) if is_first() else None
+        writer = RunWriter(out, config, inputs, clock, progress, names) if is_first() else None
         stopping = agreed(lambda: bool(signals.requested))
         with claimed(out) if writer else contextlib.nullcontext(), _ended(writer, out, signals):
             if writer:
                 from cifar_jax.report.pictures import write_pictures, write_samples  # matplotlib takes a second
 
-                check_again(out, config, found["progress"], parts.tx is not None)
+                check_again(out, config, found["progress"], names)
                 with signals.held():
                     writer.start(resumes=found["progress"] is not None)
                 with writer.pictures():
@@ -169,7 +166,8 @@ class _Record:
         self._best: TrainState | None = None  # of the selected epoch, where it need not be the last
         self._result: EvalResult | None = None  # of the selected epoch
         if self._held_out and (selected := selected_epoch(self._rows, self._held_out)):
-            self._best = self._restored(Position(selected))
+            best = self._restored(Position(selected))._replace(opt_state=())
+            self._best = replicate(training.advance.mesh, best)  # once, not with each batch that it is scored on
 
     def _restored(self, position: Position) -> TrainState:
         start = self._training.state
@@ -212,25 +210,44 @@ class _Record:
             yield
         except Diverged as error:
             fault = error.fault or self._training.fault(error.state, error.epoch - 1, error.step - 1)
-            schedule = make_schedule(
-                self._config, self._config.optim.learning_rate, self._training.advance.steps_per_epoch
-            )
             saved = self._writer.saved if self._writer else Position(len(self._rows))
             kept = f"The checkpoint after {saved.words} is kept. " if saved > (0, 0) else ""
             if own_tx:
                 more = f"{kept}Continue with a lower rate in tx and resume=True, or start again with overwrite=True."
             else:
+                rate, backbone_rate = self._rates_at(error.epoch, error.step)
+                was, lower = f"The learning rate was {rate:.3g}", "--learning-rate"
+                if backbone_rate is not None:
+                    was += f", that of the backbone {backbone_rate:.3g}"
+                    lower += " or --backbone-learning-rate"
                 more = (
-                    f"The learning rate was {float(schedule(error.state.step)):.3g}. {kept}Continue with a lower "
-                    f"--learning-rate and --resume --out {shlex.quote(str(self._out))}, or start again with "
-                    "--overwrite."
+                    f"{was}. {kept}Continue with a lower {lower} and --resume --out {shlex.quote(str(self._out))}, or "
+                    "start again with --overwrite."
                 )
             raise Diverged(error.state, error.epoch, error.step, fault, more) from None
+
+    def _rates_at(self, epoch: int, step: int) -> list[float | None]:
+        """The learning rates of `rates_of` at a step of an epoch, both counted from one."""
+        steps = self._training.advance.steps_per_epoch
+        count = jnp.int32((epoch - 1) * steps + step - 1)
+        return [
+            None if peak is None else float(make_schedule(self._config, peak, steps)(count))
+            for peak in rates_of(self._config)
+        ]
+
+
+def _rehearse(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, out: Path, progress: Progress) -> None:
+    """Meets what is wrong with the user's functions, or with a checkpoint for them, while no file is touched yet."""
+    resumes = progress.position > (0, 0)
+    if resumes or any(part is not None for part in parts):
+        shapes = state_shapes(config, inputs, parts, mesh, steps=any(part is not None for part in parts))
+        if resumes:
+            from_first(lambda: check_state(out / CHECKPOINTS, shapes, progress.position))
 
 
 @contextlib.contextmanager
 def _ended(writer: RunWriter | None, out: Path, signals: Signals) -> Iterator[None]:
-    """Writes the summary of a run that ends early."""
+    """Writes the summary of a run that ends early, unless its directory is not its own yet."""
     try:
         yield
     except KeyboardInterrupt:
@@ -240,7 +257,7 @@ def _ended(writer: RunWriter | None, out: Path, signals: Signals) -> Iterator[No
     except Diverged as error:
         _finish_after(error, writer, "diverged", signals)
         raise
-    except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:
+    except Exception as error:  # one of a user's own function too
         _finish_after(error, writer, "failed", signals)
         raise
 
@@ -249,7 +266,7 @@ def _finish_after(error: Exception, writer: RunWriter | None, status: str, signa
     """Writes the summary of a run that ended early. What goes wrong there is a note on the error, which comes first."""
     try:
         with signals.noted():
-            if writer:
+            if writer and writer.started:
                 writer.finish(status)
     except Exception as second:
         reason = str(second) if isinstance(second, UserError | RunError) else f"{type(second).__name__}: {second}"

@@ -18,7 +18,7 @@ from cifar_jax.files import read_sealed, write_sealed
 from cifar_jax.models.head import dense_logits, init_head
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.runs.checkpoint import Position, position_of
-from cifar_jax.runs.resume import Progress
+from cifar_jax.runs.resume import Progress, RateChange
 from cifar_jax.runtime.reporter import EpochRow
 from cifar_jax.runtime.sharding import make_mesh
 from cifar_jax.train.evaluate import eval_step, evaluate, make_evaluate
@@ -110,7 +110,7 @@ progresses = st.builds(
     st.builds(Position, st.integers(0, 99), st.integers(0, 999)),
     st.lists(rows, max_size=3).map(tuple),
     st.none() | parts,
-    st.none() | st.dictionaries(st.text(), st.text()),
+    st.lists(st.builds(RateChange, st.integers(1, 99), st.integers(1, 999), numbers, st.none() | numbers)).map(tuple),
 )
 
 
@@ -120,7 +120,7 @@ def test_what_a_checkpoint_keeps_of_progress_comes_back_to_the_bit(tmp_path_fact
     path = tmp_path_factory.mktemp("progress") / "progress.json"
     write_sealed(path, progress.to_json())
     found = Progress.from_json(read_sealed(path))
-    assert (found.position, found.inputs) == (progress.position, progress.inputs)
+    assert (found.position, found.rates) == (progress.position, progress.rates)
     assert json.dumps([row._asdict() for row in found.rows]) == json.dumps([row._asdict() for row in progress.rows])
     assert (found.part is None) == (progress.part is None)
     if found.part and progress.part:

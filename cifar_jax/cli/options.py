@@ -191,11 +191,23 @@ def _config_in(path: Path) -> TrainConfig:
         raise UserError(f"--config {file} cannot be read ({_reason(error)}); {hint}") from error
     if not isinstance(found, dict) or not {"preset", "dataset", "weights"} <= set(found):
         raise UserError(f"--config {file} was not written by `train`; {hint}")
+    _require_options_alone(file)
     try:
         return TrainConfig.from_json(found | {name: DEFAULTS[name] for name in OF_THE_COMMAND})
     except UserError as error:
         reason = str(error).rstrip(".")
         raise UserError(f"--config {file} is invalid ({reason}); {hint}") from error
+
+
+def _require_options_alone(file: Path) -> None:
+    """Refuses to run again, without its parts, a run that was passed some from Python."""
+    from cifar_jax.runs.layout import read_inputs  # JAX takes a second
+
+    if (inputs := read_inputs(file.parent)) and inputs.parts:
+        parts = ", ".join(f"{part} {name}" for part, name in inputs.parts.items())
+        raise UserError(
+            f"--config {file}: that run was passed what options cannot name ({parts}); run its Python script again."
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -30,7 +30,7 @@ class Backbone:
       preprocessing: what it was trained with.
       image_size: side in pixels of the images it was trained with.
       variables: {"params", "batch_stats"}, float32.
-      sha256: of the weights file, or of the file that `save_backbone` would make.
+      sha256: of the weights file, or of the file that `save_backbone` would make; empty if it is not known.
       source: the file's path, or how the variables were made.
       variant: the name of the variant and what decided it, for people.
       top: the file's own classifier, {"kernel": [features, classes], "bias": [classes]}, or None. Kept, not used.
@@ -78,7 +78,9 @@ class Backbone:
         return {"config": asdict(self.config), "preprocessing": asdict(self.preprocessing)}
 
     def replace(self, **changes: Any) -> "Backbone":
-        """A copy with some attributes changed."""
+        """A copy with some attributes changed. Other variables are those of no file, so its digest goes with them."""
+        if "variables" in changes:
+            changes = {"sha256": "", "source": self.source and f"changed from {self.source}"} | changes
         return dataclasses.replace(self, **changes)
 
 
@@ -90,7 +92,8 @@ class FunctionBackbone:
     Attributes:
       function: `(variables, images uint8 [batch, height, width, 3]) -> features float32 [batch, num_features]`. It
         preprocesses the images itself, and is compiled by whoever calls it.
-      variables: its arrays.
+      variables: its arrays. A run is held to these: weights that are constants of the function are only part of its
+        program, which also depends on the version of JAX and the platform, and is therefore only warned of.
       source: its name, for people.
       image_size: side in pixels of the images that it is given.
     """
@@ -114,11 +117,17 @@ class FunctionBackbone:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Digest of the program that the function is lowered to, constants included, and of the variables."""
-        digest = hashlib.sha256(self._lowered.as_text().encode())
+        """Digest of the variables."""
+        digest = hashlib.sha256()
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.variables):
-            digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+            array = np.asarray(leaf)
+            digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode() + array.tobytes())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def program_sha256(self) -> str:
+        """Digest of the program that the function is lowered to, constants included, by this version of JAX."""
+        return hashlib.sha256(self._lowered.as_text().encode()).hexdigest()
 
     @functools.cached_property
     def _lowered(self) -> Any:
@@ -131,7 +140,7 @@ class FunctionBackbone:
 
     def about(self) -> dict[str, Any]:
         """JSON values that say what it is."""
-        return {"function": self.source}
+        return {"function": self.source, "program_sha256": self.program_sha256}
 
     def tree_flatten(self) -> tuple[tuple[PyTree], tuple[Any, str, int]]:
         """The leaves and the static part."""

@@ -1,6 +1,8 @@
 """Heads on pooled features: the dense one (Dense 1024 relu, Dense 512 relu, Dense 10), and any Flax module."""
 
+import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -107,4 +109,18 @@ def flax_head(module: nn.Module) -> Head:
         output: Any = module.apply({"params": params}, features, rngs=rngs, **more)
         return output
 
-    return Head(init, logits, type(module).__name__)
+    return Head(init, logits, _module_name(module))
+
+
+def _module_name(module: nn.Module) -> str:
+    """The name of a module's class, and its fields: other ones are another head."""
+    values = {one.name: getattr(module, one.name) for one in dataclasses.fields(module)}
+    shown = ", ".join(f"{name}={_shown(value)}" for name, value in values.items() if name not in ("parent", "name"))
+    return f"{type(module).__name__}({shown})"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, nn.Module):
+        return _module_name(value)
+    # Addresses in memory are others in every process.
+    return getattr(value, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -177,20 +177,43 @@ def newest_whole(
     return None
 
 
-def load_checkpoint(directory: Path, like: PyTree, at: Position | None = None) -> Any:
+def load_checkpoint(directory: Path, like: PyTree, at: Position | None = None, whole: bool = False) -> Any:
     """Reads arrays of a run's checkpoint, each compared with its digest.
 
     Args:
       directory: the run's checkpoints.
       like: the part of the checkpoint's tree to read, with arrays or shapes as leaves.
       at: position of the checkpoint; the newest one if None.
+      whole: whether that must be all of it.
 
     Returns:
       A tree like `like`, of NumPy arrays.
 
     Raises:
-      UserError: if there is no such checkpoint, it lacks an array or has another shape, or it is corrupt.
+      UserError: if there is no such checkpoint, it lacks an array or has another shape, or it is corrupt; with `whole`
+        also if it has other arrays.
     """
+    chosen, described = _fitting(directory, like, at, whole)
+    try:
+        arrays = _read(chosen, described)
+    except Corrupt as error:
+        raise UserError(f"{error}. Train again.") from error
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named_leaves(like)])
+
+
+def check_checkpoint(directory: Path, like: PyTree, at: Position) -> None:
+    """Checks that a checkpoint holds the arrays of a tree and no others, without reading them.
+
+    Raises:
+      UserError: as `load_checkpoint` with `whole`.
+    """
+    _fitting(directory, like, at, whole=True)
+
+
+def _fitting(
+    directory: Path, like: PyTree, at: Position | None, whole: bool
+) -> tuple[Path, dict[str, Mapping[str, Any]]]:
+    """A checkpoint that fits a tree, and the descriptions of the tree's arrays by name."""
     checkpoints = [path for path in list_checkpoints(directory) if at in (None, position_of(path))]
     if not checkpoints:
         which = f"no checkpoint {at.name}" if at and list_checkpoints(directory) else "no checkpoint"
@@ -198,22 +221,27 @@ def load_checkpoint(directory: Path, like: PyTree, at: Position | None = None) -
     chosen, wanted = checkpoints[-1], named_leaves(like)
     try:
         described = _read_about(chosen)["arrays"]
-        if missing := sorted(set(wanted) - set(described)):
-            raise UserError(
-                f"Checkpoint {chosen} has no {missing[0]}: it was written with another head, backbone, optimiser or "
-                "version. Give what the run was trained with, or start again with --overwrite."
-            )
-        for name, leaf in wanted.items():
-            if described[name]["shape"] != list(leaf.shape):
-                raise UserError(
-                    f"In checkpoint {chosen}, {name} has shape {described[name]['shape']}, expected "
-                    f"{list(leaf.shape)}: it was written with another head, backbone or optimiser. Give what the run "
-                    "was trained with, or start again with --overwrite."
-                )
-        arrays = _read(chosen, {name: described[name] for name in wanted})
     except Corrupt as error:
         raise UserError(f"{error}. Train again.") from error
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+    # Whoever reads a part, to predict with it, had better not start again.
+    hint = f"Give what the run was trained with{', or start again with --overwrite' if whole else ''}."
+    if missing := sorted(set(wanted) - set(described)):
+        raise UserError(
+            f"Checkpoint {chosen} has no {missing[0]}: it was written with another head, backbone, optimiser or "
+            f"version. {hint}"
+        )
+    if whole and (more := sorted(set(described) - set(wanted))):
+        raise UserError(
+            f"Checkpoint {chosen} has {more[0]}, which nothing here takes: it was written with another head, backbone, "
+            f"optimiser or version. {hint}"
+        )
+    for name, leaf in wanted.items():
+        if described[name]["shape"] != list(leaf.shape):
+            raise UserError(
+                f"In checkpoint {chosen}, {name} has shape {described[name]['shape']}, expected {list(leaf.shape)}: it "
+                f"was written with another head, backbone or optimiser. {hint}"
+            )
+    return chosen, {name: described[name] for name in wanted}
 
 
 def _checked(checkpoint: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.config.groups import PATHS
@@ -23,8 +23,9 @@ from cifar_jax.files import (
 from cifar_jax.pretrained import UNTRAINED, registry
 
 FORMAT_VERSION = 2
-CONFIG, METRICS, SUMMARY, CHECKPOINTS, BACKBONE = (
+CONFIG, INPUTS, METRICS, SUMMARY, CHECKPOINTS, BACKBONE = (
     "config.json",
+    "inputs.json",
     "metrics.jsonl",
     "summary.json",
     "checkpoints",
@@ -33,6 +34,7 @@ CONFIG, METRICS, SUMMARY, CHECKPOINTS, BACKBONE = (
 # All that a run writes. `--overwrite` removes these and nothing else.
 CONTENTS = (
     CONFIG,
+    INPUTS,
     METRICS,
     SUMMARY,
     CHECKPOINTS,
@@ -44,6 +46,18 @@ CONTENTS = (
     "test_predictions.png",
     "test_confusion.png",
 )
+
+
+class RunInputs(NamedTuple):
+    """What a run began with, beside its options: the content of inputs.json.
+
+    Attributes:
+      digests: of images and weights, by name.
+      parts: names of the arguments that were passed to `train` in the place of what the options stand for.
+    """
+
+    digests: dict[str, str]
+    parts: dict[str, str]
 
 
 def default_run_dir(config: TrainConfig) -> Path:
@@ -138,8 +152,8 @@ def claimed(path: Path) -> Iterator[None]:
                     path.rmdir()
 
 
-def start_run_dir(path: Path, config: TrainConfig) -> None:
-    """Empties the directory of the run that may have been in it, and writes config.json.
+def start_run_dir(path: Path, config: TrainConfig, inputs: RunInputs) -> None:
+    """Empties the directory of the run that may have been in it, and writes config.json and inputs.json.
 
     Raises:
       UserError: when the directory cannot be written.
@@ -151,7 +165,7 @@ def start_run_dir(path: Path, config: TrainConfig) -> None:
                 shutil.rmtree(path / name)
             else:
                 (path / name).unlink(missing_ok=True)
-        write_json(path / CONFIG, recorded(config))
+        _write_about(path, config, inputs)
     except OSError as error:
         raise UserError(f"--out {path} cannot be written ({error.strerror}); choose another directory.") from error
 
@@ -184,16 +198,36 @@ def clear_leftovers(path: Path) -> None:
     remove_leftovers(path / CHECKPOINTS, ".*")
 
 
-def write_config(path: Path, config: TrainConfig) -> None:
-    """Writes the config.json of a run that is resumed, some of whose options may be new.
+def write_about(path: Path, config: TrainConfig, inputs: RunInputs) -> None:
+    """Writes config.json and inputs.json of a run that is resumed, some of whose options may be new.
 
     Raises:
-      UserError: when it cannot be written.
+      UserError: when they cannot be written.
     """
     try:
-        write_json(path / CONFIG, recorded(config))
+        _write_about(path, config, inputs)
     except OSError as error:
         raise UserError(f"--out {path} cannot be written ({error.strerror}); make room there.") from error
+
+
+def _write_about(path: Path, config: TrainConfig, inputs: RunInputs) -> None:
+    # In this order: without a config.json the directory would look like another program's.
+    write_json(path / CONFIG, recorded(config))
+    write_json(path / INPUTS, inputs._asdict())
+
+
+def read_inputs(path: Path) -> RunInputs | None:
+    """What the run in a directory began with; None if it was killed before that was written, or an older version ran.
+
+    Raises:
+      UserError: when inputs.json is damaged.
+    """
+    if not (path / INPUTS).exists():
+        return None
+    found = read_json(path / INPUTS)
+    if set(found) != set(RunInputs._fields) or not all(isinstance(value, dict) for value in found.values()):
+        raise UserError(f"{path / INPUTS} is not as `train` wrote it; name another run directory.")
+    return RunInputs(**found)
 
 
 def write_metrics(path: Path, rows: list[Mapping[str, Any]]) -> None:

@@ -132,7 +132,9 @@ def evaluate_run(
     reporter = reporter or Silent()
     run = load_run(path, weights, allow_incomplete=allow_incomplete, head=head, backbone=backbone)
     if (name := run.summary.get("parts", {}).get("loss_fn")) and loss_fn is None:
-        logger.warning(f"The run in {run.path} was trained with the loss {name}; the loss here is cross-entropy.")
+        smoothed = " with label smoothing" * (run.config.optim.label_smoothing > 0)
+        here = f"the loss here is cross-entropy{smoothed}"
+        logger.warning(f"The run in {run.path} was trained with the loss {name}; {here}.")
     config = replace(run.config, run=replace(run.config.run, data_dir=data_dir or run.config.run.data_dir))
     problem = load_problem(config)
     if problem.digests["test"].examples != run.summary["dataset"].get("test_sha256"):

@@ -21,6 +21,7 @@ from cifar_jax.pretrained.load import read_weights
 from cifar_jax.pretrained.reading import backbone_of
 from cifar_jax.runs.checkpoint import Position, load_checkpoint
 from cifar_jax.runs.layout import BACKBONE, CHECKPOINTS, CONFIG, FORMAT_VERSION, SUMMARY, is_run, read_json
+from cifar_jax.train.inputs import with_digest
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,8 @@ def load_run(
         raise UserError(f"{path / SUMMARY} is not as `train` wrote it; name another run directory.") from error
     if not about["sha256"]:
         raise UserError(f"The run in {path} has no trained backbone: writing it failed. Continue it with --resume.")
-    _require_parts(path, summary, head, backbone)
+    backbone = backbone and with_digest(backbone)
+    _require_parts(path, config, summary, head, backbone)
     found = backbone or _find_backbone(path, config, about, weights)
     if isinstance(found, Backbone):
         _check_run_as_before(path, found, summary["backbone"])
@@ -127,11 +129,16 @@ def load_run(
     return Run(path, config, summary, trained, params["head"], class_names, chosen)
 
 
-def _require_parts(path: Path, summary: Mapping[str, Any], head: Head | None, backbone: AnyBackbone | None) -> None:
-    """Refuses to guess the head or backbone of a run whose code no file holds."""
-    name, function = summary.get("parts", {}).get("head"), summary["backbone"].get("function")
+def _require_parts(
+    path: Path, config: TrainConfig, summary: Mapping[str, Any], head: Head | None, backbone: AnyBackbone | None
+) -> None:
+    """Refuses to guess the head or backbone of a run whose code no file holds, and to take others."""
+    name, about = summary.get("parts", {}).get("head"), summary["backbone"]
+    function = about.get("function")
     if name and (head is None or head.name != name):
         raise UserError(f"The run in {path} was trained with the head {name!r}; pass it to load_run as head=.")
+    if not name and head and head.name != dense_head(config.optim.hidden).name:
+        raise UserError(f"The run in {path} was trained with the dense head of its options; leave head= out.")
     differs = backbone is not None and backbone.sha256 != summary["backbone"]["sha256"]
     if function and (backbone is None or differs):
         raise UserError(
@@ -140,6 +147,11 @@ def _require_parts(path: Path, summary: Mapping[str, Any], head: Head | None, ba
         )
     if differs:
         raise UserError(f"The run in {path} was trained with another backbone than {backbone!r}; leave backbone= out.")
+    if isinstance(backbone, FunctionBackbone) and backbone.program_sha256 != about.get("program_sha256"):
+        logger.warning(
+            f"The function {function!r} has the variables of the run in {path}, and is compiled to another program: by "
+            "another version of JAX, or its code has changed."
+        )
 
 
 def _require_complete(path: Path, config: TrainConfig, summary: Mapping[str, Any], allow: bool) -> None:
@@ -149,7 +161,9 @@ def _require_complete(path: Path, config: TrainConfig, summary: Mapping[str, Any
     what = (
         f"The run in {path} is incomplete ({status} after {summary.get('epochs') or 0} of {config.optim.epochs} epochs)"
     )
-    how = "Continue it with --resume" + " and a lower --learning-rate" * (status == "diverged")
+    how = "Continue it with --resume"
+    if status == "diverged":
+        how += " and a lower " + ("rate in its tx" if "tx" in summary.get("parts", {}) else "--learning-rate")
     if not done:
         raise UserError(f"{what} and has no trained head. {how}.")
     if not allow:

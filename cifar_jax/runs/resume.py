@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,41 +11,32 @@ import numpy as np
 from jaxtyping import PyTree
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.config.groups import RUN_ONLY
 from cifar_jax.errors import UserError
 from cifar_jax.files import without_nan
-from cifar_jax.pretrained import UNTRAINED
-from cifar_jax.runs.checkpoint import Position, list_checkpoints, load_checkpoint, newest_whole
-from cifar_jax.runs.layout import (
-    CHECKPOINTS,
-    CONFIG,
-    METRICS,
-    SUMMARY,
-    check_run_dir,
-    default_run_dir,
-    is_run,
-    read_json,
-    recorded,
-)
+from cifar_jax.runs.checkpoint import Position, check_checkpoint, list_checkpoints, load_checkpoint, newest_whole
+from cifar_jax.runs.layout import CHECKPOINTS, INPUTS, METRICS, check_run_dir, default_run_dir, is_run, read_inputs
+from cifar_jax.runs.match import differing, require_lower_rate, require_same_options, require_same_parts, status
 from cifar_jax.runtime.reporter import EpochRow
 from cifar_jax.train.loop import EpochPart
 from cifar_jax.train.step import StepMetrics, TrainState
 
 logger = logging.getLogger(__name__)
 
-# Arguments of `train` that are recorded by name beside the digests of images and weights, and what they are otherwise.
-PARTS, OWN = ("loss_fn", "head", "tx", "augment"), "that of the options"
-
 # Of the sums that an epoch which is not done keeps, an entry a step.
 METRICS_DTYPES = {"loss_sum": np.float32, "correct": np.int32, "num": np.int32, "finite": np.bool_}
 
 
 class RateChange(NamedTuple):
-    """The learning rate from a step on, both counted from one."""
+    """The learning rates from a step on, counted from one like its epoch; the backbone's is None where it is frozen."""
 
     from_epoch: int
     from_step: int
     learning_rate: float
+    backbone_learning_rate: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, without a rate that there is not."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class Progress(NamedTuple):
@@ -55,21 +46,19 @@ class Progress(NamedTuple):
       position: of the checkpoint to resume from.
       rows: metrics of the completed epochs.
       part: the completed steps of the next epoch.
-      inputs: digests of images and weights by name.
       rates: learning rates until then, more than one where a diverged run was resumed with a lower one.
     """
 
     position: Position = Position(0)
     rows: tuple[EpochRow, ...] = ()
     part: EpochPart | None = None
-    inputs: dict[str, str] | None = None
     rates: tuple[RateChange, ...] = ()
 
-    def with_rate(self, learning_rate: float) -> "Progress":
-        """The same with the rate that training continues with."""
-        if self.rates and self.rates[-1].learning_rate == learning_rate:
+    def with_rates(self, learning_rate: float, backbone_learning_rate: float | None = None) -> "Progress":
+        """The same with the rates that training continues with."""
+        change = RateChange(self.position.epoch + 1, self.position.step + 1, learning_rate, backbone_learning_rate)
+        if self.rates and self.rates[-1][2:] == change[2:]:
             return self
-        change = RateChange(self.position.epoch + 1, self.position.step + 1, learning_rate)
         return self._replace(rates=(*self.rates, change))
 
     def to_json(self) -> dict[str, Any]:
@@ -79,8 +68,8 @@ class Progress(NamedTuple):
             "metrics": {name: np.asarray(v).tolist() for name, v in self.part.metrics._asdict().items()},
         }
         rows = [row._asdict() for row in self.rows]
-        rates = [rate._asdict() for rate in self.rates]
-        return {"position": list(self.position), "rows": rows, "part": part, "inputs": self.inputs, "rates": rates}
+        rates = [rate.to_json() for rate in self.rates]
+        return {"position": list(self.position), "rows": rows, "part": part, "rates": rates}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Progress":
@@ -93,7 +82,7 @@ class Progress(NamedTuple):
             part = EpochPart(StepMetrics(**sums), part["seconds"])
         rows = tuple(EpochRow(**row) for row in value["rows"])
         rates = tuple(RateChange(**rate) for rate in value["rates"])
-        return Progress(Position(*value["position"]), rows, part, value["inputs"], rates)
+        return Progress(Position(*value["position"]), rows, part, rates)
 
 
 NO_PROGRESS = Progress()
@@ -124,51 +113,43 @@ def load_state(directory: Path, like: TrainState, at: Position | None = None) ->
       at: position of the checkpoint; the newest one if None.
 
     Raises:
-      UserError: if there is none, or it is corrupt.
+      UserError: if there is none, it is that of another state, or it is corrupt.
     """
-    tree = load_checkpoint(directory, jax.eval_shape(lambda: checkpoint_tree(like)), at)
+    tree = load_checkpoint(directory, jax.eval_shape(lambda: checkpoint_tree(like)), at, whole=True)
     return TrainState(**tree)
 
 
-def differing(out: Path, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Options in which the run in a directory differs from `config`: its values, and those of `config`.
+def check_state(directory: Path, like: TrainState, at: Position) -> None:
+    """Checks that `load_state` will find a checkpoint of the same structure; `like` may have shapes as leaves.
 
     Raises:
-      UserError: if its config.json cannot be read.
+      UserError: if it will not.
     """
-    theirs, ours = recorded(TrainConfig.from_json(read_json(out / CONFIG))), recorded(config)
-    # Places are not content: digests tell whether the images are the same.
-    may_differ = set(RUN_ONLY)
-    # A schedule goes over all epochs; without one, more of them only go on.
-    if config.optim.schedule == "constant":
-        may_differ |= {"epochs"}
-    # A checkpoint holds the digest of the weights, which may have moved. Untrained ones are nowhere.
-    if list_checkpoints(out / CHECKPOINTS) and not {theirs["weights"], ours["weights"]} & set(UNTRAINED):
-        may_differ |= {"weights"}
-    if status(out) == "diverged" and ours["learning_rate"] < theirs["learning_rate"]:
-        may_differ |= {"learning_rate"}
-    return {name: (theirs[name], ours[name]) for name in ours if name not in may_differ and ours[name] != theirs[name]}
+    check_checkpoint(directory, checkpoint_tree(like), at)
 
 
-def find_run(config: TrainConfig, own_tx: bool = False) -> dict[str, Any]:
-    """The run's directory, its progress (None for a new run) and whether it is finished, as JSON values.
+def find_run(config: TrainConfig, parts: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The run's directory, its progress and inputs (None for a new run), and whether it is finished, as JSON values.
 
     Args:
       config: of the run.
-      own_tx: whether the optimiser is another one than the options describe.
+      parts: names of what is passed to `train` in the place of what the options stand for.
 
     Raises:
       UserError: if it can be neither started nor resumed.
     """
     out = Path(config.run.out) if config.run.out else default_run_dir(config)
-    progress = find_progress(out, config, own_tx) if config.run.resume else None
+    progress = find_progress(out, config, parts) if config.run.resume else None
     finished = is_finished(out, config, progress)
     if not finished:
         check_run_dir(out, config, resumes=progress is not None)
-    return {"out": str(out), "progress": progress and progress.to_json(), "finished": finished}
+    inputs = read_inputs(out) if progress else None
+    return {"out": str(out), "progress": progress and progress.to_json(), "inputs": inputs, "finished": finished}
 
 
-def check_again(out: Path, config: TrainConfig, progress: dict[str, Any] | None, own_tx: bool = False) -> None:
+def check_again(
+    out: Path, config: TrainConfig, progress: dict[str, Any] | None, parts: Mapping[str, str] | None = None
+) -> None:
     """Checks the directory once more, now that no other process writes it: one may have while this one loaded.
 
     Takes what `find_run` took and the progress that it found.
@@ -179,18 +160,19 @@ def check_again(out: Path, config: TrainConfig, progress: dict[str, Any] | None,
     check_run_dir(out, config, resumes=progress is not None)
     if progress is None:
         return
-    now = find_progress(out, config, own_tx, logging.DEBUG)
+    now = find_progress(out, config, parts, logging.DEBUG)
     if now is None or now.to_json() != progress:
         raise UserError(f"Another process continued the run in {out} meanwhile. Run the command again.")
 
 
 def is_unfinished(config: TrainConfig) -> bool:
-    """Whether the directory of a configuration holds this same run, unfinished, so that it can be resumed."""
+    """Whether the directory of a configuration holds this same run, unfinished, so that options alone resume it."""
     out = Path(config.run.out or "")
     try:
         return bool(
             config.run.out
             and is_run(out)
+            and not ((inputs := read_inputs(out)) and inputs.parts)
             and not differing(out, config)
             and status(out) not in ("complete", "diverged")
         )
@@ -198,32 +180,34 @@ def is_unfinished(config: TrainConfig) -> bool:
         return False
 
 
-def find_progress(out: Path, config: TrainConfig, own_tx: bool = False, level: int = logging.INFO) -> Progress | None:
+def find_progress(
+    out: Path, config: TrainConfig, parts: Mapping[str, str] | None = None, level: int = logging.INFO
+) -> Progress | None:
     """Progress of the run in a directory; None if there is no run.
 
     Args:
       out: the run directory.
       config: of the run.
-      own_tx: whether the optimiser is another one than the options describe: then no option tells whether the run
-        would diverge again.
+      parts: see `find_run`.
       level: at which corrupt checkpoints and files are logged.
 
     Raises:
-      UserError: if `config` does not describe the run in `out`, the run would diverge again, or its checkpoints are
-        corrupt.
+      UserError: if `config` and `parts` do not describe the run in `out`, the run would diverge again, or its
+        checkpoints are corrupt.
     """
     if not (out.is_dir() and is_run(out)):
         return None
-    if not own_tx and status(out) == "diverged" and config.optim.learning_rate >= (tried := _last_rate(out)):
+    parts = parts or {}
+    if inputs := read_inputs(out):
+        require_same_parts(out, inputs.parts, parts)
+    elif list_checkpoints(out / CHECKPOINTS):
         raise UserError(
-            f"The run in {out} diverged and would diverge again. Resume it with a --learning-rate below {tried:g}, or "
-            "start again with --overwrite."
+            f"The run in {out} cannot be resumed: it has no {INPUTS}, which says what it began with. Start again with "
+            "--overwrite, or choose another --out."
         )
-    if others := differing(out, config):
-        about = ", ".join(
-            f"--{name.replace('_', '-')} ({theirs} there, {ours} here)" for name, (theirs, ours) in others.items()
-        )
-        raise UserError(f"Cannot resume the run in {out}: it differs in {about}. Give its options, or another --out.")
+    if "tx" not in parts:  # else no option tells whether the run would diverge again
+        require_lower_rate(out, config)
+    require_same_options(out, config, own_tx="tx" in parts)
 
     def needed(progress: dict[str, Any]) -> list[Position]:
         selected = selected_epoch(Progress.from_json(progress).rows, config.data.val_fraction > 0)
@@ -243,46 +227,9 @@ def find_progress(out: Path, config: TrainConfig, own_tx: bool = False, level: i
     return progress
 
 
-def _last_rate(out: Path) -> float:
-    """The learning rate that a run diverged with."""
-    try:
-        return float(read_json(out / SUMMARY)["learning_rates"][-1]["learning_rate"])
-    except (UserError, KeyError, IndexError, TypeError, ValueError):
-        return float(read_json(out / CONFIG)["learning_rate"])
-
-
-def require_same_inputs(out: Path, progress: Progress, inputs: dict[str, str]) -> None:
-    """Checks that a run resumes with the images and weights that it began with, wherever they are now.
-
-    Raises:
-      UserError: naming those that differ.
-    """
-    theirs = progress.inputs or inputs
-    others = [name for name in inputs | theirs if inputs.get(name) != theirs.get(name)]
-    if parts := [name for name in others if name in PARTS]:
-        changes = (f"its {part} was {theirs.get(part, OWN)}, now it is {inputs.get(part, OWN)}" for part in parts)
-        raise UserError(
-            f"Cannot resume the run in {out}: {'; '.join(changes)}. Pass to `train` what the run began with, or choose "
-            "another --out."
-        )
-    if others:
-        raise UserError(
-            f"Cannot resume the run in {out}: its {' and '.join(others)} have changed. Restore them, or choose "
-            "another --out."
-        )
-
-
 def is_finished(out: Path, config: TrainConfig, progress: Progress | None) -> bool:
     """Whether nothing is left to do."""
     return progress is not None and progress.position >= (config.optim.epochs, 0) and status(out) == "complete"
-
-
-def status(out: Path) -> str | None:
-    """The status in a run's summary.json: `complete`, `interrupted`, `diverged` or `failed`; None without a summary."""
-    try:
-        return read_json(out / SUMMARY).get("status")
-    except UserError:
-        return None
 
 
 def _are_in(path: Path, rows: tuple[EpochRow, ...]) -> bool:

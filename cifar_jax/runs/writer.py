@@ -1,7 +1,7 @@
 """Writes a run directory while the run goes on: pictures, metrics, checkpoints, and the summary of it all."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from cifar_jax.runs.layout import (
     CHECKPOINTS,
     FORMAT_VERSION,
     SUMMARY,
+    RunInputs,
     clear_leftovers,
     start_run_dir,
-    write_config,
+    write_about,
     write_metrics,
 )
+from cifar_jax.runs.match import rates_of
 from cifar_jax.runs.resume import NO_PROGRESS, Progress, checkpoint_tree, selected_epoch
 from cifar_jax.runtime.environment import device_description, package_versions, settings
 from cifar_jax.runtime.reporter import EpochRow
@@ -43,15 +45,26 @@ class RunWriter:
         inputs: Inputs,
         clock: Clock,
         progress: Progress = NO_PROGRESS,
-        parts: Mapping[str, str] | None = None,
+        parts: dict[str, str] | None = None,
     ):
-        """Takes what the run is about, and what of it is done already; nothing is written yet."""
+        """Takes what the run is about, and what of it is done already; nothing is written yet.
+
+        Args:
+          out: the run directory.
+          config: of the run.
+          inputs: images and backbone.
+          clock: whose seconds go into the summary.
+          progress: of a run that is resumed.
+          parts: names of what is in the place of what the options stand for.
+        """
         self.out, self.config, self.clock = out, config, clock
         self.problem, self.backbone, self.image_size = inputs
-        self._digests, self._parts = inputs.digests(), dict(parts or {})
+        self._began = RunInputs(inputs.digests(), parts or {})
         self.history, self._progress = list(progress.rows), progress
         self.saved = progress.position  # of the newest checkpoint
-        self._rates = progress.with_rate(config.optim.learning_rate).rates
+        # An optimiser of the user's own keeps its rates to itself.
+        self._rates = () if "tx" in self._began.parts else progress.with_rates(*rates_of(config)).rates
+        self.started = False  # whether the directory is this run's
         self._images_per_second: float | None = None
 
     def start(self, resumes: bool) -> None:
@@ -61,15 +74,17 @@ class RunWriter:
         """
         if resumes:
             # Before the summary goes: it says that a run diverged, which is why the learning rate may be another.
-            write_config(self.out, self.config)
+            write_about(self.out, self.config, self._began)
+            self.started = True
             with _or_run_error(self.out):
                 clear_leftovers(self.out)
                 prune(self.out / CHECKPOINTS, self.saved, self._needed(self.saved), self.config.run.keep_checkpoints)
             self._write_metrics()
         else:
-            start_run_dir(self.out, self.config)
-        is_made = self.config.backbone.weights in UNTRAINED and self.config.optim.mode != "finetune"
-        if is_made and isinstance(self.backbone, Backbone):
+            start_run_dir(self.out, self.config, self._began)
+            self.started = True
+        is_frozen = self.config.optim.mode != "finetune"
+        if is_frozen and isinstance(self.backbone, Backbone) and not Path(self.backbone.source).is_file():
             with _or_run_error(self.out):
                 save_backbone(self.out / BACKBONE, self.backbone)
 
@@ -108,7 +123,7 @@ class RunWriter:
           part: the steps of the next one that it includes.
         """
         position = Position(len(self.history), len(part.metrics.num) if part else 0)
-        progress = Progress(position, tuple(self.history), part, self._digests | self._parts, self._rates)
+        progress = Progress(position, tuple(self.history), part, self._rates)
         tree, directory = jax.device_get(checkpoint_tree(state)), self.out / CHECKPOINTS
         keep, last = self._needed(position), self.config.run.keep_checkpoints
         save_checkpoint(directory, position, tree, progress.to_json(), keep, last)
@@ -131,7 +146,7 @@ class RunWriter:
             source=f"trained on {self.problem.splits.name} from {initial}",
             # How it is run has not changed, but it is no longer untrained.
             variant="trained from random weights"
-            if self.config.backbone.weights in UNTRAINED
+            if self.config.backbone.weights in UNTRAINED and "backbone" not in self._began.parts
             else self.backbone.variant,
             top=None,
         )
@@ -176,7 +191,7 @@ class RunWriter:
             "status": status,
             "epochs": self.saved.epoch,
             "selected_epoch": selected,
-            "learning_rates": [rate._asdict() for rate in self._rates],
+            "learning_rates": [rate.to_json() for rate in self._rates],
             "val_split": problem.val_split,
             "val_loss": last and last.val_loss,
             "val_accuracy": last and last.val_accuracy,
@@ -211,10 +226,10 @@ class RunWriter:
                 "name": problem.splits.name,
                 "version": problem.splits.version,
                 "class_names": list(problem.splits.class_names),
-                "train_sha256": self._digests["training images"],
-                "test_sha256": self._digests["test images"],
+                "train_sha256": self._began.digests["training images"],
+                "test_sha256": self._began.digests["test images"],
             },
-            "parts": self._parts,
+            "parts": self._began.parts,
             "seed": self.config.optim.seed,
             "precision": self.config.backbone.precision,
             "device": device_description(make_mesh(self.config.optim.devices).size),

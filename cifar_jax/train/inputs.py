@@ -1,5 +1,6 @@
 """The inputs of a job: the images, the backbone, and the size at which they meet."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from cifar_jax.pretrained import (
     load_backbone,
     random_backbone,
 )
+from cifar_jax.pretrained.formats.native import to_bytes
 from cifar_jax.pretrained.untrained import calibration_images
 from cifar_jax.rng import stream_key
 from cifar_jax.runtime.processes import require_same
@@ -42,7 +44,10 @@ class Inputs(NamedTuple):
         """Digests by name of what decides the results."""
         names = {"train": "training images", "test": "test images", "val": "validation images"}
         images = {names[split]: digests.examples for split, digests in self.problem.digests.items()}
-        return images | {"weights": self.backbone.sha256}
+        found = images | {"weights": self.backbone.sha256}
+        if isinstance(self.backbone, FunctionBackbone):
+            found["program"] = self.backbone.program_sha256
+        return found
 
 
 def load_inputs(
@@ -75,8 +80,15 @@ def load_inputs(
     with clock("data"):
         problem = load_problem(config)
     with clock("weights"):
-        backbone = backbone or make_untrained(config, problem.train)
+        backbone = with_digest(backbone or make_untrained(config, problem.train))
     return Inputs(problem, backbone, network_image_size(config, backbone))
+
+
+def with_digest(backbone: AnyBackbone) -> AnyBackbone:
+    """The backbone with its SHA-256: one that belongs to no file gets that of the file `save_backbone` would make."""
+    if backbone.sha256 or isinstance(backbone, FunctionBackbone):
+        return backbone
+    return backbone.replace(sha256=hashlib.sha256(to_bytes(backbone)).hexdigest())
 
 
 def make_untrained(config: TrainConfig, train: Dataset) -> Backbone:
@@ -121,7 +133,7 @@ def require_same_inputs_everywhere(config: TrainConfig, inputs: Inputs, parts: M
     if fewest < processes:
         raise UserError(f"{fewest} images cannot be divided between {processes} processes; use more images.")
     options = {k: v for k, v in config.to_json().items() if k not in ("weights", *OF_A_PROCESS)}
-    data = {name: digest for name, digest in inputs.digests().items() if name != "weights"}
+    data = {name: digest for name, digest in inputs.digests().items() if name not in ("weights", "program")}
     about = {"options": options | dict(parts), "data": data, "weights": inputs.backbone.sha256}
     require_same({name: json.dumps(value) for name, value in about.items()})
 

@@ -28,7 +28,7 @@ from cifar_jax.train.inputs import Inputs
 from cifar_jax.train.loop import Advance, EpochOrder, make_advance
 from cifar_jax.train.losses import LossFn, smoothed_cross_entropy
 from cifar_jax.train.optimizer import make_optimizer
-from cifar_jax.train.step import TrainState, first_not_finite, init_state, make_train_step
+from cifar_jax.train.step import TrainState, TrainStep, first_not_finite, init_state, make_train_step
 from cifar_jax.train.task import Augment, Split, Task, cached_task, finetune_task, live_task
 
 FORWARD_SHARE = 1 / 3  # of a step that trains all layers; its backward pass takes about twice as long
@@ -45,12 +45,44 @@ class Parts(NamedTuple):
     augment: Augment | None = None
 
     def names(self) -> dict[str, str]:
-        """The replaced parts by name, for the record of a run. A backbone is recorded by its digest."""
+        """The replaced parts by name, for the record of a run, which has the digest of a backbone beside it."""
         return {
             name: part.name if isinstance(part, Head) else str(getattr(part, "__qualname__", type(part).__name__))
             for name, part in self._asdict().items()
-            if part is not None and name != "backbone"
+            if part is not None
         }
+
+
+class Composed(NamedTuple):
+    """What the steps of a training are made of.
+
+    Attributes:
+      task: with what is frozen on the devices.
+      loss_fn: `(logits, labels) -> [batch]`.
+      tx: the optimiser.
+      how: further arguments of `make_train_step`.
+    """
+
+    task: Task
+    loss_fn: LossFn
+    tx: optax.GradientTransformation
+    how: dict[str, Any]
+
+    def train_step(self) -> TrainStep:
+        """One step, not compiled."""
+        return make_train_step(self.task.forward, self.loss_fn, self.tx, **self.how)
+
+    def state(self) -> TrainState:
+        """The state before the first step."""
+        return init_state(self.task.params, self.tx, self.task.batch_stats)
+
+
+def compose(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, extracted: Extracted | None) -> Composed:
+    """Task, loss and optimiser of a configuration, with `parts` in the place of its own; see `prepare`."""
+    task = make_task(config, inputs, mesh, extracted, parts.head or dense_head(config.optim.hidden), parts.augment)
+    tx = make_optimizer(config, -(-len(inputs.problem.train.labels) // config.optim.batch_size), parts.tx)
+    loss_fn = parts.loss_fn or smoothed_cross_entropy(config.optim.label_smoothing)
+    return Composed(task, loss_fn, tx, {"augment": task.augment, "micro_batch": config.finetune.micro_batch})
 
 
 class Training(NamedTuple):
@@ -101,15 +133,11 @@ def prepare(
     if config.optim.mode == "cached":
         with clock("features"):
             extracted = extract_features(config, inputs, bars, clock)
-    task = make_task(config, inputs, mesh, extracted, parts.head or dense_head(config.optim.hidden), parts.augment)
-    num_train = len(inputs.problem.train.labels)
-    tx = make_optimizer(config, -(-num_train // config.optim.batch_size), parts.tx)
-    loss_fn = parts.loss_fn or smoothed_cross_entropy(config.optim.label_smoothing)
+    composed = compose(config, inputs, parts, mesh, extracted)
+    task, loss_fn, tx, how = composed
     run_key, order_key = jax.random.key(config.optim.seed), stream_key(config.optim.seed, "order")
     order = EpochOrder(order_key, run_key, config.optim.batch_size, config.data.shuffle)
-    how: dict[str, Any] = {"augment": task.augment, "micro_batch": config.finetune.micro_batch}
-    train_step = make_train_step(task.forward, loss_fn, tx, **how)
-    advance = make_advance(task, train_step, order, mesh)
+    advance = make_advance(task, composed.train_step(), order, mesh)
     training_bars, evaluation_bars = _forecast(config, inputs, first_epoch, clock, bars)
     at_once = FEATURES_AT_ONCE if extracted else _images_at_once(config, inputs, mesh)
 
@@ -119,7 +147,7 @@ def prepare(
 
     return Training(
         task,
-        init_state(task.params, tx, task.batch_stats),
+        composed.state(),
         advance,
         make_evaluate(task, loss_fn, mesh, at_once, evaluation_bars, stopping),
         extracted,

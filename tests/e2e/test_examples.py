@@ -225,7 +225,7 @@ def test_head_must_be_given_to_read_the_run(made, head):
     with pytest.raises(UserError) as error:
         load_run(path, head=head)
     assert str(error.value) == (
-        f"The run in {path} was trained with the head 'DropoutHead'; pass it to load_run as head=."
+        f"The run in {path} was trained with the head 'DropoutHead(num_classes=10)'; pass it to load_run as head=."
     )
 
 
@@ -259,8 +259,8 @@ def test_run_is_resumed_only_with_its_part(made, name, mode, tmp_path):
     config = replace(read(name, path).config, out=str(path), epochs=2, resume=True)
     part = {
         "another_loss": "its loss_fn was focal_loss, now it is that of the options.",
-        "dropout_head": "its head was DropoutHead, now it is that of the options.",
-        "another_network": "its weights have changed.",
+        "dropout_head": "its head was DropoutHead(num_classes=10), now it is that of the options.",
+        "another_network": "its backbone was FunctionBackbone, now it is that of the options.",
         "another_optimizer": "its tx was GradientTransformationExtraArgs, now it is that of the options.",
         "another_augmentation": "its augment was mixup, now it is that of the options.",
     }[name]

@@ -27,7 +27,7 @@ from cifar_jax.pretrained import load_backbone
 from cifar_jax.report import pictures
 from cifar_jax.runs import checkpoint, layout as run_dir
 from cifar_jax.runs.checkpoint import newest_whole
-from cifar_jax.runs.layout import CHECKPOINTS, CONFIG, SUMMARY
+from cifar_jax.runs.layout import CHECKPOINTS, CONFIG, INPUTS, METRICS, SUMMARY
 from cifar_jax.runs.reader import load_run
 from cifar_jax.runtime.reporter import EpochRow
 from cifar_jax.train import inputs
@@ -56,7 +56,7 @@ def picture(tmp_path):
 @pytest.fixture
 def quick(monkeypatch, finished, narrow):
     """A job that computes next to nothing: where its files go has nothing to do with what is in them."""
-    backbone = load_backbone(finished / "backbone.safetensors")
+    backbone = load_backbone(finished / "backbone.safetensors").replace(source="random-w16 (seed 0)")
     monkeypatch.setattr(inputs, "make_untrained", lambda *_: backbone)
     monkeypatch.setattr(extraction, "make_extractor", lambda *_, **__: cheap_features)
     monkeypatch.setattr(experiment, "fit", one_epoch)
@@ -202,7 +202,7 @@ def test_a_link_to_a_directory_is_followed_and_stays(tmp_path, capsys, quick):
 # Disks that fill up, losses that are no numbers
 
 
-@pytest.mark.parametrize(("room", "code", "left"), [(100, 2, []), (2_600, 1, [CONFIG, SUMMARY])])
+@pytest.mark.parametrize(("room", "code", "left"), [(100, 2, []), (2_600, 1, [CONFIG, INPUTS, SUMMARY])])
 def test_a_disk_that_fills_up_fails_the_run_in_one_sentence(tmp_path, capsys, quick, room, code, left):
     """While config.json is written, and while the backbone is."""
     with full_disk(at=room):
@@ -220,7 +220,7 @@ def test_a_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, capsys, qui
     is_one_error(
         result, 1, "/checkpoints/0001 could not be written (Error", "No space left on device). Free some space"
     )
-    assert files_below(tmp_path / "out") == ["backbone.safetensors", CHECKPOINTS, CONFIG, "metrics.jsonl", SUMMARY]
+    assert files_below(tmp_path / "out") == ["backbone.safetensors", CHECKPOINTS, CONFIG, INPUTS, METRICS, SUMMARY]
     assert json.loads((tmp_path / "out" / SUMMARY).read_text())["status"] == "failed"
 
 

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from helpers import TINY, Heard, command, flip_bit, is_one_error
 from PIL import Image
 
-from cifar_jax import UserError, files, load_run
+from cifar_jax import FunctionBackbone, UserError, files, load_run
 from cifar_jax.config import TrainConfig
 from cifar_jax.experiment import Interrupted, train
 from cifar_jax.models.head import dense_logits, init_head
@@ -204,3 +205,45 @@ def test_ctrl_c_in_the_first_epoch_tells_its_steps_and_resuming_raises_no_false_
         for run in (resumed, undisturbed)
     ]
     assert figures[0] == figures[1]
+
+
+def fields(variables, images):
+    """Means of 4 x 4 fields of an image, and a layer behind them."""
+    x = images.astype(jnp.float32).reshape(len(images), 4, 8, 4, 8, 3).mean(axis=(2, 4)).reshape(len(images), -1)
+    return jnp.tanh((x / 127.5 - 1) @ variables["kernel"])
+
+
+NETWORK = FunctionBackbone(fields, {"kernel": np.full((48, 4), 0.1, np.float32)}, "fields")
+
+
+def test_a_run_that_the_rate_of_the_backbone_spoilt_resumes_with_a_lower_one_of_either(tmp_path, cache, narrow):
+    job = config(tmp_path, cache, mode="finetune", learning_rate=1e-3, backbone_learning_rate=3e38, epochs=1)
+    steep = {"backbone": NETWORK, "loss_fn": lambda logits, labels: 1e6 * cross_entropy(logits, labels)}
+    with pytest.raises(Diverged, match=r"was 0\.001, that of the backbone 3e\+38\. Continue with a lower") as raised:
+        train(job, **steep)
+    assert "a lower --learning-rate or --backbone-learning-rate and --resume" in str(raised.value)
+    again = replace(job, resume=True)
+    below = r"below 0\.001 or a --backbone-learning-rate below 3e\+38, and neither above it, or start again"
+    for rates in ({}, {"backbone_learning_rate": 1e-9, "learning_rate": 0.1}, {"backbone_learning_rate": 3.1e38}):
+        with pytest.raises(UserError, match=below):
+            train(replace(again, **rates), **steep)
+    summary = read(train(replace(again, backbone_learning_rate=1e-9), **steep) / SUMMARY)
+    assert summary["status"] == "complete" and summary["learning_rates"][-1]["backbone_learning_rate"] == 1e-9
+
+
+def test_the_rate_of_the_head_may_fall_and_take_that_of_the_backbone_along(tmp_path, cache, narrow):
+    job = config(tmp_path, cache, mode="finetune", learning_rate=3e38, epochs=1)
+    steep = {"backbone": NETWORK, "loss_fn": lambda logits, labels: 1e6 * cross_entropy(logits, labels)}
+    with pytest.raises(Diverged):
+        train(job, **steep)
+    summary = read(train(replace(job, learning_rate=1e-9, resume=True), **steep) / SUMMARY)
+    assert summary["learning_rates"][-1] == {
+        **{"from_epoch": 1, "from_step": 1, "learning_rate": 1e-9, "backbone_learning_rate": 1e-9}
+    }
+
+
+def test_the_rate_that_is_named_is_that_of_the_step_that_went_wrong(tmp_path, cache, narrow):
+    """The cosine is at zero one step later, when the update of the only step has been looked at."""
+    job = config(tmp_path, cache, schedule="cosine", learning_rate=3e38, epochs=1, batch_size=96)
+    with pytest.raises(Diverged, match=r"epoch 1, step 1 \(first an update\)\. The learning rate was 3e\+38\."):
+        train(job, backbone=NETWORK, loss_fn=lambda logits, labels: 1e6 * cross_entropy(logits, labels))

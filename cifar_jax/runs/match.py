@@ -1,0 +1,147 @@
+"""Whether options, replaced parts, images and weights are those that the run in a directory began with."""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cifar_jax.config import TrainConfig
+from cifar_jax.config.groups import RUN_ONLY
+from cifar_jax.errors import UserError
+from cifar_jax.pretrained import UNTRAINED
+from cifar_jax.runs.layout import CONFIG, INPUTS, SUMMARY, RunInputs, read_json, recorded
+
+logger = logging.getLogger(__name__)
+
+OWN = "that of the options"  # what a part is that was not passed to `train`
+
+# Options of the optimiser, which mean nothing where another one was passed to `train`.
+OPTIMIZER = (
+    *("learning_rate", "backbone_learning_rate", "momentum", "nesterov", "weight_decay", "clip_norm"),
+    *("schedule", "warmup_epochs"),
+)
+
+
+def status(out: Path) -> str | None:
+    """The status in a run's summary.json: `complete`, `interrupted`, `diverged` or `failed`; None without a summary."""
+    try:
+        return read_json(out / SUMMARY).get("status")
+    except UserError:
+        return None
+
+
+def differing(out: Path, config: TrainConfig, own_tx: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Options in which the run in a directory differs from `config`: its values, and those of `config`.
+
+    Args:
+      out: the run directory.
+      config: of the run.
+      own_tx: whether the optimiser is another one than the options describe.
+
+    Raises:
+      UserError: if its config.json cannot be read.
+    """
+    theirs, ours = recorded(TrainConfig.from_json(read_json(out / CONFIG))), recorded(config)
+    # Places are not content: digests tell whether the images are the same.
+    may_differ = {*RUN_ONLY, *(OPTIMIZER if own_tx else ())}
+    # A schedule goes over all epochs; without one, more of them only go on.
+    if own_tx or config.optim.schedule == "constant":
+        may_differ |= {"epochs"}
+    # The digest of the weights is compared, which may have moved. Untrained ones are nowhere.
+    if (out / INPUTS).exists() and not {theirs["weights"], ours["weights"]} & set(UNTRAINED):
+        may_differ |= {"weights"}
+    if status(out) == "diverged":  # `require_lower_rate` looks at these
+        may_differ |= {"learning_rate", "backbone_learning_rate"}
+    return {name: (theirs[name], ours[name]) for name in ours if name not in may_differ and ours[name] != theirs[name]}
+
+
+def require_same_options(out: Path, config: TrainConfig, own_tx: bool) -> None:
+    """Checks that a configuration is that of the run in a directory; see `differing`.
+
+    Raises:
+      UserError: naming the options that differ.
+    """
+    if others := differing(out, config, own_tx):
+        about = ", ".join(
+            f"--{name.replace('_', '-')} ({theirs} there, {ours} here)" for name, (theirs, ours) in others.items()
+        )
+        raise UserError(f"Cannot resume the run in {out}: it differs in {about}. Give its options, or another --out.")
+
+
+def rates_of(config: TrainConfig) -> tuple[float, float | None]:
+    """The learning rate of the head, and in the mode finetune that of the backbone."""
+    rate = config.optim.learning_rate
+    return rate, (config.finetune.backbone_learning_rate or rate) if config.optim.mode == "finetune" else None
+
+
+def require_lower_rate(out: Path, config: TrainConfig) -> None:
+    """Checks that a run that diverged is resumed with a lower learning rate, and none is higher.
+
+    Raises:
+      UserError: if it would diverge again.
+    """
+    if status(out) != "diverged":
+        return
+    tried, backbone_tried = _last_rates(out)
+    rate, backbone_rate = rates_of(config)
+    pairs = [(rate, tried), (backbone_rate or math.nan, backbone_tried or math.nan)]
+    if any(ours < theirs for ours, theirs in pairs) and not any(ours > theirs for ours, theirs in pairs):
+        return
+    lower = f"a --learning-rate below {tried:g}"
+    if backbone_tried:
+        lower += f" or a --backbone-learning-rate below {backbone_tried:g}, and neither above it"
+    raise UserError(
+        f"The run in {out} diverged and would diverge again. Resume it with {lower}, or start again with --overwrite."
+    )
+
+
+def _last_rates(out: Path) -> tuple[float, float | None]:
+    """The learning rates that a run diverged with."""
+    rate, backbone_rate = rates_of(TrainConfig.from_json(read_json(out / CONFIG)))
+    try:
+        last = read_json(out / SUMMARY)["learning_rates"][-1]
+        return float(last["learning_rate"]), last.get("backbone_learning_rate", backbone_rate)
+    except (UserError, KeyError, IndexError, TypeError, ValueError):
+        return rate, backbone_rate
+
+
+def require_same_parts(out: Path, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    """Checks that `train` is passed what the run began with. A backbone is compared later, by its digest.
+
+    Raises:
+      UserError: naming the parts that differ.
+    """
+    others = [name for name in {**ours, **theirs} if name != "backbone" and ours.get(name) != theirs.get(name)]
+    if others:
+        raise _of_parts(out, others, theirs, ours)
+
+
+def require_same_inputs(out: Path, began: RunInputs, inputs: RunInputs) -> None:
+    """Checks that a run resumes with the images and weights that it began with, wherever they are now.
+
+    Raises:
+      UserError: naming those that differ.
+    """
+    theirs, ours = began.digests, inputs.digests
+    others = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if "weights" in others and began.parts.get("backbone") != inputs.parts.get("backbone"):
+        raise _of_parts(out, ["backbone"], began.parts, inputs.parts)
+    if others == ["program"]:
+        logger.warning(
+            f"The function of the backbone of the run in {out} is compiled to another program than when the run began: "
+            "by another version of JAX, or its code has changed."
+        )
+    elif others:
+        raise UserError(
+            f"Cannot resume the run in {out}: its {' and '.join(others)} have changed. Restore them, or choose "
+            "another --out."
+        )
+
+
+def _of_parts(out: Path, names: list[str], theirs: Mapping[str, str], ours: Mapping[str, str]) -> UserError:
+    changes = (f"its {name} was {theirs.get(name, OWN)}, now it is {ours.get(name, OWN)}" for name in names)
+    return UserError(
+        f"Cannot resume the run in {out}: {'; '.join(changes)}. Pass to `train` what the run began with, or choose "
+        "another --out."
+    )

@@ -1,0 +1,48 @@
+"""A training traced without computing anything: what would fail at its first step fails before a file is written."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+
+from cifar_jax.config import TrainConfig
+from cifar_jax.features.dataset import Extracted
+from cifar_jax.runtime.sharding import round_up
+from cifar_jax.train.inputs import Inputs
+from cifar_jax.train.prepare import Parts, compose
+from cifar_jax.train.step import TrainState
+from cifar_jax.train.task import Batch
+
+
+def state_shapes(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, steps: bool = False) -> TrainState:
+    """Shapes of the state that `prepare` would begin with; nothing is computed, and no image is looked at.
+
+    Args:
+      config: of the training.
+      inputs: images and backbone.
+      parts: in the place of what the configuration stands for.
+      mesh: the devices.
+      steps: whether a step is traced too, which takes seconds where it includes a large network. The user's functions
+        then raise what they would raise there.
+    """
+    features = np.zeros((1, inputs.backbone.num_features), np.float32)
+    is_cached = config.optim.mode == "cached"
+    extracted = Extracted(dict.fromkeys(inputs.problem.parts, features), 0, 0.0) if is_cached else None
+
+    def begin(batch: Batch, key: PRNGKeyArray) -> TrainState:
+        composed = compose(config, inputs, parts, mesh, extracted)
+        state = composed.state()
+        if steps:
+            composed.train_step()(state, composed.task.frozen, batch, key)
+        return state
+
+    size = round_up(mesh, config.optim.batch_size)
+    example = features[0] if is_cached else inputs.problem.train.images[0]
+    of: Any = jax.ShapeDtypeStruct  # stands for an array
+    labels = of((size,), inputs.problem.train.labels.dtype)
+    batch = Batch(of((size, *example.shape), example.dtype), labels, of((size,), jnp.float32))
+    shapes: TrainState = jax.eval_shape(begin, batch, jax.eval_shape(lambda: jax.random.key(0)))
+    return shapes
