@@ -84,6 +84,7 @@ def test_a_backbone_of_numpy_arrays_is_put_on_the_devices_by_its_task():
     head = dense_head(())
     task = live_task(head.init(jax.random.key(0), WIDTH, 2), head, KERNEL, features, {"train": split, "val": split})
     state, score = init_state(task.params, optax.sgd(0.1)), make_evaluate(task, cross_entropy)
+    assert isinstance(task.frozen, jax.Array)
     score(state)  # compiles
     with jax.transfer_guard_host_to_device("disallow"):  # images are sent by explicit transfers, which it allows
         score(state)
