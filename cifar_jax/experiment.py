@@ -33,7 +33,7 @@ from cifar_jax.train.inputs import Inputs, load_inputs, require_same_inputs_ever
 from cifar_jax.train.loop import Diverged, EpochPart, fit
 from cifar_jax.train.losses import LossFn
 from cifar_jax.train.optimizer import make_schedule
-from cifar_jax.train.prepare import Parts, Training, prepare
+from cifar_jax.train.prepare import Parts, Training, check_parts, prepare
 from cifar_jax.train.rehearsal import state_shapes
 from cifar_jax.train.step import TrainState
 from cifar_jax.train.task import Augment
@@ -290,8 +290,7 @@ def _check(config: TrainConfig, parts: Parts, mesh: Mesh) -> None:
             f"--micro-batch {micro_batch} cannot be divided between {mesh.size} devices; name a multiple, or fewer "
             "--devices."
         )
-    if parts.augment and config.optim.mode == "cached":
-        raise UserError("augment needs the pixels at every step, which --mode cached sees only once; use --mode live.")
+    check_parts(config, parts)
 
 
 def _header(config: TrainConfig, inputs: Inputs, parts: Parts, out: Path, devices: int) -> dict[str, str]:

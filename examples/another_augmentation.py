@@ -1,13 +1,13 @@
 """Another augmentation: mixup, which trains on pairs of images laid over each other, and on both of their labels.
 
 An augmentation is a function `(key, batch) -> batch` that runs inside the compiled step, on the small pixels, in
-training only. It may change labels too: they are integers, or as here a distribution over the classes. It needs the
-pixels at every step, so it is for the modes live and finetune. From a checkout, after `pip install .`:
+training only. It may change labels too: they are integers, or as here a distribution over the classes. A short last
+batch is filled up with copies of the first training image, whose mask is 0. It needs the pixels at every step, so it is
+for the modes live and finetune. From a checkout, after `pip install .`:
 
     python examples/another_augmentation.py
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -34,7 +34,7 @@ def mixup(key: jax.Array, batch: Batch) -> Batch:
 
 def main(config: TrainConfig | None = None) -> Path:
     """Trains with the augmentation, a part of the demo unless told otherwise, and returns the run directory."""
-    run_dir = train(config or replace(preset("demo"), mode="live", train_examples=1000), augment=mixup)
+    run_dir = train(config or preset("demo", mode="live", train_examples=1000), augment=mixup)
     print(load_run(run_dir))
     return run_dir
 

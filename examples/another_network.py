@@ -2,7 +2,7 @@
 
 `FunctionBackbone` takes any pure function `(variables, images uint8 [batch, 32, 32, 3]) -> features`. The function does
 its own preprocessing, and has nothing to do with Flax or with weights files. In the modes cached and live it is frozen;
-with `mode="finetune"` its variables train too. From a checkout, after `pip install .`:
+with `mode="finetune"` all its variables train too. From a checkout, after `pip install .`:
 
     python examples/another_network.py
 """

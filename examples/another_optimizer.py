@@ -1,8 +1,8 @@
 """Another optimiser: AdamW with a warm-up and a falling rate, from Optax.
 
-`tx` is any `optax.GradientTransformation`. It takes the place of SGD and of all options that belong to it, such as
---learning-rate and --schedule, in every mode. A schedule counts the steps of the whole run. From a checkout, after
-`pip install .`:
+`tx` is any `optax.GradientTransformation`; one whose update asks for `value` gets the loss of the step. It takes the
+place of SGD and of all options that belong to it, such as --learning-rate and --schedule, in every mode. A schedule
+counts the steps of the whole run. From a checkout, after `pip install .`:
 
     python examples/another_optimizer.py
 """

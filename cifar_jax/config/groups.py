@@ -157,6 +157,11 @@ DEFAULTS: dict[str, Any] = {name: one.default for name, one in FIELDS.items()}
 
 # Options that apply only where the backbone trains.
 FINETUNE_ONLY = tuple(one.name for one in fields(FinetuneConfig))
+# What says how a ResNet is run and trained, and has no meaning for another function in its place.
+OF_A_RESNET = (
+    *("image_size", "precision"),
+    *("freeze_stages", "bn_statistics", "bn_momentum", "zero_gamma", "remat"),
+)
 # What cannot change results.
 RUN_ONLY = tuple(one.name for one in fields(RunConfig))
 # Options in config.json that belong to the command that was typed rather than to the run.

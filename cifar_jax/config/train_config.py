@@ -139,12 +139,9 @@ def _check_values(options: Mapping[str, Any]) -> None:
         require(name, lambda v: 0 <= v < 1, "at least 0 and below 1")
     for name in ("weight_decay", "cache_limit"):
         require(name, lambda v: 0 <= v < math.inf, "a number of at least 0")
-    batch_size = options["batch_size"]
     require("warmup_epochs", lambda v: 0 <= v < math.inf, "a number of at least 0")
     require("freeze_stages", lambda v: 0 <= v <= 4, "between 0 and 4")
     require("augment", lambda v: len(set(v)) == len(v), "a list without repetitions")
-    at_most = f"at most --batch-size {batch_size}"
-    require("micro_batch", lambda v: v is None or v <= batch_size, at_most)
     require("hidden", lambda v: all(1 <= width <= 2**20 for width in v), "widths between 1 and 1048576")
     for name in ("dataset", "weights"):
         require(name, str.strip, "a name")
@@ -157,7 +154,7 @@ def _check_values(options: Mapping[str, Any]) -> None:
 
 
 # Options that decide what meaning others have.
-DECIDING = ("mode", "momentum", "schedule", "bn_statistics", "epochs")
+DECIDING = ("mode", "momentum", "schedule", "bn_statistics", "epochs", "batch_size")
 
 
 def _meaningless(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -191,6 +188,11 @@ def _meaningless(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     elif options["warmup_epochs"] and options["schedule"] != "cosine":
         yield "warmup_epochs", "--warmup-epochs goes with --schedule cosine; give that as well, or leave it out."
+    if options["micro_batch"] and options["micro_batch"] > options["batch_size"]:
+        yield (
+            "micro_batch",
+            f"--micro-batch must be at most --batch-size {options['batch_size']}, got {options['micro_batch']}.",
+        )
     if "bn_momentum" in is_set and options["bn_statistics"] == "frozen":
         yield (
             "bn_momentum",
@@ -284,10 +286,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str) -> TrainConfig:
-    """The configuration that a preset stands for.
+def preset(name: str, **options: Any) -> TrainConfig:
+    """The configuration that a preset stands for, with some options changed.
+
+    Those of the preset that have no meaning beside `options` get their defaults, as on the command line:
+    `preset("pretrain", mode="live")`, where `dataclasses.replace` would refuse its `bn_momentum`.
+
+    Args:
+      name: of the preset.
+      **options: single options by name.
 
     Raises:
-      UserError: when there is no such preset.
+      UserError: when there is no such preset, or for a value that is not allowed.
+      TypeError: for an option that there is not.
     """
-    return TrainConfig(preset=name, **PRESETS.get(name, {}))
+    theirs = TrainConfig(preset=name, **PRESETS.get(name, {}))
+    _check_values(theirs.options() | options)
+    decided = {option: value for option, value in options.items() if option in DECIDING}
+    return replace(without_meaningless(theirs, decided), **options)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
+from cifar_jax.errors import UserError
 from cifar_jax.models.preprocess import Preprocessing, preprocess
 from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables, network_name
 
@@ -89,6 +90,9 @@ class Backbone:
 class FunctionBackbone:
     """Any pure function from images to features, in the place of a `Backbone`.
 
+    In the mode finetune all variables train, by their gradients alone: running statistics and constants belong into the
+    function. Options about how a ResNet is run or trained do not apply, and `train` refuses them.
+
     Attributes:
       function: `(variables, images uint8 [batch, height, width, 3]) -> features float32 [batch, num_features]`. It
         preprocesses the images itself, and is compiled by whoever calls it.
@@ -112,8 +116,19 @@ class FunctionBackbone:
 
     @property
     def num_features(self) -> int:
-        """Width of the features."""
-        return int(self._lowered.out_info.shape[-1])
+        """Width of the features.
+
+        Raises:
+          UserError: when the function returns something else than [batch, num_features].
+        """
+        info = self._lowered.out_info
+        shape: tuple[int, ...] = getattr(info, "shape", ())
+        if len(shape) != 2 or shape[0] != 1:
+            raise UserError(
+                f"{self!r} returns {f'shape {list(shape)}' if shape else info} for one image, expected "
+                "[1, num_features]; pool or flatten what a network returns."
+            )
+        return int(shape[1])
 
     @functools.cached_property
     def sha256(self) -> str:

@@ -56,13 +56,24 @@ class Head(NamedTuple):
     Attributes:
       init: `(key, in_features, num_classes) -> params`.
       logits: `(params, features [batch, in_features], *, train, key) -> [batch, num_classes]`; `key` is None where
-        `train` is False.
+        `train` is False. A head can be called like it.
       name: of the head, recorded with the run that it is passed to.
     """
 
     init: Callable[[PRNGKeyArray, int, int], PyTree]
     logits: Callable[..., Float[Array, "batch num_classes"]]
     name: str
+
+    def __call__(
+        self,
+        params: PyTree,
+        features: Float[Array, "batch features"],
+        *,
+        train: bool = False,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "batch num_classes"]:
+        """Its logits; unless told otherwise those of evaluation."""
+        return self.logits(params, features, train=train, key=key)
 
 
 def dense_head(hidden: Sequence[int] = (1024, 512)) -> Head:

@@ -1,7 +1,7 @@
 """Class probabilities of images: for the library's user as a pure function, for the command line from files."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from cifar_jax.data import load_problem
 from cifar_jax.data.sources.images import ImageError, read_image
 from cifar_jax.errors import UserError
 from cifar_jax.features.extractor import extraction_batch_size, make_extractor
-from cifar_jax.models.backbone import AnyBackbone, Backbone, extract
-from cifar_jax.models.head import Head, head_logits
+from cifar_jax.models.backbone import AnyBackbone, extract
+from cifar_jax.models.head import Head, dense_logits
 from cifar_jax.runs.reader import Run, load_run
 from cifar_jax.runtime.reporter import Reporter, Silent
 from cifar_jax.train.evaluate import evaluate, make_eval_step, wilson_interval
 from cifar_jax.train.losses import LossFn, smoothed_cross_entropy
-from cifar_jax.train.task import head_forward
+from cifar_jax.train.task import HeadFn, head_forward
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +29,19 @@ AT_ONCE = 256  # image files that are in memory together
 
 
 def predict_probs(
-    backbone: Backbone,
+    backbone: AnyBackbone,
     head_params: PyTree,
     images_u8: UInt8[Array, "batch h w 3"],
     image_size: int | None = None,
     precision: str = "float32",
-    logits_fn: Callable[[PyTree, Float[Array, "batch features"]], Float[Array, "batch classes"]] = head_logits,
+    logits_fn: HeadFn = dense_logits,
 ) -> Float[Array, "batch classes"]:
     """Class probabilities of a batch of images, plainly: `extract`, head, softmax. Pure; jit it as you like.
 
-    `logits_fn` is the function of the head, `run.head.logits` of a run with another one than the dense.
+    `logits_fn` is the head, `run.head` of a run with another one than the dense.
     """
-    return jax.nn.softmax(logits_fn(head_params, extract(backbone, images_u8, image_size, precision)))
+    features = extract(backbone, images_u8, image_size, precision)
+    return jax.nn.softmax(logits_fn(head_params, features, train=False, key=None))
 
 
 class Prediction(NamedTuple):
@@ -70,7 +71,7 @@ def predict_files(
     image_size = run.backbone.image_size
     side = image_size if direct else TRAINED_SIDE
     extractor = make_extractor(run.backbone, image_size, run.config.backbone.precision)
-    probabilities = jax.jit(lambda params, features: jax.nn.softmax(run.head.logits(params, features)))
+    probabilities = jax.jit(lambda params, features: jax.nn.softmax(run.head(params, features)))
     # Later batches are no smaller than the first, or than the devices take at a time: another size is compiled again.
     devices = jax.local_devices()
     compiled = min(at_once, extraction_batch_size(image_size, devices[0].platform) * len(devices))
@@ -149,7 +150,7 @@ def evaluate_run(
         bar(0)
         features = extractor(problem.test.images, bar)
     loss_fn = loss_fn or smoothed_cross_entropy(config.optim.label_smoothing)
-    eval_step = make_eval_step(head_forward(run.head.logits), loss_fn)
+    eval_step = make_eval_step(head_forward(run.head), loss_fn)
     score = jax.jit(lambda params, batch: eval_step(params, {}, {}, batch))
     result = evaluate(score, {"head": run.head_params}, features, problem.test.labels)
     low, high = wilson_interval(result.accuracy, result.num)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -97,11 +98,17 @@ def selected_epoch(rows: Sequence[EpochRow], held_out: bool) -> int:
 
 
 def checkpoint_tree(state: TrainState) -> dict[str, PyTree]:
-    """The tree that a checkpoint stores of a state that is good.
+    """The tree that a checkpoint stores of a state that is good; of a key in it the numbers.
 
-    Keys are not stored: order, augmentation and steps draw from the seed by epoch and step.
+    Order, augmentation and steps draw from the seed by epoch and step, and have no keys there.
     """
-    return {name: leaf for name, leaf in state._asdict().items() if name != "halted"}
+    tree = {name: leaf for name, leaf in state._asdict().items() if name != "halted"}
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed key, as an optimiser that draws noise keeps one."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def load_state(directory: Path, like: TrainState, at: Position | None = None) -> TrainState:
@@ -116,7 +123,11 @@ def load_state(directory: Path, like: TrainState, at: Position | None = None) ->
       UserError: if there is none, it is that of another state, or it is corrupt.
     """
     tree = load_checkpoint(directory, jax.eval_shape(lambda: checkpoint_tree(like)), at, whole=True)
-    return TrainState(**tree)
+    return jax.tree.map(
+        lambda old, leaf: jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(old)) if _is_key(old) else leaf,
+        like,
+        TrainState(**tree),
+    )
 
 
 def check_state(directory: Path, like: TrainState, at: Position) -> None:
@@ -125,7 +136,7 @@ def check_state(directory: Path, like: TrainState, at: Position) -> None:
     Raises:
       UserError: if it will not.
     """
-    check_checkpoint(directory, checkpoint_tree(like), at)
+    check_checkpoint(directory, jax.eval_shape(checkpoint_tree, like), at)
 
 
 def find_run(config: TrainConfig, parts: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, PyTree
 from cifar_jax.models.head import dense_logits
 from cifar_jax.runtime.reporter import Reporter, Silent
 from cifar_jax.runtime.sharding import make_mesh, replicate, replicated_sharding, round_up, shard
-from cifar_jax.train.losses import LossFn, cross_entropy
+from cifar_jax.train.losses import LossFn, cross_entropy, losses_of
 from cifar_jax.train.step import TrainState, classes_of
 from cifar_jax.train.task import Batch, Forward, Task, head_forward
 
@@ -74,7 +74,7 @@ def make_eval_step(forward: Forward, loss_fn: LossFn) -> EvalStep:
     def eval_step(params: PyTree, batch_stats: PyTree, frozen: PyTree, batch: Batch) -> EvalSums:
         logits, _ = forward(params, batch_stats, frozen, batch.inputs, train=False, key=None, mask=batch.mask)
         num_classes = logits.shape[-1]
-        losses = loss_fn(logits, batch.labels) * batch.mask
+        losses = losses_of(loss_fn, logits, batch.labels) * batch.mask
         cells = classes_of(batch.labels) * num_classes + jnp.argmax(logits, axis=-1).astype(jnp.int32)
         confusion = jnp.zeros(num_classes**2, jnp.int32).at[cells].add(batch.mask.astype(jnp.int32))
         return EvalSums(losses.sum(), confusion.reshape(num_classes, num_classes), logits)
@@ -94,16 +94,16 @@ def eval_step(params: PyTree, batch: Batch) -> EvalSums:
 class Evaluate(Protocol):
     """Scores a state on a split of a task."""
 
-    def __call__(self, state: TrainState, frozen: PyTree, split: str) -> EvalResult:
-        """Scores."""
+    def __call__(self, state: TrainState, frozen: PyTree = None, split: str | None = None) -> EvalResult:
+        """Scores; `frozen` is the task's if None, and the split `val`, or where there is none `test`."""
         ...
 
 
 def make_evaluate(
     task: Task,
     loss_fn: LossFn,
-    mesh: Mesh,
-    batch_size: int,
+    mesh: Mesh | None = None,
+    batch_size: int = 256,
     reporter: Reporter | None = None,
     stopping: Callable[[], bool] | None = None,
 ) -> Evaluate:
@@ -112,16 +112,23 @@ def make_evaluate(
     Args:
       task: whose splits are scored, all but `train`.
       loss_fn: the loss that it trains on.
-      mesh: the devices that a batch is divided between.
+      mesh: the devices that a batch is divided between; `make_mesh(None)` if None.
       batch_size: examples at a time; the result does not depend on it but for rounding of the loss.
       reporter: shown a bar of images, if these do not lie on the devices.
       stopping: whether to stop, asked after each batch.
 
     Returns:
-      `evaluate(state, frozen, split) -> EvalResult`, which raises KeyboardInterrupt when asked to stop.
+      `evaluate(state, frozen, split) -> EvalResult`, which raises KeyboardInterrupt when asked to stop. For `fit`
+      `evaluate(state)` will do.
+
+    Raises:
+      ValueError: when there is no split to score.
     """
+    mesh = mesh or make_mesh(None)
     step = jax.jit(make_eval_step(task.forward, loss_fn), out_shardings=replicated_sharding(mesh))
     scored = {name: split for name, split in task.splits.items() if name != "train"}
+    if not scored:
+        raise ValueError("the task has no split to evaluate on: give it `val` or `test` beside `train`")
     batch_size = min(batch_size, max(len(split.labels) for split in scored.values()))
     # Features lie on the devices; images go there batch by batch, each time.
     kept = {
@@ -131,7 +138,10 @@ def make_evaluate(
     }
     reporter, compiles = reporter or Silent(), iter((True,))
 
-    def evaluate(state: TrainState, frozen: PyTree, split: str) -> EvalResult:
+    def evaluate(state: TrainState, frozen: PyTree = None, split: str | None = None) -> EvalResult:
+        split = split or ("val" if "val" in scored else next(iter(scored)))
+        frozen = task.frozen if frozen is None else frozen
+        placed = replicate(mesh, (state.params, state.batch_stats, frozen))
         inputs, labels, resident = scored[split]
         batches = kept[split] if resident else eval_batches(inputs, labels, batch_size, mesh)
         name, shown = {"val": "held-out"}.get(split, split), Silent() if resident else reporter
@@ -141,7 +151,7 @@ def make_evaluate(
             for batch in batches:
                 if not resident and stopping and stopping():
                     raise KeyboardInterrupt
-                tally.add(step(state.params, state.batch_stats, frozen, batch))
+                tally.add(step(*placed, batch))
             return tally.result()
 
     return evaluate

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.errors import UserError
 from cifar_jax.models.backbone import AnyBackbone, Backbone, FunctionBackbone
 from cifar_jax.models.preprocess import preprocess
 from cifar_jax.models.resnet import ResNet, ResNetConfig
@@ -78,8 +79,18 @@ def trainable(
 def trainable_backbone(
     config: TrainConfig, backbone: AnyBackbone, image_size: int, mesh: Mesh | None = None, has_padding: bool = False
 ) -> tuple[dict[str, PyTree], TrainableFn]:
-    """Variables {"params", "batch_stats"} and function of a backbone that trains as a configuration says."""
+    """Variables {"params", "batch_stats"} and function of a backbone that trains as a configuration says.
+
+    Raises:
+      UserError: for a `FunctionBackbone` with a variable that has no gradient.
+    """
     if isinstance(backbone, FunctionBackbone):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(backbone.variables):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise UserError(
+                    f"{backbone!r} cannot train: variables{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}, and "
+                    "--mode finetune trains all variables; put it into the function, or use --mode cached or live."
+                )
 
         def features(
             params: PyTree, batch_stats: PyTree, images: UInt8[Array, "batch h w 3"], *, train: bool, mask: Array
@@ -88,7 +99,9 @@ def trainable_backbone(
 
         return {"params": backbone.variables, "batch_stats": {}}, features
     network = make_network(config, backbone.config)
-    variables = with_zero_gamma(backbone.variables) if config.finetune.zero_gamma else dict(backbone.variables)
+    variables = dict(backbone.variables)
+    if config.finetune.zero_gamma:
+        variables = with_zero_gamma(variables, config.finetune.freeze_stages)
     return variables, trainable(network, backbone, image_size, config.finetune.bn_statistics, mesh, has_padding)
 
 
@@ -98,14 +111,17 @@ def _stop_frozen(params: PyTree, frozen_stages: int) -> PyTree:
     return jax.tree.map(lambda p, label: jax.lax.stop_gradient(p) if label == "frozen" else p, params, labels)
 
 
-def with_zero_gamma(variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
+def with_zero_gamma(variables: Mapping[str, PyTree], frozen_stages: int = 0) -> dict[str, PyTree]:
     """Variables with zero scale in each block's last BatchNorm, so that every block begins as its shortcut.
+
+    Those of frozen stages stay as they are: they would never become anything else.
 
     Reference:
       Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 5.1
     """
-    params = {
-        name: part | {"bn3": part["bn3"] | {"scale": np.zeros_like(part["bn3"]["scale"])}} if "bn3" in part else part
-        for name, part in variables["params"].items()
-    }
+    params = dict(variables["params"])
+    groups = param_labels({"backbone": params}, frozen_stages)["backbone"]
+    for name, part in params.items():
+        if "bn3" in part and groups[name]["bn3"]["scale"] != "frozen":
+            params[name] = part | {"bn3": part["bn3"] | {"scale": np.zeros_like(part["bn3"]["scale"])}}
     return dict(variables) | {"params": params}

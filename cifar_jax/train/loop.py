@@ -14,7 +14,7 @@ from jaxtyping import Int32, PRNGKeyArray, PyTree
 from cifar_jax.data import epoch_batches
 from cifar_jax.errors import RunError
 from cifar_jax.runtime.reporter import EpochRow, Reporter, Silent
-from cifar_jax.runtime.sharding import replicate, round_up, shard
+from cifar_jax.runtime.sharding import make_mesh, replicate, round_up, shard
 from cifar_jax.train.evaluate import EvalResult
 from cifar_jax.train.step import StepMetrics, TrainState, TrainStep, is_finite, scan_steps
 from cifar_jax.train.task import Batch, Task
@@ -80,12 +80,14 @@ class Advance(NamedTuple):
         return state, joined(metrics)
 
 
-def make_advance(task: Task, train_step: TrainStep, order: EpochOrder, mesh: Mesh) -> Advance:
+def make_advance(task: Task, train_step: TrainStep, order: EpochOrder, mesh: Mesh | None = None) -> Advance:
     """Compiles the steps of a task: one scan where its inputs lie on the devices, else step by step.
 
-    Batches are divided between the devices of the mesh. The short last one of an epoch is padded to the shape of the
-    others, unless the task carries batch_stats: then it is a step of its own shape, padded only to be divided.
+    Batches are divided between the devices of the mesh, `make_mesh(None)` if None. The short last one of an epoch is
+    padded to the shape of the others, unless the task carries batch_stats: then it is a step of its own shape, padded
+    only to be divided.
     """
+    mesh = mesh or make_mesh(None)
     inputs, labels, resident = task.splits["train"]
     num, pads = len(labels), resident or not jax.tree.leaves(task.batch_stats)
 
@@ -171,10 +173,10 @@ def fit(
     """Trains for a number of epochs, evaluating after each.
 
     Args:
-      state: from `init_state`, placed on the devices; donated.
-      frozen: of the task, placed on the devices.
+      state: from `init_state`; donated.
+      frozen: of the task.
       advance: from `make_advance`.
-      evaluate: scores a state on the validation split.
+      evaluate: scores a state on the validation split; from `make_evaluate`.
       num_epochs: how many in all.
       first_epoch: how many of them `state` has behind it already.
       part: of the next epoch, that `state` has behind it too.
@@ -185,7 +187,8 @@ def fit(
       reporter: shown a bar of examples.
 
     Raises:
-      Diverged: when a loss, gradient or update was not finite. No state that is not finite was handed out.
+      Diverged: when a loss, gradient or update was not finite. No state was handed out whose params or batch_stats are
+        not finite; opt_state is not looked at.
       KeyboardInterrupt: when it was asked to stop, all that was done having been handed out.
     """
     state, frozen = replicate(advance.mesh, (state, frozen))

@@ -3,12 +3,30 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32
+
+from cifar_jax.errors import UserError
 
 # Integer labels, or a distribution over the classes for each example, as mixup makes.
 Labels = Int32[Array, "batch"] | Float[Array, "batch classes"]
 LossFn = Callable[[Float[Array, "batch classes"], Labels], Float[Array, "batch"]]
+
+
+def losses_of(loss_fn: LossFn, logits: Float[Array, "batch classes"], labels: Labels) -> Float[Array, "batch"]:
+    """The losses of a batch.
+
+    Raises:
+      UserError: unless there is one an example. Others would be broadcast against the mask, or count padding.
+    """
+    losses, expected = loss_fn(logits, labels), labels.shape[:1]
+    if jnp.shape(losses) != expected:
+        raise UserError(
+            f"The loss function returns shape {list(jnp.shape(losses))} for a batch of {expected[0]}, expected "
+            f"{list(expected)}: one loss for each example, neither their mean nor a column."
+        )
+    return losses
 
 
 def cross_entropy(logits: Float[Array, "batch classes"], labels: Labels) -> Float[Array, "batch"]:

@@ -1,7 +1,6 @@
 """The optimiser of a run, composed from Optax, and the names of what it trains."""
 
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +46,15 @@ def make_optimizer(
     """
     optim = config.optim
     if instead is not None:
-        trained = {"backbone": instead, "head": instead, "frozen": optax.set_to_zero()}
-        labels = partial(param_labels, freeze_stages=config.finetune.freeze_stages)
-        return optax.partition(trained, labels) if config.finetune.freeze_stages else instead
+        if not config.finetune.freeze_stages:
+            return instead
+
+        # As one group: what it does over all parameters, as clipping by their norm, it does over all that train.
+        def labels(params: PyTree) -> PyTree:
+            groups = param_labels(params, config.finetune.freeze_stages)
+            return jax.tree.map(lambda group: group if group == "frozen" else "trained", groups)
+
+        return optax.partition({"trained": instead, "frozen": optax.set_to_zero()}, labels)
 
     def sgd(rate: float) -> optax.GradientTransformation:
         descent = optax.sgd(

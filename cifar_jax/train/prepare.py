@@ -5,18 +5,22 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.config.groups import DEFAULTS, OF_A_RESNET
 from cifar_jax.data import Dataset
 from cifar_jax.data.augment import augment as augment_images
+from cifar_jax.errors import UserError
 from cifar_jax.features.dataset import Extracted, dataset_features
 from cifar_jax.features.extractor import default_batch_size
 from cifar_jax.features.forecast import Forecast, faster_ways
 from cifar_jax.models.backbone import extract
 from cifar_jax.models.head import Head, dense_head
-from cifar_jax.pretrained import AnyBackbone
+from cifar_jax.pretrained import AnyBackbone, Backbone, FunctionBackbone
 from cifar_jax.rng import stream_key
 from cifar_jax.runtime.processes import gather, own_rows
 from cifar_jax.runtime.reporter import Reporter
@@ -85,6 +89,54 @@ def compose(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, extra
     return Composed(task, loss_fn, tx, {"augment": task.augment, "micro_batch": config.finetune.micro_batch})
 
 
+def check_parts(config: TrainConfig, parts: Parts) -> None:
+    """Refuses parts that are of another kind, or do not go with the options.
+
+    Raises:
+      UserError: naming it.
+    """
+    if parts.augment and config.optim.mode == "cached":
+        raise UserError(
+            "augment needs the pixels at every step, which --mode cached sees only once; use --mode live or finetune."
+        )
+    if parts.head is not None and not isinstance(parts.head, Head):
+        raise UserError(
+            f"head= takes a Head, got {type(parts.head).__name__}; wrap a Flax module as flax_head(module), or two "
+            "functions as Head(init, logits, name)."
+        )
+    if parts.tx is not None and not isinstance(parts.tx, optax.GradientTransformation):
+        raise UserError(f"tx= takes an optax.GradientTransformation, got {type(parts.tx).__name__}.")
+    for name in ("loss_fn", "augment"):
+        if (part := getattr(parts, name)) is not None and not callable(part):
+            raise UserError(f"{name}= takes a function, got {type(part).__name__}.")
+    if parts.backbone is not None:
+        _check_backbone(config, parts.backbone)
+
+
+def _check_backbone(config: TrainConfig, backbone: AnyBackbone) -> None:
+    """Refuses what is no backbone, and options that say nothing to a function.
+
+    Raises:
+      UserError: naming it.
+    """
+    if isinstance(backbone, Backbone):
+        return
+    if not isinstance(backbone, FunctionBackbone):
+        raise UserError(
+            f"backbone= takes a Backbone, got {type(backbone).__name__}; wrap a function as "
+            "FunctionBackbone(function, variables, name)."
+        )
+    options = config.options() | {"image_size": config.backbone.image_size or backbone.image_size}
+    meant = DEFAULTS | {"image_size": backbone.image_size}
+    if ignored := [name for name in OF_A_RESNET if options[name] != meant[name]]:
+        values = ("" if options[name] is True else f" {options[name]}" for name in ignored)
+        named = ", ".join(f"--{name.replace('_', '-')}{value}" for name, value in zip(ignored, values, strict=True))
+        raise UserError(f"Options of a ResNet do not apply to {backbone!r}: leave out {named}.")
+    _ = backbone.num_features  # which looks at the shape that the function returns
+    if config.optim.mode == "finetune":
+        trainable_backbone(config, backbone, backbone.image_size)
+
+
 class Training(NamedTuple):
     """All that `fit` takes.
 
@@ -128,6 +180,9 @@ def prepare(
       reporter: shown bars of extraction, training and evaluation.
       first_epoch: that training begins with, for the forecast.
       stopping: whether to stop, asked after each batch of an evaluation.
+
+    Raises:
+      UserError: when a part does not fit the inputs.
     """
     extracted, bars = None, clock.watch(reporter)
     if config.optim.mode == "cached":
@@ -156,6 +211,24 @@ def prepare(
     )
 
 
+def init_params(config: TrainConfig, inputs: Inputs, head: Head) -> PyTree:
+    """Draws the parameters of a head.
+
+    Raises:
+      UserError: unless its logits are as many as there are classes.
+    """
+    num_features, num_classes = inputs.backbone.num_features, len(inputs.problem.splits.class_names)
+    params = head.init(stream_key(config.optim.seed, "init"), num_features, num_classes)
+    features = jax.ShapeDtypeStruct((1, num_features), jnp.float32)
+    logits = jax.eval_shape(lambda params, features: head(params, features), params, features)
+    if (shape := getattr(logits, "shape", None)) != (1, num_classes):
+        raise UserError(
+            f"The head {head.name!r} returns {logits if shape is None else f'shape {list(shape)}'} for the features of "
+            f"one image, expected [1, {num_classes}]: {config.data.dataset} has {num_classes} classes."
+        )
+    return params
+
+
 def make_task(
     config: TrainConfig,
     inputs: Inputs,
@@ -164,22 +237,25 @@ def make_task(
     head: Head,
     augment: Augment | None = None,
 ) -> Task:
-    """The task of a configuration, with what is frozen on the devices of the mesh."""
+    """The task of a configuration, with what is frozen on the devices of the mesh.
+
+    Raises:
+      UserError: unless the logits of the head are as many as there are classes.
+    """
     problem, backbone, image_size = inputs
-    num_classes = len(problem.splits.class_names)
-    params = head.init(stream_key(config.optim.seed, "init"), backbone.num_features, num_classes)
+    head_params = init_params(config, inputs, head)
     if extracted:
         features = {name: Split(extracted.features[name], part.labels) for name, part in problem.parts.items()}
-        return cached_task(params, head.logits, features)
+        return cached_task(head_params, head, features)
     images = {name: Split(*part) for name, part in problem.parts.items()}
     augment = augment or image_augmentation(config.data.augment)
     if config.optim.mode == "live":
         function = partial(extract, image_size=image_size, precision=config.backbone.precision)
-        return live_task(params, head.logits, replicate(mesh, backbone), function, images, augment)
+        return live_task(head_params, head, replicate(mesh, backbone), function, images, augment)
     counts = (config.optim.batch_size, len(problem.train.labels) % config.optim.batch_size)
     has_padding = any(count % mesh.size for count in counts)
     variables, trainable = trainable_backbone(config, backbone, image_size, mesh, has_padding)
-    return finetune_task(params, head.logits, variables, trainable, images, augment)
+    return finetune_task(head_params, head, variables, trainable, images, augment)
 
 
 def image_augmentation(names: tuple[str, ...]) -> Augment | None:

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, PyTree
 
 from cifar_jax.rng import stream_of
-from cifar_jax.train.losses import LossFn
+from cifar_jax.train.losses import LossFn, losses_of
 from cifar_jax.train.task import Augment, Batch, Forward
 
 
@@ -39,9 +39,10 @@ TrainStep = Callable[[TrainState, PyTree, Batch, PRNGKeyArray], tuple[TrainState
 
 
 def init_state(params: PyTree, tx: optax.GradientTransformation, batch_stats: PyTree | None = None) -> TrainState:
-    """The state before the first step. The parameters are copied, as compiled steps donate the state they are given."""
+    """The state before the first step. Its arrays are copies, as compiled steps donate the state they are given."""
     params, batch_stats = jax.tree.map(jnp.array, (params, {} if batch_stats is None else batch_stats))
-    return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    opt_state = jax.tree.map(jnp.array, tx.init(params))  # which may hold arrays of the optimiser itself, as a key
+    return TrainState(params, batch_stats, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
 
 
 def make_train_step(
@@ -57,8 +58,8 @@ def make_train_step(
     Args:
       forward: `(params, batch_stats, frozen, inputs, *, train, key, mask) -> (logits, batch_stats)`, of a `Task`.
       loss_fn: `(logits, labels) -> [batch]`, a loss an example.
-      tx: the optimiser.
-      augment: `(key, batch) -> batch`, applied first.
+      tx: the optimiser. Its update is given the loss of the step as `value`, which some take beside the gradient.
+      augment: `(key, batch) -> batch`, applied first: that of a `Task` too, which `forward` does not include.
       micro_batch: examples at a time, their gradients added up, which takes the memory of one piece; all at once if
         None. Pieces count by their examples, so loss and gradient are those of the whole batch, but for BatchNorm: a
         piece is normalised by its own statistics, and the running ones are updated piece after piece.
@@ -73,10 +74,13 @@ def make_train_step(
       whoever saves a state looks at it once, by `is_finite`.
 
     Example:
-      >>> train_step = jax.jit(make_train_step(head_forward(dense), cross_entropy, tx := optax.sgd(0.01)))
-      >>> state, metrics = train_step(init_state({"head": params}, tx), {}, batch, jax.random.key(0))
+      >>> head, tx = dense_head(), optax.sgd(0.01)
+      >>> train_step = jax.jit(make_train_step(head_forward(head), cross_entropy, tx))
+      >>> state = init_state({"head": head.init(jax.random.key(1), 2048, 10)}, tx)
+      >>> state, metrics = train_step(state, {}, batch, jax.random.key(0))  # doctest: +SKIP
     """
     grad_fn = jax.value_and_grad(_make_loss(forward, loss_fn), has_aux=True)
+    update = optax.with_extra_args_support(tx).update
 
     def train_step(
         state: TrainState, frozen: PyTree, batch: Batch, key: PRNGKeyArray
@@ -96,7 +100,7 @@ def make_train_step(
                 params, batch_stats, total = jax.lax.optimization_barrier((params, batch_stats, total))
         assert total is not None, "a batch has examples"
         loss, grads, (loss_sum, correct, num) = total
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         # The statistics are looked at as well: compiled for a CPU, a relu behind them makes 0 of NaN.
         finite = ~state.halted & jnp.isfinite(loss) & _all_finite((grads, batch_stats))
@@ -156,11 +160,12 @@ def first_not_finite(
     """
     batch, key = _prepared(state, batch, key, augment)
     grad_fn = jax.value_and_grad(_make_loss(forward, loss_fn), has_aux=True)
+    update = optax.with_extra_args_support(tx).update
 
     @jax.jit
     def look(batch_stats: PyTree, piece: Batch, key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
         (loss, (_, batch_stats)), grads = grad_fn(state.params, batch_stats, frozen, piece, key)
-        updates, _ = tx.update(grads, state.opt_state, state.params)
+        updates, _ = update(grads, state.opt_state, state.params, value=loss)
         tensors = (piece.inputs, loss, grads, updates, batch_stats)
         return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tensors), batch_stats
 
@@ -181,7 +186,7 @@ def _make_loss(forward: Forward, loss_fn: LossFn) -> Callable[..., Any]:
         params: PyTree, batch_stats: PyTree, frozen: PyTree, batch: Batch, key: PRNGKeyArray
     ) -> tuple[Float[Array, ""], tuple[tuple[Array, Array, Array], PyTree]]:
         logits, batch_stats = forward(params, batch_stats, frozen, batch.inputs, train=True, key=key, mask=batch.mask)
-        loss_sum, count = (loss_fn(logits, batch.labels) * batch.mask).sum(), batch.mask.sum()
+        loss_sum, count = (losses_of(loss_fn, logits, batch.labels) * batch.mask).sum(), batch.mask.sum()
         correct = (jnp.argmax(logits, axis=-1) == classes_of(batch.labels)) & (batch.mask > 0)
         sums = (loss_sum, correct.sum(dtype=jnp.int32), count.astype(jnp.int32))
         return loss_sum / jnp.maximum(count, 1), (sums, batch_stats)  # a piece may hold nothing but padding
@@ -215,8 +220,9 @@ def _pieces(batch: Batch, key: PRNGKeyArray, micro_batch: int | None) -> list[tu
 
 
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:
-    # A sum is finite only if all it adds up is, and reads each value once.
-    return jnp.all(jnp.array([jnp.isfinite(leaf.sum()) for leaf in jax.tree.leaves(tree)] or [True]))
+    # A sum is finite only if all it adds up is, and reads each value once. In 16 bits it would overflow.
+    sums = [leaf.sum(dtype=jnp.float32 if leaf.dtype.itemsize < 4 else None) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.array([jnp.isfinite(total) for total in sums] or [True]))
 
 
 _all_finite_compiled = jax.jit(_all_finite)

@@ -1,6 +1,6 @@
 """A task: what trains, what goes in, and how logits come of it. The ways to train differ in nothing else.
 
-A head is a function `(params, features, *, train, key) -> logits`, a frozen backbone one of
+A head is a `Head` or a function `(params, features, *, train, key) -> logits`, a frozen backbone one of
 `(variables, images) -> features`, and one that trains one of
 `(params, batch_stats, images, *, train, mask) -> (features, batch_stats)`.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree
 
@@ -41,8 +42,19 @@ class Forward(Protocol):
         ...
 
 
+class HeadFn(Protocol):
+    """Logits of features; a `Head` is one too."""
+
+    def __call__(
+        self, params: Any, features: Any, /, *, train: bool, key: PRNGKeyArray | None
+    ) -> Float[Array, "batch classes"]:
+        """Logits [batch, classes] of features [batch, features]. `key` is None where `train` is False."""
+        ...
+
+
+# `(key, batch) -> batch` inside the compiled step. Rows whose mask is 0 are padding: copies of the first example of the
+# training set, which an augmentation that mixes examples may meet.
 Augment = Callable[[PRNGKeyArray, Batch], Batch]
-HeadFn = Callable[..., Float[Array, "batch classes"]]
 FrozenFn = Callable[[PyTree, Array], Float[Array, "batch features"]]
 TrainableFn = Callable[..., tuple[Float[Array, "batch features"], PyTree]]
 
@@ -61,10 +73,11 @@ class Task(NamedTuple):
     Attributes:
       params: what trains: {"head": ...} or {"backbone": ..., "head": ...}.
       batch_stats: what BatchNorm carries along; {} where the backbone is frozen.
-      frozen: what does not train: the variables of the backbone, or {}. Placed once, and an argument of every step.
+      frozen: what does not train: the variables of the backbone, or {}. On the devices, and an argument of every step.
       forward: logits of inputs.
       splits: by name: `train`, `test`, and `val` where images are held out.
-      augment: `(key, batch) -> batch`, for training only, before a batch is cut into pieces; or None.
+      augment: `(key, batch) -> batch`, for training only, before a batch is cut into pieces; or None. Steps are made
+        of functions and know no task, so pass it on: `make_train_step(task.forward, ..., augment=task.augment)`.
     """
 
     params: dict[str, PyTree]
@@ -97,7 +110,11 @@ def live_task(
     images: Mapping[str, Split],
     augment: Augment | None = None,
 ) -> Task:
-    """Trains a head through a frozen backbone, which every image passes at every step."""
+    """Trains a head through a frozen backbone, which every image passes at every step.
+
+    Variables that are NumPy arrays are put on a device, where they would else go at every step anew.
+    """
+    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, variables)
     # The gradient goes through the whole network on paper; `stop_gradient` at its end is why it costs nothing.
     forward: Forward = lambda params, batch_stats, frozen, inputs, *, train, key, mask: (  # noqa: E731
         head(params["head"], jax.lax.stop_gradient(backbone(frozen, inputs)), train=train, key=key),

@@ -200,6 +200,8 @@ LIVE = {"mode": "live", "bn_momentum": 0.99, "zero_gamma": False}
         ("demo", "--schedule constant", {"schedule": "constant"}),
         ("cached.json", "--mode live", {"mode": "live", "feature_dtype": "float32"}),
         ("cached.json", "--mode finetune", {"mode": "finetune", "feature_dtype": "float32"}),
+        ("finetune.json", "--batch-size 8", {"batch_size": 8, "micro_batch": None}),
+        ("finetune.json", "--batch-size 16", {"batch_size": 16}),
         ("finetune.json", "--mode live", {"mode": "live", **{name: FIELDS[name].default for name in FINETUNE_ONLY}}),
     ],
 )
@@ -220,11 +222,35 @@ def test_inapplicable_preset_options_are_reset(of, typed, changes):
         ("--preset pretrain --epochs 2 --warmup-epochs 2", "--warmup-epochs must be at least 0 and below --epochs 2"),
         ("--preset pretrain --momentum 0 --nesterov", "--nesterov needs --momentum"),
         ("--preset pretrain --bn-statistics frozen --bn-momentum 0.9", "--bn-momentum moves no statistics"),
+        ("--preset pretrain --batch-size 8 --micro-batch 16", "--micro-batch must be at most --batch-size 8, got 16."),
         ("--preset demo --momentum 1", "--momentum must be at least 0 and below 1, got 1.0."),
     ],
 )
 def test_inapplicable_typed_options_are_refused(capsys, typed, part):
     is_one_error(command(capsys, "train", *typed.split()), 2, part)
+
+
+def test_in_python_a_preset_drops_them_beside_the_options_that_are_given():
+    pretrain = preset("pretrain").options()
+    assert preset("pretrain", mode="live").options() == pretrain | LIVE
+    assert preset("pretrain", epochs=2, out="x").options() == pretrain | {"epochs": 2, "warmup_epochs": 0.0, "out": "x"}
+    assert preset("demo", mode="live", seed=3) == replace(preset("demo"), mode="live", seed=3)
+    assert preset("demo") == preset("demo", **{}) == TrainConfig(**preset("demo").options())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mode": "live", "bn_momentum": 0.9}, UserError, "--bn-momentum has no meaning in --mode live"),
+        ({"epochs": "3"}, UserError, "--epochs must be a whole number, got '3'"),
+        ({"epoch": 3}, TypeError, r"There is no option 'epoch'\. Did you mean epochs\?"),
+    ],
+)
+def test_what_a_preset_does_not_take(options, error, message):
+    with pytest.raises(error, match=message):
+        preset("pretrain", **options)
+    with pytest.raises(UserError, match="pretrian"):
+        preset("pretrian")
 
 
 def test_in_python_they_are_refused():

@@ -8,11 +8,23 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from helpers import NARROW, without_pictures
 from PIL import Image
 
-from cifar_jax import Batch, Run, TrainConfig, UserError, dense_head, extract, load_run, predict_probs
+from cifar_jax import (
+    Batch,
+    FunctionBackbone,
+    Run,
+    TrainConfig,
+    UserError,
+    dense_head,
+    extract,
+    flax_head,
+    load_run,
+    predict_probs,
+)
 from cifar_jax.config import preset
 from cifar_jax.data import load_problem
 from cifar_jax.experiment import train
@@ -196,6 +208,76 @@ def test_optimizer_takes_the_steps(made, mode):
     assert not same(run.head_params, plain.head_params)
 
 
+def test_optimizer_that_keeps_a_key_is_resumed_to_the_same_bits(tmp_path):
+    """Its key is in the checkpoint as numbers."""
+    tx = optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(5)), optax.sgd(0.1))
+    config = replace(config_of("cached", tmp_path, "whole"), epochs=2)
+    half = replace(config_of("cached", tmp_path, "halves"), resume=True)
+    whole = load_run(train(config, tx=tx, backbone=NETWORK), backbone=NETWORK)
+    for epochs in (1, 2):
+        halves = train(replace(half, epochs=epochs), tx=tx, backbone=NETWORK)
+    assert same(load_run(halves, backbone=NETWORK).head_params, whole.head_params)
+
+
+class Unwrapped:
+    """Neither a function nor a part."""
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"head": dropout_head.DropoutHead()}, "head= takes a Head, got DropoutHead; wrap a Flax module as flax_head"),
+        ({"backbone": another_network.random_convolutions}, r"wrap a function as FunctionBackbone\(function, var"),
+        ({"tx": 0.1}, r"tx= takes an optax\.GradientTransformation, got float\."),
+        ({"loss_fn": Unwrapped()}, r"loss_fn= takes a function, got Unwrapped\."),
+        ({"augment": ("flip",)}, r"augment= takes a function, got tuple\."),
+    ],
+)
+def test_part_of_another_kind_is_refused_before_anything_is_done(tmp_path, part, message):
+    with pytest.raises(UserError, match=message):
+        train(config_of("live", tmp_path, "refused"), **part)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "named"),
+    [
+        ("cached", {"precision": "bfloat16", "image_size": 64}, "--image-size 64, --precision bfloat16."),
+        ("finetune", {"freeze_stages": 1, "zero_gamma": True, "remat": True}, "--freeze-stages 1, --zero-gamma, --rem"),
+        ("finetune", {"bn_momentum": 0.5}, "--bn-momentum 0.5."),
+        ("finetune", {"bn_statistics": "frozen"}, "--bn-statistics frozen."),
+    ],
+)
+def test_options_that_a_function_would_ignore_are_refused(tmp_path, mode, options, named):
+    config = replace(config_of(mode, tmp_path, "refused"), **options)
+    with pytest.raises(UserError, match=r"Options of a ResNet do not apply to Func.*: leave out ") as error:
+        train(config, backbone=NETWORK)
+    assert named in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("function", "returns"),
+    [
+        (lambda variables, images: images.astype("float32"), r"shape \[1, 32, 32, 3\]"),
+        (lambda variables, images: images.astype("float32").mean(), r".*float32.*"),
+        (lambda variables, images: (images.astype("float32").mean((1, 2)), variables), r"\(.*float32.*"),
+    ],
+)
+def test_function_that_returns_no_features_is_refused(tmp_path, function, returns):
+    with pytest.raises(UserError, match=rf"returns {returns} for one image, expected \[1, num_features\]"):
+        train(config_of("live", tmp_path, "refused"), backbone=FunctionBackbone(function, {}, "no features"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num_classes", [9, 11])
+def test_head_of_another_number_of_classes_is_refused_before_features_are_extracted(tmp_path, num_classes):
+    head = flax_head(dropout_head.DropoutHead(num_classes=num_classes))
+    config = config_of("cached", tmp_path, "refused")
+    with pytest.raises(UserError, match=rf"returns shape \[1, {num_classes}\] for the .*, expected \[1, 10\]: shapes"):
+        train(config, head=head, backbone=NETWORK)
+    assert not list(Path(config.cache_dir).rglob("features/*"))
+
+
 def test_mixup_mixes_images_and_labels_alike():
     images = np.zeros((4, 32, 32, 3), np.uint8)
     images[1] = 200
@@ -214,7 +296,7 @@ def test_augmentation_changes_what_is_trained_on(made, mode):
 
 
 def test_augmentation_is_refused_where_pixels_are_seen_once(tmp_path):
-    with pytest.raises(UserError, match="augment needs the pixels at every step"):
+    with pytest.raises(UserError, match=r"augment needs the pixels at every step.*; use --mode live or finetune"):
         another_augmentation.main(config_of("cached", tmp_path, "refused"))
     assert not list(tmp_path.iterdir())
 

@@ -1,9 +1,10 @@
 """The head against the same arithmetic in NumPy, and the distribution it starts from."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax.models.head import head_logits, init_head
+from cifar_jax.models.head import Head, head_logits, init_head
 
 
 def test_logits_are_those_of_numpy():
@@ -38,3 +39,17 @@ def test_keys_decide():
     one, same, other = (init_head(jax.random.key(k), 4)[0]["kernel"] for k in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
+
+
+def test_a_head_is_called_as_its_logits_in_evaluation():
+    """As its contract says, `logits` need not have defaults for `train` and `key`."""
+    seen = []
+
+    def logits(params, features, *, train, key):
+        seen.append((train, key))
+        return features @ params
+
+    head = Head(lambda key, width, classes: jnp.ones((width, classes)), logits, "a product")
+    assert head(head.init(jax.random.key(0), 2, 3), jnp.ones((4, 2))).shape == (4, 3)
+    head(jnp.ones((2, 3)), jnp.ones((4, 2)), train=True, key=1)
+    assert seen == [(False, None), (True, 1)]

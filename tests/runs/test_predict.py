@@ -3,15 +3,16 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers import command, is_one_error, tiny_run
 from PIL import Image
 
-from cifar_jax import load_run
+from cifar_jax import Head, head_logits, load_run
 from cifar_jax.runs.layout import SUMMARY
-from cifar_jax.runs.predict import predict_files
+from cifar_jax.runs.predict import predict_files, predict_probs
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +88,20 @@ def test_files_are_read_a_few_at_a_time_and_that_changes_nothing(run, pictures, 
             other.path, other.error, [name for name, _ in other.top]
         )  # fmt: skip
         np.testing.assert_allclose([p for _, p in one.top], [p for _, p in other.top], rtol=1e-4)
+
+
+def test_a_head_whose_logits_have_no_defaults_predicts(run, pictures, shapes):
+    loaded, seen = load_run(run), []
+
+    def logits(params, features, *, train, key):
+        seen.append((train, key))
+        return head_logits(params, features)
+
+    strict = replace(loaded, head=Head(loaded.head.init, logits, "strict"))
+    assert list(predict_files(strict, pictures[:1])) == list(predict_files(loaded, pictures[:1]))
+    arguments = (loaded.backbone, loaded.head_params, shapes.images[:2])
+    np.testing.assert_array_equal(predict_probs(*arguments, logits_fn=logits), predict_probs(*arguments))
+    assert seen == [(False, None)] * 2
 
 
 def test_names_with_control_characters_are_escaped(run, capsys, tmp_path, pictures):

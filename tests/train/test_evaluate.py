@@ -2,10 +2,14 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from cifar_jax.models.head import head_logits, init_head
-from cifar_jax.train.evaluate import eval_step, evaluate, wilson_interval
+from cifar_jax.models.head import dense_logits, head_logits, init_head
+from cifar_jax.train.evaluate import eval_step, evaluate, make_evaluate, wilson_interval
+from cifar_jax.train.losses import cross_entropy
+from cifar_jax.train.step import init_state
+from cifar_jax.train.task import Split, cached_task
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,22 @@ def test_nothing_to_evaluate_is_refused(problem):
     params, features, labels = problem
     with pytest.raises(ValueError, match="no examples"):
         evaluate(eval_step, params, features[:0], labels[:0])
+
+
+def test_a_task_without_a_split_to_evaluate_is_refused(problem):
+    params, features, labels = problem
+    task = cached_task(params["head"], dense_logits, {"train": Split(features, labels)})
+    with pytest.raises(ValueError, match="no split to evaluate on: give it `val` or `test` beside `train`"):
+        make_evaluate(task, cross_entropy)
+
+
+@pytest.mark.parametrize("names", [("train", "test", "val"), ("train", "test")])
+def test_the_split_is_the_validation_one_unless_named(problem, names):
+    params, features, labels = problem
+    splits = {name: Split(features[: 20 + n], labels[: 20 + n]) for n, name in enumerate(names)}
+    task = cached_task(params["head"], dense_logits, splits)
+    score, state = make_evaluate(task, cross_entropy), init_state(task.params, optax.sgd(0.1))
+    assert score(state).num == 19 + len(names) and score(state, {}, "test").num == 21
 
 
 def test_progress_ends_at_the_number_of_examples(problem):

@@ -11,11 +11,12 @@ from helpers import NARROW, TINY, command, is_one_error, is_refused
 from tasks import fitted, on_all_layers, start_of
 
 from cifar_jax.config import TrainConfig, preset
+from cifar_jax.errors import UserError
 from cifar_jax.models.head import dense_logits, head_logits, init_head
 from cifar_jax.models.preprocess import preprocess
 from cifar_jax.models.resnet import ResNet
-from cifar_jax.pretrained import WeightsError, load_backbone, random_backbone, save_backbone
-from cifar_jax.train.finetune import make_network, trainable, with_zero_gamma
+from cifar_jax.pretrained import FunctionBackbone, WeightsError, load_backbone, random_backbone, save_backbone
+from cifar_jax.train.finetune import make_network, trainable, trainable_backbone, with_zero_gamma
 from cifar_jax.train.loop import Diverged, EpochOrder
 from cifar_jax.train.losses import smoothed_cross_entropy
 from cifar_jax.train.optimizer import make_optimizer, param_labels
@@ -189,6 +190,20 @@ def test_blocks_with_zero_gamma_begin_as_their_shortcut(backbone):
     blocks = [name for name in params if name.startswith("stage")]
     assert blocks and not any(np.any(params[name]["bn3"]["scale"]) for name in blocks)
     assert all(np.any(params[name]["bn2"]["scale"]) for name in blocks) and np.any(params["stem_bn"]["scale"])
+
+
+def test_zero_gamma_leaves_frozen_stages_as_they_are(backbone, shapes):
+    options = config(zero_gamma=True, freeze_stages=1)
+    before, after = backbone.variables["params"], task_of(backbone, options).params["backbone"]
+    assert_close(after["stage1_block1"], before["stage1_block1"], 0)
+    assert not np.any(after["stage2_block1"]["bn3"]["scale"]) and np.any(before["stage2_block1"]["bn3"]["scale"])
+
+
+def test_variables_of_a_function_that_have_no_gradient_are_refused():
+    variables = {"kernel": np.ones((3, 4), np.float32), "bits": [np.ones(3, np.int32)]}
+    function = FunctionBackbone(lambda v, x: x.mean((1, 2)) @ v["kernel"] * v["bits"][0].sum(), variables, "a product")
+    with pytest.raises(UserError, match=r"a product: .* cannot train: variables\['bits'\]\[0\] is int32, and"):
+        trainable_backbone(config(), function, 32)
 
 
 def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(backbone, shapes):

@@ -6,9 +6,19 @@ from contextlib import contextmanager
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from cifar_jax import FunctionBackbone, evaluate
+from cifar_jax import (
+    FunctionBackbone,
+    Split,
+    cross_entropy,
+    dense_head,
+    evaluate,
+    init_state,
+    live_task,
+    make_evaluate,
+)
 from cifar_jax.config import TrainConfig
 from cifar_jax.experiment import train
 from cifar_jax.runtime.reporter import Silent
@@ -66,6 +76,21 @@ def test_cached_features_lie_on_the_devices_once(run):
 def test_each_epoch_is_evaluated_once(run, more, evaluated):
     bars = [bar for bar in run("live", **more).bars if bar.startswith("Evaluating")]
     assert bars == [f"Evaluating {split} images" for split in evaluated]
+
+
+def test_a_backbone_of_numpy_arrays_is_put_on_the_devices_by_its_task():
+    images, labels = np.zeros((20, 32, 32, 3), np.uint8), np.zeros(20, np.int32)
+    split = Split(images, labels)
+    head = dense_head(())
+    task = live_task(head.init(jax.random.key(0), WIDTH, 2), head, KERNEL, features, {"train": split, "val": split})
+    state, score = init_state(task.params, optax.sgd(0.1)), make_evaluate(task, cross_entropy)
+    assert isinstance(task.frozen, jax.Array)
+    score(state)  # compiles
+    with jax.transfer_guard_host_to_device("disallow"):  # images are sent by explicit transfers, which it allows
+        score(state)
+    host = jax.device_get(state)
+    with jax.transfer_guard_host_to_device("disallow"):
+        score(host)  # as the state of a resumed run
 
 
 def test_evaluation_keeps_the_devices_busy():

@@ -94,6 +94,13 @@ def test_clipping_looks_at_all_groups_together(params):
     assert float(optax.tree.norm(updates)) == pytest.approx(0.1 * 0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("freeze_stages", [0, 2])
+def test_another_optimiser_is_one_for_all_that_trains(params, freeze_stages):
+    tx = make_optimizer(config(freeze_stages=freeze_stages), 7, optax.clip_by_global_norm(0.5))
+    updates = updates_of(tx, params, ones(params))
+    assert float(optax.tree.norm(updates)) == pytest.approx(0.5, rel=1e-5)
+
+
 def test_nesterov_looks_one_step_ahead():
     """Keras: velocity = m v - lr g; w += m velocity - lr g."""
     tx = make_optimizer(TrainConfig(learning_rate=0.1, momentum=0.9, nesterov=True), 7)

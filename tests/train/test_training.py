@@ -9,13 +9,15 @@ from conftest import relative_difference
 from flax import linen as nn
 from tasks import assert_same_bits, fitted, on_all_layers, on_features, on_images, start_of, steps_of
 
+import cifar_jax as cj
 from cifar_jax.config import TrainConfig
+from cifar_jax.errors import UserError
 from cifar_jax.features.extractor import make_extractor
 from cifar_jax.models.head import dense_logits, flax_head, head_logits, init_head
 from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import FunctionBackbone, random_backbone
 from cifar_jax.runtime.sharding import make_mesh
-from cifar_jax.train.evaluate import make_evaluate
+from cifar_jax.train.evaluate import make_eval_step, make_evaluate
 from cifar_jax.train.loop import Diverged, EpochOrder, fit
 from cifar_jax.train.losses import cross_entropy, smoothed_cross_entropy
 from cifar_jax.train.step import first_not_finite, init_state, make_train_step, scan_steps
@@ -154,6 +156,59 @@ def test_an_update_that_is_not_finite_is_named():
     tx = optax.chain(TX, optax.scale(jnp.inf))
     state, batch = init_state(params, tx), batch_of(features, labels)
     assert first_not_finite(FORWARD, cross_entropy, tx, state, {}, batch, KEY) == "the update of head/0/bias"
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "shape"),
+    [
+        (lambda logits, labels: cross_entropy(logits, labels)[:, None], r"\[8, 1\]"),
+        (lambda logits, labels: cross_entropy(logits, labels).mean(), r"\[\]"),
+        (lambda logits, labels: jax.nn.log_softmax(logits), r"\[8, 4\]"),
+    ],
+)
+def test_a_loss_that_is_not_one_an_example_is_refused(loss_fn, shape):
+    features, labels, params = problem(8)
+    message = rf"returns shape {shape} for a batch of 8, expected \[8\]: one loss for each example"
+    with pytest.raises(UserError, match=message):
+        train_step(loss_fn=loss_fn)(init_state(params, TX), {}, batch_of(features, labels), KEY)
+    with pytest.raises(UserError, match=message):
+        make_eval_step(FORWARD, loss_fn)(params, {}, {}, batch_of(features, labels))
+
+
+def test_an_optimiser_that_asks_for_the_loss_is_given_it():
+    features, labels, params = problem(8)
+    given = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros(()), lambda updates, state, params=None, *, value, **_: (updates, value)
+    )
+    tx = optax.chain(TX, given)
+    state, metrics = train_step(tx)(init_state(params, tx), {}, batch_of(features, labels), KEY)
+    assert float(state.opt_state[1]) == pytest.approx(float(metrics.loss_sum) / 8)
+    assert first_not_finite(FORWARD, cross_entropy, tx, state, {}, batch_of(features, labels), KEY)
+    plateau = optax.chain(TX, optax.contrib.reduce_on_plateau(patience=1, rtol=1.0))
+    with jax.numpy_dtype_promotion("standard"):  # as users have it, and Optax needs it here
+        state, _ = fitted(on_features(params["head"], (features, labels)), plateau, ORDER, 9)
+    assert float(state.opt_state[1].scale) < 1
+
+
+def test_an_optimiser_that_keeps_a_key_trains_twice_to_the_same_bits():
+    features, labels, params = problem(40)
+    tx = optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(5)), TX)
+    with jax.numpy_dtype_promotion("standard"):  # as users have it, and Optax needs it here
+        one, other = (fitted(on_features(params["head"], (features, labels)), tx, ORDER, 2)[0] for _ in range(2))
+    assert_same_bits(one.params, other.params)
+
+
+def test_gradients_of_16_bits_that_are_finite_are_taken_as_such():
+    """Their sum is beyond float16, whose largest number is 65504."""
+    params, tx = {"head": jnp.zeros((40, 50), jnp.float16)}, optax.sgd(1e-3)
+
+    def forward(params, batch_stats, frozen, inputs, *, train, key, mask):
+        return 100 * jnp.full((8, 2), params["head"].sum(dtype=jnp.float32)), batch_stats
+
+    step = make_train_step(forward, lambda logits, labels: logits[:, 0], tx)
+    state, metrics = step(init_state(params, tx), {}, batch_of(np.zeros((8, 1)), np.zeros(8, np.int32)), KEY)
+    assert metrics.finite and not state.halted
+    np.testing.assert_allclose(state.params["head"], -0.1, rtol=1e-3)
 
 
 def test_epoch_is_its_steps_one_after_the_other():
@@ -430,6 +485,25 @@ def test_validation_has_the_smoothed_loss_and_the_logits_of_the_split_in_its_ord
     smoothed = (1 - smoothing) * plain - smoothing * log_probs.mean()
     assert rows[0].val_loss == pytest.approx(smoothed, rel=1e-5) and abs(smoothed - plain) > 1e-3
     assert result.accuracy == (result.logits.argmax(1) == val.labels).mean()
+
+
+@pytest.mark.parametrize("mode", ["cached", "live"])
+def test_the_pieces_of_the_library_fit_together(small_backbone, shapes, features, mode):
+    """With nothing but what `import cifar_jax` offers, and no argument that could be left out."""
+    head, tx = cj.dense_head((16,)), optax.sgd(0.1)
+    params = head.init(jax.random.key(3), small_backbone.num_features, 10)
+    inputs = features if mode == "cached" else shapes.images
+    splits = {"train": cj.Split(inputs[:40], shapes.labels[:40]), "val": cj.Split(inputs[40:70], shapes.labels[40:70])}
+    if mode == "cached":
+        task = cj.cached_task(params, head, splits)
+    else:
+        task = cj.live_task(params, head, small_backbone, cj.extract, splits)
+    step = cj.make_train_step(task.forward, cj.cross_entropy, tx, augment=task.augment)
+    advance, evaluate = cj.make_advance(task, step, ORDER), cj.make_evaluate(task, cj.cross_entropy)
+    state, rows = cj.fit(cj.init_state(task.params, tx), task.frozen, advance, evaluate, 3)
+    assert rows[-1].train_loss < rows[0].train_loss
+    again = make_evaluate(task, cross_entropy, make_mesh(), 30)(state, task.frozen, "val")
+    assert evaluate(state).loss == pytest.approx(again.loss, rel=1e-6) == rows[-1].val_loss
 
 
 class Dropping(nn.Module):
