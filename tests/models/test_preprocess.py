@@ -59,11 +59,11 @@ def test_size_that_is_no_multiple_is_refused(noise, size):
 @pytest.mark.parametrize(
     ("change", "given"),
     [
-        (lambda x: (x / 255).astype(np.float32), "got float32 [3, 32, 32, 3]; give pixels in 0..255"),
+        (lambda x: (x / 255).astype(np.float32), "got float32 [3, 32, 32, 3]; pass pixels in 0..255"),
         (lambda x: x.astype(np.int32), "got int32 [3, 32, 32, 3]"),
-        (lambda x: x[..., :1], "got uint8 [3, 32, 32, 1]; make RGB"),
+        (lambda x: x[..., :1], "got uint8 [3, 32, 32, 1]; convert grayscale"),
         (lambda x: x.transpose(0, 3, 1, 2), "got uint8 [3, 3, 32, 32]; move the channels to the end"),
-        (lambda x: x[0], "got uint8 [32, 32, 3]; a single image is images[None]"),
+        (lambda x: x[0], "got uint8 [32, 32, 3]; add a batch axis"),
         (lambda x: x[:0, ..., :2], "got uint8 [0, 32, 32, 2]"),
         (lambda x: x.tolist(), "got list"),
     ],

@@ -167,7 +167,7 @@ def test_other_families_are_refused_with_the_reason(tmp_path, capsys, changes, t
     )
     target = tmp_path / f"b{TARGETS[to].suffixes[0]}"
     sentence = refused(capsys, tmp_path / "a.safetensors", target, "--to", to)
-    assert f"cannot become a file of {to}" in sentence and all(part in sentence for part in parts), sentence
+    assert f"cannot be converted to {to}" in sentence and all(part in sentence for part in parts), sentence
     assert files_below(tmp_path) == ["a.safetensors"]
 
 
@@ -180,11 +180,11 @@ def test_neither_way_between_keras_and_torchvision(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("target", "more", "part"),
     [
-        ("b.pth", [], "ends in neither .safetensors nor .h5"),
-        ("b.safetensors", ["--to", "keras"], "does not end in .h5"),
-        ("b.h5", ["--to", "ours"], "does not end in .safetensors"),
-        ("nowhere/b.h5", [], "its own directory is not there"),
-        ("there.h5", [], "is there already; give --overwrite"),
+        ("b.pth", [], "must end in .safetensors or .h5"),
+        ("b.safetensors", ["--to", "keras"], "must end in .h5"),
+        ("b.h5", ["--to", "ours"], "must end in .safetensors"),
+        ("nowhere/b.h5", [], "does not exist"),
+        ("there.h5", [], "already exists. Pass --overwrite"),
         ("a.h5", ["--overwrite"], "is the file to convert"),
         ("b.h5", ["--to", "onnx"], "onnx"),
         ("b.h5", ["--variant", "torchvision"], "does not fit"),
@@ -222,4 +222,4 @@ def test_an_input_that_the_form_cannot_tell_is_said(tmp_path, said):
     save_backbone(tmp_path / "b.safetensors", load_backbone(source).replace(image_size=160))
     said.clear()
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "torchvision")
-    assert len(said) == 1 and "cannot say what the input" in said[0] and "160 pixels" in said[0]
+    assert len(said) == 1 and "cannot record the preprocessing" in said[0] and "160 pixels" in said[0]

@@ -94,7 +94,7 @@ def test_every_form(tmp_path, family, name, said):
     assert_filled(backbone, tensors, family)
     assert backbone.config == NARROW_TORCH and backbone.preprocessing == TORCH and backbone.image_size == 224
     assert backbone.variant == f"{family} (by its tensor names)"
-    assert len(said) == 1 and f"{path} does not say how it is run" in said[0] and "assumed" in said[0]
+    assert len(said) == 1 and f"{path} does not specify its variant" in said[0] and "assuming" in said[0]
     assert load_backbone(path, family).variant == f"{family} (by --variant)" and len(said) == 1
 
 
@@ -107,7 +107,7 @@ def test_wrapped_and_prefixed(tmp_path, family, said):
     )
     said.clear()
     assert_filled(load_backbone(path), tensors, family)
-    assert "holds state_dict and model_ema: state_dict is loaded" in said[0]
+    assert "loading state_dict, ignoring model_ema" in said[0]
 
 
 def test_transformers_writes_with_and_without_a_prefix(tmp_path):
@@ -164,7 +164,7 @@ def test_transformers_says_where_it_strides(tmp_path, in_1x1, name, said):
     assert backbone.image_size == 160
     (tmp_path / "preprocessor_config.json").unlink()
     assert load_backbone(tmp_path).preprocessing == TORCH
-    assert len(said) == 1 and "preprocessor_config.json is not beside it" in said[0]
+    assert len(said) == 1 and "no preprocessor_config.json is next to it" in said[0]
 
 
 def test_a_bare_scale(tmp_path):
@@ -187,28 +187,28 @@ def test_a_config_of_something_else_is_left_alone(tmp_path, config):
             "torchvision",
             TIMM | {"architecture": "resnetblur50"},
             None,
-            "describes 'resnetblur50', which computes something",
+            "describes 'resnetblur50', which is not a plain",
         ),
-        ("torchvision", TIMM | {"model_args": {"output_stride": 8}}, None, "changed in output_stride"),
-        ("torchvision", TIMM | {"pretrained_cfg": {"mean": [0.5]}}, None, "is not as its library writes it"),
-        ("torchvision", TIMM | {"pretrained_cfg": {"std": [0, 0, 0]}}, None, "is not as its library writes it"),
+        ("torchvision", TIMM | {"model_args": {"output_stride": 8}}, None, "non-default output_stride"),
+        ("torchvision", TIMM | {"pretrained_cfg": {"mean": [0.5]}}, None, "has an unexpected structure"),
+        ("torchvision", TIMM | {"pretrained_cfg": {"std": [0, 0, 0]}}, None, "has an unexpected structure"),
         (
             "torchvision",
             TIMM | {"pretrained_cfg": {"input_size": [3, 224, 192]}},
             None,
-            "is not as its library writes it",
+            "has an unexpected structure",
         ),
-        ("torchvision", TIMM | {"pretrained_cfg": 3}, None, "is not as its library writes it"),
-        ("huggingface", HF | {"layer_type": "basic"}, None, "of basic blocks"),
-        ("huggingface", HF | {"hidden_act": "gelu"}, None, "changed in hidden_act"),
-        ("huggingface", HF | {"downsample_in_first_stage": True}, None, "changed in downsample_in_first_stage"),
-        ("huggingface", HF | {"downsample_in_bottleneck": "no"}, None, "is not as its library writes it"),
-        ("huggingface", HF | {"depths": [1, 2]}, None, "do not belong together"),
-        ("huggingface", HF | {"depths": 3}, None, "is not as its library writes it"),
-        ("huggingface", HF, {}, "is not as its library writes it"),
-        ("huggingface", HF, PIXELS | {"rescale_factor": 0}, "is not as its library writes it"),
-        ("huggingface", HF, PIXELS | {"size": {"height": 3, "width": 4}}, "is not as its library writes it"),
-        ("huggingface", HF, [], "is no JSON object"),
+        ("torchvision", TIMM | {"pretrained_cfg": 3}, None, "has an unexpected structure"),
+        ("huggingface", HF | {"layer_type": "basic"}, None, "with basic blocks"),
+        ("huggingface", HF | {"hidden_act": "gelu"}, None, "non-default hidden_act"),
+        ("huggingface", HF | {"downsample_in_first_stage": True}, None, "non-default downsample_in_first_stage"),
+        ("huggingface", HF | {"downsample_in_bottleneck": "no"}, None, "has an unexpected structure"),
+        ("huggingface", HF | {"depths": [1, 2]}, None, "next to it describes one with (1, 2)"),
+        ("huggingface", HF | {"depths": 3}, None, "has an unexpected structure"),
+        ("huggingface", HF, {}, "has an unexpected structure"),
+        ("huggingface", HF, PIXELS | {"rescale_factor": 0}, "has an unexpected structure"),
+        ("huggingface", HF, PIXELS | {"size": {"height": 3, "width": 4}}, "has an unexpected structure"),
+        ("huggingface", HF, [], "not a JSON object"),
     ],
 )
 def test_descriptions_of_another_network(tmp_path, family, config, pixels, part):
@@ -219,7 +219,7 @@ def test_descriptions_of_another_network(tmp_path, family, config, pixels, part)
 def test_a_variant_that_contradicts_the_description(tmp_path):
     path = write(tmp_path / "x.safetensors", torch_tensors(NARROW_TORCH, "huggingface"))
     described(path, HF | {"downsample_in_bottleneck": True}, PIXELS)
-    assert "--variant huggingface contradicts the description" in refusal(path, "huggingface")
+    assert "--variant huggingface contradicts the config" in refusal(path, "huggingface")
     assert "--variant keras does not fit" in refusal(path, "keras")
 
 
@@ -248,35 +248,35 @@ def turned(tensors, name):
 
 def test_both_sides_are_listed(tmp_path, family):
     tensors, name, path = torch_tensors(NARROW_TORCH, family), CONV2[family], tmp_path / "x.pth"
-    assert f"it lacks {name} and has nothing" in refusal(write(path, without(tensors, name)))
+    assert f"missing tensors: {name}; unexpected tensors: none" in refusal(write(path, without(tensors, name)))
     extra = tensors | {"extra.weight": tensors[name]}
-    assert "it lacks nothing and has extra.weight" in refusal(write(path, extra))
+    assert "missing tensors: none; unexpected tensors: extra.weight" in refusal(write(path, extra))
     wide = tensors | {name: np.zeros((8, 9, 3, 3), np.float32)}
-    assert f"{name} (8, 9, 3, 3) where the network has (8, 8, 3, 3)" in refusal(write(path, wide))
+    assert f"{name} has shape (8, 9, 3, 3), expected (8, 8, 3, 3)" in refusal(write(path, wide))
     shortcut = SHORTCUT[family]
-    assert f"{shortcut} (16, 32, 1, 1) where the network has (32, 16, 1, 1)" in refusal(
+    assert f"{shortcut} has shape (16, 32, 1, 1), expected (32, 16, 1, 1)" in refusal(
         write(path, turned(tensors, shortcut))
     )
 
 
 def test_values_that_cannot_be(tmp_path, family):
     tensors, path, name = torch_tensors(NARROW_TORCH, family), tmp_path / "x.safetensors", VARIANCE[family]
-    assert "variances below zero" in refusal(write(path, tensors | {name: np.full(4, -1, np.float32)}))
-    assert "not finite" in refusal(write(path, tensors | {name: np.full(4, np.nan, np.float32)}))
-    assert "not finite" in refusal(write(path, tensors | {name: np.full(4, 1e300)}))
-    assert "whole numbers" in refusal(write(path, tensors | {name: np.ones(4, np.int64)}))
+    assert "negative variances" in refusal(write(path, tensors | {name: np.full(4, -1, np.float32)}))
+    assert "non-finite" in refusal(write(path, tensors | {name: np.full(4, np.nan, np.float32)}))
+    assert "non-finite" in refusal(write(path, tensors | {name: np.full(4, 1e300)}))
+    assert "integers instead of floats" in refusal(write(path, tensors | {name: np.ones(4, np.int64)}))
 
 
 def test_other_blocks_and_stems_are_refused(tmp_path, family):
     tensors, path = torch_tensors(NARROW_TORCH, family), tmp_path / "x.pth"
     last = ("conv3", "bn3", "layer.2")
     basic = {name: value for name, value in tensors.items() if not any(part in name for part in last)}
-    assert "is a ResNet of basic blocks, as ResNet18 and ResNet34" in refusal(write(path, basic))
+    assert "is a ResNet with basic blocks, such as ResNet18 or ResNet34" in refusal(write(path, basic))
 
 
 def test_another_depth_is_refused(tmp_path):
     tensors = torch_tensors(replace(NARROW_TORCH, stage_sizes=(1, 2)))
-    assert "holds a ResNet with (1, 2) blocks, not (3, 4, 6, 3) as ResNet50" in refusal(
+    assert "holds a ResNet with (1, 2) blocks; supported are (3, 4, 6, 3) (ResNet50)" in refusal(
         write(tmp_path / "x.pth", tensors)
     )
 
@@ -288,7 +288,9 @@ def test_timms_deep_stem_is_refused(tmp_path):
     }
     path = described(write(tmp_path / "x.safetensors", deep), TIMM | {"architecture": "resnet50d"})
     sentence = refusal(path)
-    assert "it lacks conv1.weight and has conv1.0.weight, conv1.3.weight, conv1.6.weight" in sentence
+    assert (
+        "missing tensors: conv1.weight; unexpected tensors: conv1.0.weight, conv1.3.weight, conv1.6.weight" in sentence
+    )
 
 
 def test_a_classifier_that_does_not_fit(tmp_path, family):
@@ -304,7 +306,11 @@ def test_a_classifier_that_does_not_fit(tmp_path, family):
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 def test_other_networks(tmp_path, name):
     sentence = refusal(write(tmp_path / name, {"features.0.weight": np.zeros((4, 3, 3, 3), np.float32)}))
-    assert "features.0.weight" in sentence if name == "x.pth" else "names of no known ResNet" in sentence
+    assert (
+        "features.0.weight" in sentence
+        if name == "x.pth"
+        else "tensor names are not those of a known ResNet" in sentence
+    )
 
 
 def test_a_directory_without_weights(tmp_path, capsys):

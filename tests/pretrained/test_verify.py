@@ -62,7 +62,7 @@ def test_it_says_what_becomes_of_each_tensor_and_why(tmp_path):
     assert (row.shape, row.fate, row.role) == (kernel.shape, "used", "params/stage2_block1/conv2/kernel")
     assert np.allclose([row.mean, row.std, row.low, row.high], [f(kernel) for f in (np.mean, np.std, np.min, np.max)])
     assert (rows["fc.weight"].fate, rows["fc.weight"].role) == ("ignored", "the classifier")
-    assert rows["bn1.num_batches_tracked"].role == "a count of training steps"
+    assert rows["bn1.num_batches_tracked"].role == "number of training steps"
 
 
 def test_it_says_how_the_file_is_run_and_what_decided(tmp_path):
@@ -94,16 +94,16 @@ def swap_shape(tensors):
 @pytest.mark.parametrize(
     ("change", "name", "problem"),
     [
-        (set_value("layer1.0.conv1.weight", np.nan), "layer1.0.conv1.weight", "values that are not finite"),
-        (set_value("fc.weight", np.inf), "fc.weight", "values that are not finite"),
-        (set_value("layer1.0.bn1.running_var", -1.0), "layer1.0.bn1.running_var", "variances below zero"),
-        (fill("layer1.0.bn1.running_var", 0), "layer1.0.bn1.running_var", "nothing but zeros"),
-        (fill("layer1.0.bn2.weight", 0), "layer1.0.bn2.weight", "nothing but zeros"),
-        (fill("layer2.0.conv3.weight", 0), "layer2.0.conv3.weight", "nothing but zeros"),
-        (fill("layer2.0.conv3.weight", 3), "layer2.0.conv3.weight", "all values alike"),
-        (swap_shape, "conv1.weight", "(4, 3, 5, 5) where the network has (4, 3, 7, 7)"),
+        (set_value("layer1.0.conv1.weight", np.nan), "layer1.0.conv1.weight", "non-finite values"),
+        (set_value("fc.weight", np.inf), "fc.weight", "non-finite values"),
+        (set_value("layer1.0.bn1.running_var", -1.0), "layer1.0.bn1.running_var", "negative variances"),
+        (fill("layer1.0.bn1.running_var", 0), "layer1.0.bn1.running_var", "all zeros"),
+        (fill("layer1.0.bn2.weight", 0), "layer1.0.bn2.weight", "all zeros"),
+        (fill("layer2.0.conv3.weight", 0), "layer2.0.conv3.weight", "all zeros"),
+        (fill("layer2.0.conv3.weight", 3), "layer2.0.conv3.weight", "all values equal"),
+        (swap_shape, "conv1.weight", "shape (4, 3, 5, 5), expected (4, 3, 7, 7)"),
         (lambda tensors: tensors.pop("bn1.bias"), "bn1.bias", "missing"),
-        (lambda tensors: tensors.update(more=np.ones(3, np.float32)), "more", "the network knows no such tensor"),
+        (lambda tensors: tensors.update(more=np.ones(3, np.float32)), "more", "unexpected tensor"),
     ],
 )
 def test_what_is_wrong_stands_beside_its_tensor(tmp_path, capsys, change, name, problem):
@@ -123,14 +123,14 @@ def test_a_bias_of_zeros_is_nothing_strange(tmp_path):
 def test_a_dead_network_is_named(tmp_path):
     """Each tensor alone looks well, and all of them together compute nothing."""
     found = verify(torch_file(tmp_path, fill("layer2.0.bn3.bias", -1e6)))
-    assert found.problems == ["The features of all drawn images are alike: the network is dead."]
+    assert found.problems == ["The network is dead: all synthetic images have the same features."]
 
 
 def test_a_changed_copy_of_a_known_file_is_named(tmp_path, monkeypatch):
     path = keras_file(tmp_path)
     entry = replace(registry.entries()["keras-resnet50"], size=path.stat().st_size)
     monkeypatch.setattr(registry, "entries", lambda: {entry.name: entry})
-    assert verify(path).problems == [f"It has the size of {entry.name} and not its digest, {entry.digest}."]
+    assert verify(path).problems == [f"Checksum mismatch: it has the size of {entry.name}, but not {entry.digest}."]
     known = replace(entry, digest=f"sha256:{sha256_of_file(path)}", variant="keras")
     monkeypatch.setattr(registry, "entries", lambda: {known.name: known})
     found = verify(path)
@@ -146,7 +146,7 @@ def test_a_changed_value_in_a_file_of_ours_is_named(tmp_path):
     tensors["params/stem_bn/scale"][0] += 1
     safetensors.numpy.save_file(tensors, path, metadata)
     (problem,) = verify(path).problems
-    assert problem == f"{path} is damaged: it does not have the digest kept inside it; get the file again."
+    assert problem == f"{path} is corrupt (checksum mismatch). Get a fresh copy of the file."
 
 
 def test_the_shipped_backbone_holds(capsys):
@@ -185,7 +185,7 @@ def test_what_cannot_be_looked_at(capsys, arguments):
 def test_a_peer_that_computes_something_else_is_a_problem(tmp_path, monkeypatch):
     path = torch_file(tmp_path)
 
-    def peer(reading, backbone, images):
+    def peer(parsed, backbone, images):
         ours = references.our_outputs(backbone, images)
         return ours | {"stage2": ours["stage2"] * np.float32(1.001), "logits": np.zeros(3)}
 
@@ -194,8 +194,8 @@ def test_a_peer_that_computes_something_else_is_a_problem(tmp_path, monkeypatch)
     assert found.differences["stage1"] == found.differences["pooled"] == 0
     assert found.differences["stage2"] == pytest.approx(1e-3, rel=0.01) and found.differences["logits"] == np.inf
     assert found.problems == [
-        "timm computes another stage2: it differs by 0.001.",
-        "timm computes another logits: it differs by inf.",
+        "stage2 differs from that of timm by 0.001, more than 1e-05.",
+        "logits differs from that of timm by inf, more than 1e-05.",
     ]
 
 
@@ -219,5 +219,5 @@ def test_a_network_that_the_peer_does_not_build_is_refused(tmp_path):
         (keras_file(tmp_path), "transformers"),
         (torch_file(tmp_path), "keras"),
     ):
-        with pytest.raises(UserError, match=f"No network that {library} builds computes what {path} is run as"):
+        with pytest.raises(UserError, match=f"{library} has no network that matches {path}"):
             verify(path, against=library)

@@ -42,7 +42,7 @@ def test_a_hang_and_a_crash_of_the_library_become_a_sentence(path, monkeypatch, 
     (path.parent / PROBE.name).write_text(script)
     monkeypatch.setattr(hdf5, "__file__", str(path.parent / "hdf5.py"))
     start = time.monotonic()
-    with pytest.raises(WeightsError, match=f"{path} is damaged: the HDF5 library hangs or crashes in it"):
+    with pytest.raises(WeightsError, match=f"{path} is corrupt: the HDF5 library hangs or crashes on it"):
         load_backbone(path)
     assert time.monotonic() - start < 30, "it is bounded by the time of a processor, of which it had one second"
 
