@@ -12,7 +12,7 @@ from parity.networks import Case, Written
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
-def test_keras_agrees_stage_by_stage_and_a_wrong_epsilon_is_told(
+def test_keras_agrees_by_stage_and_wrong_epsilon_is_reported(
     written: Written, record_property: Callable[[str, float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with written(Case("keras", "tf_keras", "save_weights", 20, 64, "predictions")) as (_, path):

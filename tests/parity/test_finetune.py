@@ -196,7 +196,7 @@ def differing(found: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in found.items() if not value <= TOLERANCES[name]}
 
 
-def test_there_is_something_to_learn(lesson: Lesson, record_property: Record) -> None:
+def test_reference_training_makes_progress(lesson: Lesson, record_property: Record) -> None:
     """Otherwise all that follows would say nothing."""
     theirs = lesson.theirs
     moved = [np.abs(theirs.end[path] - theirs.start[path]).max() for path in theirs.end if path[-1] != "bias"]

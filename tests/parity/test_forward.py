@@ -91,7 +91,7 @@ def assert_same_top(top: dict[str, np.ndarray] | None, reference: Reference, nam
     np.testing.assert_array_equal(top["bias"], bias)
 
 
-def test_parameter_count_is_that_of_keras(written: Written) -> None:
+def test_parameter_count_matches_keras(written: Written) -> None:
     with written(Case("keras", "keras", "save", 0, 64)) as (reference, path):
         count = sum(leaf.size for leaf in jax.tree.leaves(load_backbone(path).variables))
         assert count == reference.model.count_params() == KERAS_PARAMETERS
@@ -116,9 +116,7 @@ def test_extractor_agrees_with_keras(written: Written, cifar10: Splits) -> None:
     ],
     ids=str,
 )
-def test_keras_reads_what_convert_writes(
-    case: Case, written: Written, libs: dict[str, ModuleType], tmp_path: Path
-) -> None:
+def test_keras_loads_converted_file(case: Case, written: Written, libs: dict[str, ModuleType], tmp_path: Path) -> None:
     """Keras takes a weights file's layers in their order; every weight comes home with its bits."""
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "back.h5"
     with written(case) as (reference, path):
@@ -132,7 +130,7 @@ def test_keras_reads_what_convert_writes(
             np.testing.assert_array_equal(a, b)
 
 
-def test_keras_reads_what_is_written_as_keras_1(libs: dict[str, ModuleType], tmp_path: Path) -> None:
+def test_keras_loads_keras_1_layout(libs: dict[str, ModuleType], tmp_path: Path) -> None:
     """No Keras 1 is left to write its files; that Keras 2 takes ours for one shows that they are laid out as its."""
     wanted, read = (of_2016(libs["tf_keras"], 64, "fc1000") for _ in range(2))
     path = tmp_path / "weights.h5"

@@ -54,7 +54,7 @@ def known(request: pytest.FixtureRequest, cifar10: Splits) -> Iterator[Known]:
         yield Known(load_backbone(path), reference(images), images)
 
 
-def test_no_mistake_is_found_where_none_is_made(known: Known) -> None:
+def test_correct_network_has_no_differences(known: Known) -> None:
     assert differing(known.differences(known.backbone)) == {}
 
 
@@ -71,7 +71,7 @@ def test_mistake_is_noticed(
     assert "pooled" in differing(found), found
 
 
-def test_tolerance_is_the_one_that_parity_promises() -> None:
+def test_tolerance() -> None:
     assert TOLERANCE == 1e-5
     assert differing({"at": 1e-5, "above": 1.1e-5, "nan": float("nan"), "shape": float("inf")}).keys() == {
         "above",

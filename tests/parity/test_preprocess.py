@@ -35,7 +35,7 @@ def ours(mode: str, images_u8: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "kind", ["tensor", "array"]
 )  # Keras adds the negative mean to the one, subtracts from the other
-def test_caffe_has_the_bits_of_keras(name: str, kind: str, libs: dict[str, ModuleType], images: np.ndarray) -> None:
+def test_caffe_is_bit_identical_to_keras(name: str, kind: str, libs: dict[str, ModuleType], images: np.ndarray) -> None:
     x = upsampled(libs[name], images)
     theirs = libs[name].applications.resnet50.preprocess_input(x if kind == "tensor" else np.array(x))
     np.testing.assert_array_equal(ours("caffe", images), np.asarray(theirs))

@@ -56,7 +56,7 @@ def test_stages_features_and_logits_agree(
 
 
 @pytest.mark.parametrize("lib", ["torchvision", "timm", "transformers"])
-def test_what_convert_writes_goes_home(
+def test_library_loads_converted_file(
     lib: str, torch_libs: SimpleNamespace, torch_written: TorchWritten, cifar10: Splits, tmp_path: Path
 ) -> None:
     """Another network of the library takes it whole, and computes the same bits as the one it came from."""
@@ -90,7 +90,7 @@ def test_what_convert_writes_goes_home(
     ],
     ids=str,
 )
-def test_verify_weights_asks_the_library_itself(
+def test_verify_weights_against_library(
     case: TorchCase, library: str, torch_written: TorchWritten, record_property: Record
 ) -> None:
     with torch_written(case) as (_, path):

@@ -176,7 +176,7 @@ def assert_same_history(ours: list[EpochRow], theirs: dict[str, list[float]], re
         assert round(images) <= ACCURACY_TOLERANCE
 
 
-def test_there_is_something_to_learn(trained: Trained, record_property: Record) -> None:
+def test_reference_training_makes_progress(trained: Trained, record_property: Record) -> None:
     """Otherwise all that follows would say nothing."""
     first, last = trained.history["loss"]
     accuracy = trained.history["val_accuracy"][-1]
