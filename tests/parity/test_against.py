@@ -1,4 +1,4 @@
-"""`verify-weights --against keras`: Keras itself loads the file and computes the same; a mistake of ours is told."""
+"""`verify-weights --against keras`: Keras's own outputs agree with ours, and a mistake of ours is reported."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The committed manifests are those that the libraries give."""
+"""The committed manifests match those derived from the libraries."""
 
 from types import ModuleType, SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""What networks of torchvision, timm and transformers compute: ours from the files that they wrote, on real images."""
+"""Parity with torchvision, timm and transformers on real images, from files written by these libraries."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,7 +59,7 @@ def test_stages_features_and_logits_agree(
 def test_library_loads_converted_file(
     lib: str, torch_libs: SimpleNamespace, torch_written: TorchWritten, cifar10: Splits, tmp_path: Path
 ) -> None:
-    """Another network of the library takes it whole, and computes the same bits as the one it came from."""
+    """The library loads the converted file into another network, which gives bit-identical outputs."""
     case = TorchCase(lib, "pth", 11, 64)
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "model.safetensors"
     images = cifar10.test.images[:8]
