@@ -1,19 +1,19 @@
-"""The frozen network prepared for inference: BatchNorm and biases folded into kernels, each layer in its fastest form.
+"""The frozen network for inference: BatchNorm and biases folded into kernels, each layer in its fastest form.
 
-`features.extract` is what it must equal. Which form is fastest depends on the platform, which is an argument: a choice
-made while tracing would bake that of this machine into a program exported for another.
+The results must equal those of `models.backbone.extract`. The fastest form depends on the platform, which is an
+argument: a choice made while tracing would bake this machine's platform into a program exported for another.
 
-Measured on a CPU with AVX-512 at 224 pixels, float32, time of each form over that of a plain product of the same FLOPs:
+Measured on a CPU with AVX-512 at 224 pixels in float32, as a ratio to the time of a matrix product with the same FLOPs:
 
-| output side | 3x3 by `lax.conv` | 3x3 as a product over patches |
+| output side | 3x3 as `lax.conv` | 3x3 as a product over patches |
 |---|---|---|
 | 14 (4 images) | 1.15 | 1.30 |
 | 7 (4 images) | 1.82 | 1.31 |
 | 7 (16 images) | 1.66 | 1.18 |
 
-So a CPU takes patches where a map is small. Maxima of strided slices took 2.8 ms an image with the stem where
-`reduce_window` took 3.7 (two images at a time; at four they were equal). Going through the stages in batches of their
-own (2, 2, 8, 8) brought 7 % over four images throughout, which is too little for what it takes.
+So patches are used on CPUs for small feature maps. The max-pool as maxima of strided slices took 2.8 ms per image
+including the stem, compared with 3.7 ms for `reduce_window` (two images at a time; at four they were equal). A batch
+size per stage (2, 2, 8, 8) gained 7 % over four images throughout, too little for its complexity.
 """
 
 from collections.abc import Mapping
@@ -30,13 +30,13 @@ from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.preprocess import Preprocessing, preprocess
 from cifar_jax.models.resnet import ResNetConfig, block_name, patches, subsample
 
-SMALL_MAP = 8  # pixels: on a CPU a 3x3 convolution whose result is no larger is a product over patches
+SMALL_MAP = 8  # pixels; on CPUs, 3x3 convolutions with outputs of at most this side run as products over patches
 
 Activation = Float[Array, "batch h w c"]
 
 
 class Layer(NamedTuple):
-    """A convolution with the BatchNorm behind it: kernel [h, w, in, out], or [in, out] of a 1x1, and bias [out]."""
+    """A convolution with folded BatchNorm: kernel [h, w, in, out], or [in, out] for 1x1, and bias [out]."""
 
     kernel: Float[Array, "..."]
     bias: Float[Array, "out"]
@@ -45,14 +45,14 @@ class Layer(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prepared:
-    """A network ready to run. The layers are leaves; what decides the computation is static.
+    """A network prepared for inference, as a pytree: the layers are leaves, everything else is static.
 
     Attributes:
-      layers: by the names of the network's modules: `stem`, `stage1_block1` -> {conv1, conv2, conv3, conv_proj}.
+      layers: layers by module name: `stem`, `stage1_block1` -> {conv1, conv2, conv3, conv_proj}.
       config: the network.
-      preprocessing: what its input goes through.
+      preprocessing: the preprocessing of its input.
       image_size: side in pixels that images are upsampled to.
-      platform: `cpu`, `gpu` or `tpu`, that it is to run on.
+      platform: platform to run on: `cpu`, `gpu` or `tpu`.
     """
 
     layers: Mapping[str, Any]
@@ -65,25 +65,25 @@ class Prepared:
 def prepare(
     backbone: Backbone, image_size: int | None = None, precision: str = "float32", platform: str = "cpu"
 ) -> Prepared:
-    """Folds a backbone's BatchNorm and biases into its kernels, in float64, on the host.
+    """Folds a backbone's BatchNorm and biases into its kernels, in float64 on the host.
 
     Args:
-      backbone: from `load_backbone`.
+      backbone: a backbone from `load_backbone`.
       image_size: side in pixels that images are upsampled to; the backbone's own if None.
-      precision: `float32` or `bfloat16`, what kernels and activations are; sums and biases are float32 either way.
-      platform: that it is to run on.
+      precision: dtype of kernels and activations, `float32` or `bfloat16`; sums and biases are always float32.
+      platform: platform to run on.
 
     Raises:
-      RunError: when a folded value is not finite in that precision: behind it a relu may make 0 of NaN, unseen.
+      RunError: if a folded value is not finite in that precision; a relu could silently turn the NaN into 0.
     """
     params, stats = backbone.variables["params"], backbone.variables["batch_stats"]
     epsilon, dtype = backbone.config.bn_epsilon, jnp.dtype(precision)
     pairs = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "conv_proj": "bn_proj"}
-    layers: dict[str, Any] = {"stem": _folded(params["stem_conv"], params["stem_bn"], stats["stem_bn"], epsilon, dtype)}
+    layers: dict[str, Any] = {"stem": _fold(params["stem_conv"], params["stem_bn"], stats["stem_bn"], epsilon, dtype)}
     for name in params.keys() - {"stem_conv", "stem_bn"}:
         block = params[name]
         layers[name] = {
-            conv: _folded(block[conv], block[norm], stats[name][norm], epsilon, dtype)
+            conv: _fold(block[conv], block[norm], stats[name][norm], epsilon, dtype)
             for conv, norm in pairs.items()
             if conv in block
         }
@@ -95,23 +95,23 @@ def _require_finite(layers: Mapping[str, Any], source: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(layers):
         if not np.isfinite(leaf).all():
             raise RunError(
-                f"The backbone {source} overflows in {jax.tree_util.keystr(path, simple=True, separator='/')} once its "
-                "BatchNorm is folded into it; get its weights again."
+                f"The backbone {source} overflows in {jax.tree_util.keystr(path, simple=True, separator='/')} when its "
+                "BatchNorm is folded into the kernels. Get a fresh copy of its weights."
             )
 
 
-def _folded(
+def _fold(
     conv: Mapping[str, Any], norm: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float, dtype: Any
 ) -> Layer:
-    """`(conv(x) + bias - mean) * scale / sqrt(var + epsilon) + shift` as one kernel and one bias."""
+    """Folds `(conv(x) + bias - mean) * scale / sqrt(var + epsilon) + shift` into one kernel and one bias."""
     scale = np.float64(norm["scale"]) / np.sqrt(np.float64(stats["var"]) + epsilon)
     bias = np.float64(norm["bias"]) + (np.float64(conv.get("bias", 0.0)) - np.float64(stats["mean"])) * scale
-    with np.errstate(over="ignore"):  # `prepare` says where
+    with np.errstate(over="ignore"):  # `prepare` reports overflows by layer
         return Layer((np.float64(conv["kernel"]) * scale).astype(dtype), bias.astype(np.float32))
 
 
 def features_of(prepared: Prepared, images_u8: UInt8[Array, "batch h w 3"]) -> Float[Array, "batch features"]:
-    """Pooled features of one batch, float32: pure, to be compiled, exported, or divided along the batch."""
+    """Computes the pooled float32 features of one batch; pure, so it can be jitted, exported or sharded by batch."""
     layers, config = prepared.layers, prepared.config
     dtype = layers["stem"].kernel.dtype
     x = preprocess(images_u8, prepared.preprocessing, prepared.image_size).astype(dtype)
@@ -123,11 +123,11 @@ def features_of(prepared: Prepared, images_u8: UInt8[Array, "batch h w 3"]) -> F
 
 
 def _strides(config: ResNetConfig) -> dict[tuple[int, int], int]:
-    """The stride of each block's 3x3 and shortcut, by stage and block, in order.
+    """Returns the stride of each block's 3x3 convolution and shortcut, by (stage, block), in order.
 
-    Where a stage begins with a 1x1 of stride 2, as in Keras's networks, it and the shortcut beside it look at a quarter
-    of the places that the block before has made. That block makes no others here: it takes over the stride, from its
-    3x3 on. A tenth of all products are saved, and no result changes.
+    If a stage begins with a 1x1 convolution of stride 2, as in Keras's networks, that convolution and its shortcut read
+    only a quarter of the previous block's outputs. Here the previous block computes only those, by striding in its 3x3
+    and its shortcut instead. This saves a tenth of all multiplications and leaves the result unchanged.
     """
     strides = {}
     for stage, num_blocks in enumerate(config.stage_sizes):
@@ -144,7 +144,7 @@ def _block(x: Activation, layers: Mapping[str, Layer], stride: int, platform: st
     y = _relu(_conv(y, layers["conv2"], stride, platform), x.dtype)
     shortcut = subsample(x, stride)
     if "conv_proj" in layers:
-        # Rounded as an activation is: it is as large as the block's result, and in bfloat16 half as much to move.
+        # Cast to the activations' dtype: it is as large as the block's output, and bfloat16 halves the memory traffic.
         shortcut = _dot(shortcut, layers["conv_proj"]).astype(x.dtype)
     return _relu(_dot(y, layers["conv3"]) + shortcut.astype(jnp.float32), x.dtype)
 
@@ -154,7 +154,7 @@ def _relu(x: Float[Array, "batch h w c"], dtype: Any) -> Activation:
 
 
 def _precision(x: Array) -> jax.lax.Precision:
-    # float32 means float32: by default JAX would take TF32 on recent GPUs and bfloat16 passes on TPU.
+    # Full float32 products: by default JAX uses TF32 on recent GPUs and bfloat16 passes on TPU.
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
@@ -164,9 +164,9 @@ def _dot(x: Activation, layer: Layer) -> Float[Array, "batch h w out"]:
 
 
 def _conv(x: Activation, layer: Layer, stride: int, platform: str = "") -> Float[Array, "batch h w out"]:
-    """A convolution with half its size as padding on every side."""
+    """Applies a convolution padded by half its kernel size on every side."""
     size = layer.kernel.shape[0]
-    # On a map smaller than the kernel XLA:CPU falls back to a loop that is thirty times slower.
+    # On feature maps smaller than the kernel XLA:CPU falls back to a loop that is thirty times slower.
     if (platform == "cpu" and -(-x.shape[1] // stride) <= SMALL_MAP) or min(x.shape[1:3]) < size:
         return _dot(patches(x, size, stride), layer)
     pad = size // 2
@@ -183,9 +183,9 @@ def _conv(x: Activation, layer: Layer, stride: int, platform: str = "") -> Float
 
 
 def _max_pool(x: Activation, pad: int, platform: str) -> Activation:
-    """Of 3x3 with stride 2. Behind a relu nothing is below zero, so zeros may stand around it."""
+    """Applies a 3x3 max-pool of stride 2; zero padding is safe because nothing is below zero after a relu."""
     if platform != "cpu":
-        # An array for -inf would hide from JAX that this is a maximum.
+        # With -inf as an array, JAX would not recognise this as a max-pool.
         padding = ((0, 0), (pad, pad), (pad, pad), (0, 0))
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))

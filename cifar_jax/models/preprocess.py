@@ -1,7 +1,7 @@
-"""From the pixels of a data set to the input of a network: pure functions that run inside jit.
+"""Preprocessing of pixels for a network: pure functions that run inside jit.
 
-A backbone is only as good as the preprocessing it was trained with, so the preprocessing is a value that travels with
-the weights (`Backbone.preprocessing`), never a flag of its own.
+A backbone works only with the preprocessing it was trained with, so the preprocessing is a value stored with the
+weights (`Backbone.preprocessing`), never a separate flag.
 """
 
 import math
@@ -14,14 +14,14 @@ from jaxtyping import Array, Float, UInt8
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network's input is, per channel: `(pixel / scale - mean) / std`, pixels in 0..255.
+    """A normalisation of pixels in 0..255, per channel: `(pixel / scale - mean) / std`.
 
     Attributes:
-      name: how it is called in files and tables.
-      channels: the order in which the network wants the channels; `mean` and `std` are in that order.
-      scale: what pixels are divided by first.
-      mean: what is then subtracted.
-      std: what is then divided by.
+      name: name in files and tables.
+      channels: channel order of the network's input; `mean` and `std` are in this order.
+      scale: divisor of the pixels, applied first.
+      mean: mean, subtracted next.
+      std: standard deviation, divided by last.
     """
 
     name: str
@@ -31,14 +31,14 @@ class Preprocessing:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
-        """Refuses what normalises no pixels, as a damaged file may."""
+        """Refuses invalid values, which a corrupt file may contain."""
         channels = self.channels in ("rgb", "bgr") and len(self.mean) == len(self.std) == 3
         if not (channels and all(map(math.isfinite, self.mean)) and min(self.scale, *self.std) > 0):
-            raise ValueError(f"{self} is no preprocessing")
+            raise ValueError(f"invalid preprocessing {self}")
 
 
-# The four modes of keras.applications.imagenet_utils.preprocess_input, and none. The means of `caffe` are those of the
-# ImageNet training set in BGR, 0..255; those of `torch` are the usual ImageNet statistics in RGB, 0..1.
+# The modes of keras.applications.imagenet_utils.preprocess_input, and the identity. The means of `caffe` are those of
+# the ImageNet training set in BGR, 0..255; those of `torch` are the usual ImageNet statistics in RGB, 0..1.
 CAFFE = Preprocessing("caffe", channels="bgr", mean=(103.939, 116.779, 123.68))
 TORCH = Preprocessing("torch", scale=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 TF = Preprocessing("tf", scale=127.5, mean=(1.0, 1.0, 1.0))
@@ -50,13 +50,13 @@ def upsample(images: Float[Array, "batch h w c"], image_size: int) -> Float[Arra
     """Repeats every pixel `image_size / h` times in both directions (nearest neighbour, Keras's `UpSampling2D`).
 
     Raises:
-      ValueError: when the images are not square or `image_size` is not a multiple of their side.
+      ValueError: if the images are not square or `image_size` is not a multiple of their side.
     """
     batch, height, width, channels = images.shape
     if height != width or image_size % height:
         raise ValueError(
-            f"images of {height}x{width} cannot be repeated to {image_size}x{image_size}; "
-            f"choose an image size that is a multiple of {height}"
+            f"images of {height}x{width} cannot be upsampled to {image_size}x{image_size}; "
+            f"images must be square and the image size a multiple of {height}"
         )
     factor = image_size // height
     repeated = jnp.broadcast_to(images[:, :, None, :, None, :], (batch, height, factor, width, factor, channels))
@@ -64,10 +64,10 @@ def upsample(images: Float[Array, "batch h w c"], image_size: int) -> Float[Arra
 
 
 def require_images(images: Any) -> None:
-    """Checks that an array, traced or not, is what images are here: uint8 pixels [n, h, w, 3].
+    """Checks that an array, traced or not, is a batch of images: uint8 pixels [n, h, w, 3].
 
     Raises:
-      ValueError: when it is something else, which it names.
+      ValueError: if it is not; the message names its dtype and shape.
     """
     shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", None)
     if shape is None or dtype is None:
@@ -76,13 +76,13 @@ def require_images(images: Any) -> None:
         return
     advice = ""
     if "float" in str(dtype):
-        advice = "; give pixels in 0..255, not scaled to 0..1 or normalised"
+        advice = "; pass pixels in 0..255, not scaled to 0..1 or normalised"
     elif len(shape) == 3:
-        advice = "; a single image is images[None]"
+        advice = "; add a batch axis to a single image with images[None]"
     elif len(shape) == 4 and shape[1] == 3:
         advice = "; move the channels to the end with images.transpose(0, 2, 3, 1)"
     elif len(shape) == 4 and shape[3] == 1:
-        advice = "; make RGB of grey images with images.repeat(3, axis=3)"
+        advice = "; convert grayscale images to RGB with images.repeat(3, axis=3)"
     raise ValueError(f"images must be uint8 [n, h, w, 3], got {dtype} {[*shape]}{advice}")
 
 
@@ -91,20 +91,20 @@ def preprocess(
 ) -> Float[Array, "batch size size 3"]:
     """Upsamples RGB pixels to the network's size and normalises them as its weights expect.
 
-    Normalising is elementwise and upsampling copies, so they commute to the bit; the small image is normalised first
-    because that is 49 times less work at 7x.
+    Normalisation is elementwise and upsampling only copies, so they commute bit for bit; the small image is normalised
+    first because that is 49 times less work at 7x.
 
     Args:
-      images_u8: RGB, 0..255.
-      preprocessing: what the weights were trained with; static under jit.
+      images_u8: RGB pixels in 0..255.
+      preprocessing: the preprocessing that the weights were trained with; static under jit.
       image_size: side of the result in pixels, a multiple of `h`; static under jit.
 
     Returns:
-      float32, channels in the network's order. `CAFFE` has the bits of Keras's `UpSampling2D` followed by
-      `preprocess_input`: one float32 subtraction. The others agree to 2e-7 of their range.
+      float32, channels in the network's order. `CAFFE` equals Keras's `UpSampling2D` followed by `preprocess_input`
+      bit for bit: one float32 subtraction. The others agree to 2e-7 of their range.
 
     Raises:
-      ValueError: when the images are not uint8 [batch, h, w, 3], not square, or do not divide `image_size`.
+      ValueError: if the images are not uint8 [batch, h, w, 3], not square, or their side does not divide `image_size`.
     """
     require_images(images_u8)
     x = images_u8.astype(jnp.float32)

@@ -1,7 +1,7 @@
 """ResNet with bottleneck blocks (He et al. 2015, https://arxiv.org/abs/1512.03385) in flax.linen, without its top.
 
-One module serves every published ResNet50; what differs between them is in `ResNetConfig`. Every padding is written
-out: `SAME` at stride 2 pads on one side only, so published weights would load without complaint and give other numbers.
+One module covers every published ResNet50; their differences are in `ResNetConfig`. All paddings are explicit, because
+`SAME` at stride 2 pads one side only: published weights would load without an error and give different results.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ class ResNetConfig:
 
     Attributes:
       stage_sizes: bottleneck blocks in each stage; (3, 4, 6, 3) is ResNet50.
-      width: channels of the stem and of the first stage's 3x3 convolutions; stage s has `4 * width * 2**s` at its end.
+      width: channels of the stem and of the first stage's 3x3 convolutions; stage s outputs `4 * width * 2**s`.
       stride_in_1x1: whether a stage's first block strides in its first 1x1 convolution (the paper, Keras) or in the
         3x3 (torchvision, "v1.5").
-      conv_bias: whether convolutions have biases (Keras) or leave that to the BatchNorm behind them.
-      bn_epsilon: added to the variance by every BatchNorm.
-      pool_padding: zero rows around the max-pool's input: 1 (112 -> 56), or 0 for Keras files of before 2018-08-31
-        run as they were then (112 -> 55).
+      conv_bias: whether convolutions have biases (Keras) or leave them to the following BatchNorm.
+      bn_epsilon: epsilon added to the variance by every BatchNorm.
+      pool_padding: zero padding of the max-pool: 1 (112 -> 56), or 0 to run Keras files of before 2018-08-31 as they
+        were run then (112 -> 55).
     """
 
     stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
@@ -39,11 +39,11 @@ class ResNetConfig:
     pool_padding: int = 1
 
     def __post_init__(self) -> None:
-        """Refuses what describes no network, as a damaged file may."""
+        """Refuses invalid values, which a corrupt file may contain."""
         counts = all(type(n) is int and n >= 1 for n in (self.width, *self.stage_sizes))
         flags = type(self.stride_in_1x1) is type(self.conv_bias) is bool and self.pool_padding in (0, 1)
         if not (counts and self.stage_sizes and flags and 0 < self.bn_epsilon < 1):
-            raise ValueError(f"{self} is no network")
+            raise ValueError(f"invalid network configuration {self}")
 
     @property
     def features(self) -> int:
@@ -52,22 +52,22 @@ class ResNetConfig:
 
     @property
     def downsampling(self) -> int:
-        """How many times smaller the last stage is than the input: 32 for four stages."""
+        """Ratio of the input's side to that of the last stage: 32 for four stages."""
         return 2 ** (len(self.stage_sizes) + 1)
 
 
-# The networks that are published, by the blocks of their stages.
+# Published networks by stage sizes.
 DEPTHS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "ResNet50", (3, 4, 23, 3): "ResNet101", (3, 8, 36, 3): "ResNet152"}
 
 
 def network_name(config: ResNetConfig) -> str:
-    """`ResNet50`, with its width where that is not the usual one."""
+    """Returns a display name such as `ResNet50`, with the width if it is not the default."""
     name = DEPTHS.get(config.stage_sizes, f"a ResNet with {config.stage_sizes} blocks")
     return f"{name} of width {config.width}" if config.width != ResNetConfig.width else name
 
 
 class ResNetOutput(NamedTuple):
-    """What the network computes: the last activation of each stage, and the mean of the last one over positions."""
+    """The network's outputs: the last activation of each stage, and the last stage's mean over positions."""
 
     stages: tuple[Float[Array, "batch h w c"], ...]
     pooled: Float[Array, "batch features"]
@@ -78,11 +78,11 @@ class ResNet(nn.Module):
 
     Attributes:
       config: shape and variant.
-      dtype: what activations are computed in, float32 or bfloat16; parameters and statistics stay float32.
-      bn_momentum: share of the old running statistics that a training step keeps (Keras's 0.99).
-      convs_as_dots: whether 3x3 convolutions are run as matrix products over patches. The parameters are the same.
-      frozen_stages: with `train`, the stem and that many stages still use their running statistics and keep them.
-      remat: whether a block's activations are computed again in the backward pass instead of kept for it.
+      dtype: dtype of the activations, float32 or bfloat16; params and batch_stats stay float32.
+      bn_momentum: decay of the running statistics per training step (Keras's 0.99).
+      convs_as_dots: whether 3x3 convolutions run as matrix products over patches; the params are the same.
+      frozen_stages: if positive, the stem and this many stages use fixed running statistics even with `train`.
+      remat: whether to recompute a block's activations in the backward pass instead of storing them.
     """
 
     config: ResNetConfig
@@ -99,9 +99,9 @@ class ResNet(nn.Module):
         """Runs the network.
 
         Args:
-          x: from `preprocess`.
+          x: images from `preprocess`.
           train: whether BatchNorm uses and updates batch statistics (make `batch_stats` mutable).
-          real: which examples count in batch statistics; all if None.
+          real: mask of the examples that count in batch statistics; all if None.
         """
         config = self.config
         trained = _Layers(config, self.dtype, self.bn_momentum, self.convs_as_dots, train)
@@ -111,7 +111,7 @@ class ResNet(nn.Module):
         x = x.astype(self.dtype)
         x = layers.conv(config.width, 7, 2, "stem_conv")(x)
         x = nn.relu(layers.norm("stem_bn")(x, real))
-        # Behind a relu nothing is below zero, so Keras's zero padding and torch's -inf padding are the same maximum.
+        # After a relu nothing is below zero, so Keras's zero padding and torch's -inf padding give the same maximum.
         pad = config.pool_padding
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((pad, pad), (pad, pad)))
         stages = []
@@ -125,13 +125,13 @@ class ResNet(nn.Module):
 
 
 def block_name(stage: int, block: int) -> str:
-    """Name of a block's module, both counted from zero; in the names they count from one."""
+    """Returns the name of a block's module; the arguments count from zero, the name from one."""
     return f"stage{stage + 1}_block{block + 1}"
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """Makes the layers of one network, so that a setting is written once."""
+    """A factory for the layers of one network, so that shared settings are written once."""
 
     config: ResNetConfig
     dtype: jnp.dtype
@@ -141,16 +141,16 @@ class _Layers:
 
     @property
     def precision(self) -> jax.lax.Precision:
-        # float32 means float32: by default JAX would take TF32 on recent GPUs and bfloat16 passes on TPU.
+        # Full float32 products: by default JAX uses TF32 on recent GPUs and bfloat16 passes on TPU.
         return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
     def conv(self, features: int, size: int, stride: int, name: str) -> "Conv":
-        """A convolution with half its size as padding on every side."""
+        """Returns a convolution padded by half its kernel size on every side."""
         as_dot = self.convs_as_dots and size == 3
         return Conv(features, size, stride, self.config.conv_bias, as_dot, self.dtype, self.precision, name=name)
 
     def conv1x1(self, features: int, name: str) -> nn.Dense:
-        """A 1x1 convolution is a matrix product over channels, and as one XLA:CPU runs it much faster."""
+        """Returns a 1x1 convolution as a matrix product over channels, which XLA:CPU runs much faster."""
         return nn.Dense(
             features,
             use_bias=self.config.conv_bias,
@@ -160,8 +160,8 @@ class _Layers:
         )
 
     def norm(self, name: str) -> Callable[[Array, Array | None], Array]:
-        """BatchNorm, always in float32: bfloat16 has too few digits for a mean taken off a value of its own size."""
-        # use_fast_variance takes E[x^2] - E[x]^2, which loses every digit where a mean is large against its spread.
+        """Returns a BatchNorm, always in float32: in bfloat16, `x - mean` would lose too many digits."""
+        # use_fast_variance computes E[x^2] - E[x]^2, which cancels catastrophically if the mean is large.
         norm = nn.BatchNorm(
             use_running_average=not self.train,
             momentum=self.bn_momentum,
@@ -179,9 +179,9 @@ class _Layers:
 
 
 class Conv(nn.Module):
-    """A convolution padded by half its size on every side, with the parameters of `nn.Conv`.
+    """A convolution padded by half its kernel size on every side, with the params of `nn.Conv`.
 
-    Run by XLA's convolution, or as a matrix product over patches: with `as_dot`, and on any map that is smaller than
+    It runs as XLA's convolution, or as a matrix product over patches: with `as_dot`, and on feature maps smaller than
     the kernel, for which XLA:CPU falls back to a loop that is thirty times slower.
     """
 
@@ -214,7 +214,7 @@ class Conv(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 down to `features`, 3x3, 1x1 up to `4 * features`, and the shortcut, projected where its shape changes."""
+    """1x1 down to `features`, 3x3, 1x1 up to `4 * features`, and the shortcut, projected if the shape changes."""
 
     layers: _Layers
     features: int
@@ -238,12 +238,12 @@ class Bottleneck(nn.Module):
 
 
 def subsample(x: Float[Array, "batch h w c"], stride: int) -> Float[Array, "batch h2 w2 c"]:
-    """What a strided 1x1 convolution sees of its input."""
+    """Returns the positions of the input that a strided 1x1 convolution reads."""
     return x if stride == 1 else x[:, ::stride, ::stride]
 
 
 def patches(x: Float[Array, "batch h w c"], size: int, stride: int) -> Float[Array, "batch h2 w2 size*size*c"]:
-    """What each position of a convolution sees, in the order of its kernel's rows."""
+    """Returns the input patch of each output position of a convolution, in the order of the kernel's rows."""
     pad, (height, width) = size // 2, x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     shifts = [(i, j) for i in range(size) for j in range(size)]

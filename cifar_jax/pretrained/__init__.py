@@ -1,4 +1,4 @@
-"""Weights files to backbones: one reader a format, names as data, one total merge, the registry of known files."""
+"""Loads weights files as backbones: one reader per format, name maps as data, one strict merge, a registry of files."""
 
 from cifar_jax.errors import WeightsError
 from cifar_jax.models.backbone import AnyBackbone, Backbone, FunctionBackbone

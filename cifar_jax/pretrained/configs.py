@@ -1,4 +1,4 @@
-"""What lies beside weights and says how they are run: config.json of timm or transformers, preprocessor_config.json."""
+"""Configs stored next to a weights file: config.json of timm or transformers, and preprocessor_config.json."""
 
 import json
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from cifar_jax.errors import WeightsError
 from cifar_jax.models.preprocess import TORCH, Preprocessing
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-MOST_BYTES = 10_000_000  # a thousand class names take 80 kB
+MAX_BYTES = 10_000_000  # a thousand class names take 80 kB
 
-# Of timm's architectures with torchvision's tensor names those that compute what torchvision's do. Others have the very
-# same tensors and compute something else: `resnetblur50` and `resnetaa50` blur before they stride.
+# The timm architectures that use torchvision's tensor names and compute the same function as torchvision's ResNets.
+# Others have identical tensors but compute something else: `resnetblur50` and `resnetaa50` blur before they stride.
 TIMM_ARCHITECTURES = frozenset(
     f"{maker}resnet{depth}{suffix}"
     for depth in (50, 101, 152)
@@ -21,15 +21,15 @@ TIMM_ARCHITECTURES = frozenset(
 )
 
 
-# What timm may be told when it makes a network, as it makes a plain one.
-_USUAL = {"global_pool": "avg", "in_chans": 3, "output_stride": 32}
+# timm's default `model_args`; any other value changes the network.
+_DEFAULT_ARGS = {"global_pool": "avg", "in_chans": 3, "output_stride": 32}
 
 
 @dataclass(frozen=True)
-class Described:
-    """What a description decides; None is what it leaves open.
+class Description:
+    """The settings that a config fixes; None for those it leaves open.
 
-    `other` says why it describes another network than its tensors, if they fit one, seem to be for.
+    `other` is an error message if the config describes a different network than the tensor names suggest, else empty.
     """
 
     stride_in_1x1: bool
@@ -40,85 +40,92 @@ class Described:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object beside the weights, or None where there is no such file.
+    """Reads a JSON object stored next to the weights; returns None if there is no such file.
 
     Raises:
-      WeightsError: when the file is there and cannot be read.
+      WeightsError: if the file exists but cannot be read.
     """
     try:
         if not path.is_file():
             return None
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError("it is too large")
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES:,} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} cannot be read ({error}); get it again, or keep the weights elsewhere.") from error
+        raise WeightsError(
+            f"{path} cannot be read ({error}). Get a fresh copy of it, or move the weights to a directory without it."
+        ) from error
     return value
 
 
-def described_beside(weights: Path, family: str) -> Described | None:
-    """What the files beside weights say of them, or None where there are none for this family of tensor names.
+def read_description(weights: Path, family: str) -> Description | None:
+    """Reads the config files next to a weights file; returns None if there are none for its family of tensor names.
 
     Raises:
-      WeightsError: when they describe another network, or cannot be read.
+      WeightsError: if they describe an unsupported network, or cannot be read.
     """
     path = weights.parent / CONFIG
     config = read_json(path)
     try:
         if config and family == "torchvision" and isinstance(config.get("architecture"), str):
-            return described_by_timm(config, str(path))
+            return parse_timm_config(config, str(path))
         if config and family == "huggingface" and config.get("model_type") == "resnet":
-            return described_by_hf(config, read_json(path.with_name(PREPROCESSOR)), str(path))
+            return parse_hf_config(config, read_json(path.with_name(PREPROCESSOR)), str(path))
     except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise WeightsError(f"{path} is not as its library writes it ({error}); get it again.") from error
+        raise WeightsError(f"{path} has an unexpected structure ({error}). Get a fresh copy of it.") from error
     return None
 
 
-def described_by_timm(config: Mapping[str, Any], what: str) -> Described:
-    """What timm's config.json says: the means, deviations and size of the images, and that nothing else is special."""
+def parse_timm_config(config: Mapping[str, Any], what: str) -> Description:
+    """Parses timm's config.json: the mean, std and input size; any other non-default setting is refused."""
     other, name = "", config["architecture"]
     if name not in TIMM_ARCHITECTURES:
-        other = (
-            f"{what} describes {name!r}, which computes something else than ResNet50, 101 or 152; give one of those."
-        )
+        other = f"{what} describes {name!r}, which is not a plain ResNet50, ResNet101 or ResNet152. Use one of these."
     arguments = dict(config.get("model_args") or {})
-    if special := sorted(key for key in arguments if key != "num_classes" and arguments[key] != _USUAL.get(key)):
+    if special := sorted(key for key in arguments if key != "num_classes" and arguments[key] != _DEFAULT_ARGS.get(key)):
         raise WeightsError(
-            f"{what} describes a {name} changed in {', '.join(special)}, which is not known; give a plain one."
+            f"{what} describes a {name} with non-default {', '.join(special)}, which is not supported. Use weights of "
+            "the plain network."
         )
     about = config.get("pretrained_cfg") or config
     mean, std = about.get("mean", TORCH.mean), about.get("std", TORCH.std)
     _, height, width = about.get("input_size", (3, 224, 224))
-    return Described(False, None, _preprocessing(255.0, mean, std), _side(height, width), other)
+    return Description(False, None, _preprocessing(255.0, mean, std), _side(height, width), other)
 
 
-def described_by_hf(config: Mapping[str, Any], pixels: Mapping[str, Any] | None, what: str) -> Described:
-    """What config.json and preprocessor_config.json of transformers say."""
+def parse_hf_config(config: Mapping[str, Any], pixels: Mapping[str, Any] | None, what: str) -> Description:
+    """Parses config.json and preprocessor_config.json of transformers."""
     if config.get("layer_type", "bottleneck") != "bottleneck":
-        raise WeightsError(f"{what} describes a ResNet of basic blocks, as ResNet18 and 34 are; give a ResNet50 or up.")
-    usual = {"hidden_act": "relu", "downsample_in_first_stage": False, "num_channels": 3}
-    if special := [name for name, value in usual.items() if config.get(name, value) != value]:
-        raise WeightsError(f"{what} describes a ResNet changed in {', '.join(special)}, which is not known.")
+        raise WeightsError(
+            f"{what} describes a ResNet with basic blocks, such as ResNet18 or ResNet34. Use a ResNet50, ResNet101 or "
+            "ResNet152."
+        )
+    defaults = {"hidden_act": "relu", "downsample_in_first_stage": False, "num_channels": 3}
+    if special := [name for name, value in defaults.items() if config.get(name, value) != value]:
+        raise WeightsError(
+            f"{what} describes a ResNet with non-default {', '.join(special)}, which is not supported. Use weights of "
+            "the plain network."
+        )
     in_1x1 = config.get("downsample_in_bottleneck", False)
     if type(in_1x1) is not bool:
-        raise ValueError(f"downsample_in_bottleneck is {in_1x1!r}")
+        raise ValueError(f"downsample_in_bottleneck must be true or false, got {in_1x1!r}")
     depths = tuple(config["depths"]) if "depths" in config else None
     if pixels is None:
-        return Described(in_1x1, depths, None, None)
+        return Description(in_1x1, depths, None, None)
     scale = 1 / pixels.get("rescale_factor", 1 / 255) if pixels.get("do_rescale", True) else 1.0
     mean, std = (
         (pixels["image_mean"], pixels["image_std"]) if pixels.get("do_normalize", True) else ((0,) * 3, (1,) * 3)
     )
     size = pixels.get("crop_size") or pixels.get("size", 224)
     sides = list(size.values()) if isinstance(size, Mapping) else [size]
-    # 1 / 255 is written with sixteen digits, so its inverse is 255 but for the last ones.
-    return Described(in_1x1, depths, _preprocessing(round(scale, 9), mean, std), _side(*sides))
+    # 1 / 255 is stored with sixteen digits, so its inverse is 255 only up to rounding.
+    return Description(in_1x1, depths, _preprocessing(round(scale, 9), mean, std), _side(*sides))
 
 
 def _preprocessing(scale: float, mean: Any, std: Any) -> Preprocessing:
-    """Normalisation as described, under its usual name if it is the usual one."""
+    """Builds a `Preprocessing`, or returns `TORCH` itself if the values are the same."""
     if (scale, tuple(mean), tuple(std)) == (TORCH.scale, TORCH.mean, TORCH.std):
         return TORCH
     (red, green, blue), (red_std, green_std, blue_std) = map(float, mean), map(float, std)
@@ -127,5 +134,5 @@ def _preprocessing(scale: float, mean: Any, std: Any) -> Preprocessing:
 
 def _side(*sides: int) -> int:
     if len(set(sides)) != 1 or type(sides[0]) is not int or not 1 <= sides[0] <= 4096:
-        raise ValueError(f"images of {sides}")
+        raise ValueError(f"images must be square with sides of 1 to 4096 pixels, got {sides}")
     return sides[0]

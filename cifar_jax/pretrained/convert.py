@@ -1,7 +1,8 @@
-"""Weights from any form that loads to this project's own, and back to those of Keras, torchvision and transformers.
+"""Converts weights between formats: from any supported one to ours, and back to Keras, torchvision and transformers.
 
-Back only within a family: a weights file holds numbers, not the network they are for, and a network that strides in its
-first 1x1 convolutions computes something else with the same numbers than one that strides in its 3x3.
+Converting back works only within a family. A weights file holds numbers, not the network that they belong to, and the
+same numbers give different results in a network that strides in its first 1x1 convolutions and one that strides in its
+3x3.
 """
 
 import io
@@ -35,11 +36,11 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Target:
-    """A form that is written.
+    """An output format.
 
     Attributes:
-      suffixes: what the name of such a file ends in.
-      variants: the networks that the form's library has, or none for a form that says itself how it is run.
+      suffixes: file name suffixes of the format.
+      variants: names of the variants that the format's library can build; empty if the file describes its network.
     """
 
     suffixes: tuple[str, ...]
@@ -52,7 +53,7 @@ TARGETS = {
     "torchvision": Target((".safetensors",), ("torchvision",)),
     "huggingface": Target((".safetensors",), ("huggingface",)),
 }
-KERAS_TOP = {"keras": "predictions", "keras-2016": "fc1000"}  # what is published as `probs` is called so today
+KERAS_TOP = {"keras": "predictions", "keras-2016": "fc1000"}  # published files call it `probs`, today's Keras this
 
 _DIFFERENCES: dict[str, Callable[[Any], str]] = {
     "stride_in_1x1": lambda yes: f"stride in its {'first 1x1' if yes else '3x3'} convolutions",
@@ -70,41 +71,43 @@ def convert(
     variant: str | None = None,
     *,
     overwrite: bool = False,
-    **how: Any,
+    **load_kwargs: Any,
 ) -> dict[str, str]:
-    """Writes the weights of one file in another form, whole or not at all, and reads them again to compare.
+    """Converts a weights file to another format; the write is atomic, and the result is read back and compared.
 
     Args:
-      source: whatever `load_backbone` takes.
-      target: the file to write; .h5 is Keras's form, .safetensors this project's own unless `to` says otherwise.
-      to: one of TARGETS.
-      variant: how the source is run, where it leaves that open.
-      overwrite: replace a file that is there.
-      how: goes to `load_backbone`.
+      source: any path or name that `load_backbone` accepts.
+      target: the file to write; .h5 selects Keras's format, .safetensors ours unless `to` says otherwise.
+      to: a key of TARGETS.
+      variant: variant of the source, for files that leave it open.
+      overwrite: replace an existing file.
+      load_kwargs: passed to `load_backbone`.
 
     Returns:
-      What was done, in words, by topic.
+      A summary of the conversion, by topic.
 
     Raises:
-      UserError: when the target cannot be, or the network is none of its library's.
-      RunError: when it cannot be written.
+      UserError: if the target path is invalid, or the target's library has no such network.
+      RunError: if the file cannot be written.
     """
     path = Path(os.path.expanduser(target))
-    to = _checked_target(path, to, overwrite)
-    backbone = load_backbone(source, variant, **how)
+    to = _resolve_format(path, to, overwrite)
+    backbone = load_backbone(source, variant, **load_kwargs)
     if os.path.exists(path) and os.path.samefile(path, backbone.source or path):
-        raise UserError(f"{path} is the file to convert; give another name for the result.")
-    fitting = fitting_variant(backbone.config, to, str(source))
+        raise UserError(f"{path} is the file to convert. Choose another name for the result.")
+    fitting = matching_variant(backbone.config, to, str(source))
     if fitting and (fitting.preprocessing, fitting.image_size) != (backbone.preprocessing, backbone.image_size):
         logger.info(
-            f"The form {to} cannot say what the input of {source} goes through, so remember it: "
+            f"The {to} format cannot record the preprocessing of {source}, so keep a note of it: "
             f"{backbone.preprocessing}, {backbone.image_size} pixels."
         )
     try:
         with replacing(path) as temporary:
             count = _write(temporary, backbone, to, fitting)
     except OSError as error:
-        raise RunError(f"{path} could not be written ({error.strerror or error}); nothing was left there.") from error
+        raise RunError(
+            f"{path} could not be written ({error.strerror or error}). No partial file was left behind."
+        ) from error
     return {
         "from": backbone.source,
         "variant": backbone.variant,
@@ -116,25 +119,27 @@ def convert(
     }
 
 
-def _checked_target(path: Path, to: str | None, overwrite: bool) -> str:
-    """The form to write, before anything is read."""
+def _resolve_format(path: Path, to: str | None, overwrite: bool) -> str:
+    """Returns the format to write; checks the target before anything is read."""
     to = to or next((name for name, form in TARGETS.items() if path.suffix in form.suffixes), None)
     if to not in TARGETS:
-        raise UserError(f"{path} ends in neither .safetensors nor .h5, so its form is not known; name it so.")
+        raise UserError(f"Cannot tell the format of {path}: the target must end in .safetensors or .h5.")
     if path.suffix not in TARGETS[to].suffixes:
-        raise UserError(f"{path} does not end in {TARGETS[to].suffixes[0]}, as files of the form {to} do; name it so.")
-    if os.path.isdir(path) or not os.path.isdir(path.parent):
-        raise UserError(f"{path} cannot be a file: it is a directory, or its own directory is not there; name another.")
+        raise UserError(f"Files in {to} format must end in {TARGETS[to].suffixes[0]}, got {path}.")
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a directory. Choose a file name.")
+    if not os.path.isdir(path.parent):
+        raise UserError(f"The directory of {path} does not exist. Create it or choose another path.")
     if os.path.lexists(path) and not overwrite:
-        raise UserError(f"{path} is there already; give --overwrite to replace it.")
+        raise UserError(f"{path} already exists. Pass --overwrite to replace it.")
     return to
 
 
-def fitting_variant(config: ResNetConfig, to: str, what: str) -> Variant | None:
-    """The network of a form's library that computes what this one does; None where any can be.
+def matching_variant(config: ResNetConfig, to: str, what: str) -> Variant | None:
+    """Finds the variant of a format's library that computes the same function; None if the format takes any network.
 
     Raises:
-      WeightsError: when its library has no such network, with the difference.
+      WeightsError: if the library has no such network; the message names the differences.
     """
     variants = [VARIANTS[name] for name in TARGETS[to].variants]
     if not variants:
@@ -142,26 +147,26 @@ def fitting_variant(config: ResNetConfig, to: str, what: str) -> Variant | None:
     for variant in variants:
         if replace(variant.config, stage_sizes=config.stage_sizes) == config:
             return variant
-    usual = variants[0].config
+    default = variants[0].config
     ours, theirs = (
         " and ".join(
-            words(getattr(one, field))
-            for field, words in _DIFFERENCES.items()
-            if getattr(config, field) != getattr(usual, field)
+            describe(getattr(network, field))
+            for field, describe in _DIFFERENCES.items()
+            if getattr(config, field) != getattr(default, field)
         )
-        for one in (config, usual)
+        for network in (config, default)
     )
     raise WeightsError(
-        f"{what} cannot become a file of {to}: with the same numbers it must {ours}, and every network of {to} would "
-        f"{theirs}; convert it to .safetensors of this project, which says how it is run."
+        f"{what} cannot be converted to {to}: its network must {ours}, but every {to} network would {theirs}. Convert "
+        "it to this project's .safetensors format, which records the network."
     )
 
 
 def _write(path: Path, backbone: Backbone, to: str, variant: Variant | None) -> int:
-    """Writes the file; how many tensors it holds.
+    """Writes the file and returns its number of tensors.
 
     Raises:
-      OSError: when what is read back is not what was written.
+      OSError: if the tensors read back differ from those written.
     """
     if variant is None:
         path.write_bytes(to_bytes(backbone))
@@ -175,17 +180,17 @@ def _write(path: Path, backbone: Backbone, to: str, variant: Variant | None) -> 
         safetensors.numpy.save_file(tensors, path, {"format": "pt"})
         found = read_safetensors(path).tensors
     if found.keys() != tensors.keys() or not all(np.array_equal(found[name], tensors[name]) for name in tensors):
-        raise OSError("what was read back is not what was written")
+        raise OSError("the tensors read back differ from those written")
     return len(tensors)
 
 
 def keras_tensors(backbone: Backbone, family: str) -> Tensors:
-    """A network's tensors as `layer/tensor`, in the order in which Keras has its layers."""
+    """Returns a network's tensors as `layer/tensor`, in Keras's layer order."""
     leaves = flatten_dict(backbone.variables)
     named = {name: at for at, name in keras_names.name_map(backbone.config.stage_sizes, family).items() if at in leaves}
     layers = keras_names.layer_order(backbone.config.stage_sizes, family)
     tensors = {
-        f"{layer}/{tensor}": _out(leaves[named[f"{layer}/{tensor}"]], layouts.KERAS)
+        f"{layer}/{tensor}": _to_layout(leaves[named[f"{layer}/{tensor}"]], layouts.KERAS)
         for layer in layers
         for tensor in (keras_names.CONV_TENSORS | keras_names.NORM_TENSORS)
         if f"{layer}/{tensor}" in named
@@ -195,14 +200,14 @@ def keras_tensors(backbone: Backbone, family: str) -> Tensors:
 
 
 def write_keras_h5(path: Path, tensors: Tensors) -> None:
-    """Writes `layer/tensor` arrays in the layout that `save_weights` of Keras 2 wrote and every Keras reads."""
+    """Writes `layer/tensor` arrays in the layout of Keras 2's `save_weights`, which every Keras reads."""
     layers: dict[str, list[str]] = {}
     for name in tensors:
         layers.setdefault(name.rpartition("/")[0], []).append(name)
-    # In memory first: on a full disk HDF5 fails a second time when it closes the file.
+    # Built in memory: on a full disk HDF5 would fail a second time when closing the file.
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
-        # Without a version Keras takes a file for one of Keras 1, whose kernels it turns round.
+        # Without a version Keras assumes a Keras 1 file and transposes the kernels.
         file.attrs.update(keras_version="2.15.0", backend="tensorflow")
         file.attrs["layer_names"] = np.array([layer.encode() for layer in layers])
         for layer, names in layers.items():
@@ -214,24 +219,24 @@ def write_keras_h5(path: Path, tensors: Tensors) -> None:
 
 
 def torch_tensors(backbone: Backbone, family: str) -> Tensors:
-    """A network's tensors under their names in torchvision or transformers, in PyTorch's order of axes.
+    """Returns a network's tensors with the names of torchvision or transformers, in PyTorch's axis order.
 
-    BatchNorm's counts of training steps, which are not kept here, are zero.
+    BatchNorm's `num_batches_tracked` is not kept here, so it is written as zero.
     """
     names = NAMES[family]
     leaves = flatten_dict(backbone.variables)
     named = {at: name for at, name in names.name_map(backbone.config.stage_sizes).items() if at in leaves}
-    tensors = {name: _out(leaves[at], layouts.TORCH) for at, name in named.items()}
+    tensors = {name: _to_layout(leaves[at], layouts.TORCH) for at, name in named.items()}
     norms = [name.removesuffix(".running_var") for name in tensors if name.endswith(".running_var")]
     tensors |= {f"{name}.{torch_names.IGNORED}": np.zeros((), np.int64) for name in norms}
     if backbone.top is None:
         return tensors
-    if names is hf_names:  # a network with a classifier has the rest behind a prefix
+    if names is hf_names:  # with a classifier, all other tensors have a prefix
         tensors = {f"{hf_names.PREFIX}{name}": tensor for name, tensor in tensors.items()}
     kernel, bias = (np.asarray(backbone.top[name], np.float32) for name in ("kernel", "bias"))
     return tensors | {names.TOP[0]: np.ascontiguousarray(kernel.T), names.TOP[1]: bias}
 
 
-def _out(leaf: Any, layout: layouts.Layout) -> np.ndarray:
+def _to_layout(leaf: Any, layout: layouts.Layout) -> np.ndarray:
     array = np.asarray(leaf, np.float32)
     return np.ascontiguousarray(layout.from_network(array) if array.ndim > 1 else array)

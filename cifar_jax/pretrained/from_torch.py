@@ -1,4 +1,4 @@
-"""From a state dict with the names of torchvision, timm or transformers to what it is."""
+"""Identifies the network in a state dict of torchvision, timm or transformers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -8,59 +8,62 @@ from types import ModuleType
 import numpy as np
 
 from cifar_jax.errors import WeightsError
-from cifar_jax.pretrained.configs import CONFIG, PREPROCESSOR, Described, described_beside
+from cifar_jax.pretrained.configs import CONFIG, PREPROCESSOR, Description, read_description
 from cifar_jax.pretrained.names import huggingface as hf_names, layouts, torch as torch_names
 from cifar_jax.pretrained.names.keras import count_blocks
-from cifar_jax.pretrained.reading import Reading
+from cifar_jax.pretrained.reading import ParsedWeights
 from cifar_jax.pretrained.variants import Variant, check_depth, choose_variant
 
 NAMES: dict[str, ModuleType] = {"torchvision": torch_names, "huggingface": hf_names}  # by family
 
 
-def family_of(tensors: Mapping[str, np.ndarray]) -> str | None:
-    """The family of names that tensors have, or None for another network."""
+def detect_family(tensors: Mapping[str, np.ndarray]) -> str | None:
+    """Returns the family of a state dict's tensor names, or None if it is unknown."""
     for family, names in NAMES.items():
         if any(names.BLOCK.fullmatch(name) for name in names.known_names(tensors).values()):
             return family
     return None
 
 
-def reading_of_torch(
+def parse_torch(
     path: Path,
     tensors: Mapping[str, np.ndarray],
     by_hash: str | None = None,
     asked: str | None = None,
-) -> Reading:
-    """Tells what a state dict holds.
+) -> ParsedWeights:
+    """Identifies the network in a state dict by its tensor names and the configs next to the file.
 
     Args:
-      path: the file; what lies beside it may say how it is run.
+      path: the file; configs next to it may fix the variant.
       tensors: the state dict.
-      by_hash: the variant that the registry knows the file by, if it does.
+      by_hash: the variant listed in the registry for this file, if any.
       asked: the user's `--variant`.
 
     Raises:
-      WeightsError: when it is another network, or the files beside it say that it is.
+      WeightsError: if the tensors or the configs are those of an unsupported network.
     """
-    family = family_of(tensors)
+    family = detect_family(tensors)
     if family is None:
         shown = ", ".join(sorted(tensors)[:4])
         raise WeightsError(
-            f"{path} is not a ResNet of torchvision, timm or transformers: its tensors are called {shown} and so on."
+            f"{path} is not a ResNet of torchvision, timm or transformers: its tensors are named {shown}, ... Use the "
+            "weights of a ResNet50, ResNet101 or ResNet152."
         )
     names = NAMES[family]
     named = {known: tensors[name] for name, known in names.known_names(tensors).items()}
     sizes = _stage_sizes(named, names, path)
-    beside = None if by_hash else described_beside(path, family)
-    if beside and beside.stage_sizes not in (None, sizes):
+    description = None if by_hash else read_description(path, family)
+    if description and description.stage_sizes not in (None, sizes):
         raise WeightsError(
-            f"{path} holds a ResNet with {sizes} blocks and {CONFIG} beside it describes one with "
-            f"{beside.stage_sizes}; they do not belong together."
+            f"{path} holds a ResNet with {sizes} blocks, but the {CONFIG} next to it describes one with "
+            f"{description.stage_sizes}. Use the {CONFIG} that belongs to these weights, or remove it."
         )
-    variant, reason = choose_variant(family, by_hash, _described(beside) if beside else None, asked, str(path))
-    assumed = _assumed(family, beside, reason)
+    variant, reason = choose_variant(
+        family, by_hash, _apply_description(description) if description else None, asked, str(path)
+    )
+    assumed = _describe_assumptions(family, description, reason)
     counts = [name for name in named if name.endswith(f".{torch_names.IGNORED}")]
-    return Reading(
+    return ParsedWeights(
         path,
         family,
         named,
@@ -70,42 +73,43 @@ def reading_of_torch(
         variant.preprocessing,
         variant.image_size,
         f"{variant.name} (by {reason})",
-        ignored=dict.fromkeys(counts, "a count of training steps"),
+        ignored=dict.fromkeys(counts, "number of training steps"),
         layout=layouts.TORCH,
-        refusal=beside.other if beside else "",
-        notes=(f"{path} does not say {assumed}.",) if assumed else (),
+        refusal=description.other if description else "",
+        notes=(f"{path} does not specify {assumed}",) if assumed else (),
     )
 
 
 def _stage_sizes(named: Mapping[str, np.ndarray], names: ModuleType, path: Path) -> tuple[int, ...]:
-    """Blocks in each stage, of three convolutions each."""
+    """Counts the bottleneck blocks of each stage."""
     second = names.BOTTLENECK.replace("conv3", "conv2").replace("layer.2", "layer.1")
     if second in named and names.BOTTLENECK not in named:
         raise WeightsError(
-            f"{path} is a ResNet of basic blocks, as ResNet18 and ResNet34 are; give a ResNet50, 101 or 152."
+            f"{path} is a ResNet with basic blocks, such as ResNet18 or ResNet34. Use a ResNet50, ResNet101 or "
+            "ResNet152."
         )
     sizes = count_blocks(named, names.BLOCK)
     check_depth(sizes, str(path))
     return sizes
 
 
-def _described(beside: Described) -> Callable[[Variant], Variant]:
+def _apply_description(description: Description) -> Callable[[Variant], Variant]:
     return lambda variant: replace(
         variant,
-        config=replace(variant.config, stride_in_1x1=beside.stride_in_1x1),
-        preprocessing=beside.preprocessing or variant.preprocessing,
-        image_size=beside.image_size or variant.image_size,
+        config=replace(variant.config, stride_in_1x1=description.stride_in_1x1),
+        preprocessing=description.preprocessing or variant.preprocessing,
+        image_size=description.image_size or variant.image_size,
     )
 
 
-def _assumed(family: str, beside: Described | None, reason: str) -> str:
-    """What neither the file nor the user said, and what is taken for it."""
-    usual = "ImageNet's mean and standard deviation"
+def _describe_assumptions(family: str, description: Description | None, reason: str) -> str:
+    """Describes the settings that neither the file nor the user specified, and the defaults used for them."""
+    default = "ImageNet's mean and std"
     if reason == "its tensor names":
         return (
-            f"how it is run, and nothing beside it does: strides in its 3x3 convolutions and {usual} are assumed; "
-            f"--variant {family} says the same without this sentence"
+            f"its variant, and no {CONFIG} is next to it; assuming strides in the 3x3 convolutions and {default}. Pass "
+            f"--variant {family} to confirm and hide this message."
         )
-    if beside and beside.preprocessing is None:
-        return f"how its images are normalised, as {PREPROCESSOR} is not beside it: {usual} are assumed"
+    if description and description.preprocessing is None:
+        return f"its preprocessing, and no {PREPROCESSOR} is next to it; assuming {default}."
     return ""

@@ -1,4 +1,4 @@
-"""A weights file of which it is known what it is, and where each of its tensors goes: what every reader ends in."""
+"""A parsed weights file, the common result of all readers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,28 +11,28 @@ from cifar_jax.files import sha256_of_file
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.preprocess import Preprocessing
 from cifar_jax.models.resnet import ResNetConfig
-from cifar_jax.pretrained.merge import Path as VariablePath, merge, top_of
+from cifar_jax.pretrained.merge import Path as VariablePath, merge, read_classifier
 from cifar_jax.pretrained.names import layouts
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Nothing of it has been merged yet, so it may still not fit.
+class ParsedWeights:
+    """A parsed weights file whose tensors are not merged yet, so they may still not fit the network.
 
     Attributes:
-      path: of the file.
-      family: of its tensors' names: keras, keras-2016, torchvision, huggingface or ours.
-      tensors: by name, prefixes of wrappers taken off, in the file's own order of axes.
-      names: for each variable that the network may have the tensor that fills it.
-      top: the tensors of the classifier, kernel and bias.
-      ignored: tensors that nothing needs, with the reason.
+      path: path of the file.
+      family: family of its tensor names: keras, keras-2016, torchvision, huggingface or ours.
+      tensors: tensors by name, without wrapper prefixes, in the file's axis order.
+      names: tensor name by path, for every variable that the network may have.
+      top: tensor names of the classifier's kernel and bias.
+      ignored: names of tensors that are not needed, with the reason.
       config: the network.
-      preprocessing: what its input goes through.
-      image_size: side in pixels of its input.
-      variant: how it is run and what decided that, for people.
-      layout: the order of the axes in the file.
-      refusal: why it must not be used even if it fits; empty where there is no reason.
-      notes: a sentence for each thing that the user should know, such as what had to be assumed.
+      preprocessing: the preprocessing of its input.
+      image_size: side of its input in pixels.
+      variant: display name of the variant and what decided it.
+      layout: the axis order in the file.
+      refusal: error message if the weights must not be used even if they fit; empty otherwise.
+      notes: messages for the user, such as assumptions that were made.
     """
 
     path: Path
@@ -50,25 +50,25 @@ class Reading:
     notes: tuple[str, ...] = ()
 
 
-def backbone_of(reading: Reading) -> Backbone:
-    """The backbone that a file holds, by a total merge.
+def backbone_of(parsed: ParsedWeights) -> Backbone:
+    """Builds the backbone of a parsed file by a strict merge.
 
     Raises:
-      WeightsError: when its tensors do not fit the network, or there is a reason not to use it.
+      WeightsError: if the tensors do not fit the network, or the file must not be used.
     """
-    path, config = reading.path, reading.config
-    top = top_of(reading.tensors, reading.top, config, str(path), transposed=reading.layout is layouts.TORCH)
-    known = [*reading.ignored, *reading.top]
-    variables = merge(reading.tensors, reading.names, config, known, str(path), reading.layout)
-    if reading.refusal:  # only now: tensors that do not fit tell more
-        raise WeightsError(reading.refusal)
+    path, config = parsed.path, parsed.config
+    top = read_classifier(parsed.tensors, parsed.top, config, str(path), transposed=parsed.layout is layouts.TORCH)
+    known = [*parsed.ignored, *parsed.top]
+    variables = merge(parsed.tensors, parsed.names, config, known, str(path), parsed.layout)
+    if parsed.refusal:  # raised last, because a mismatch of the tensors tells the user more
+        raise WeightsError(parsed.refusal)
     return Backbone(
         config,
-        reading.preprocessing,
-        reading.image_size,
+        parsed.preprocessing,
+        parsed.image_size,
         variables,
         sha256=sha256_of_file(path),
         source=str(path),
-        variant=reading.variant,
+        variant=parsed.variant,
         top=top,
     )

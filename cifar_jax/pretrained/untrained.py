@@ -1,4 +1,4 @@
-"""Networks with random weights: the baseline that says what pretraining is worth."""
+"""Networks with random weights, the baseline for the value of pretraining."""
 
 import hashlib
 import math
@@ -15,7 +15,7 @@ from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables
 from cifar_jax.pretrained.formats.native import to_bytes
 from cifar_jax.pretrained.merge import Path, variable_shapes
 
-# Names that `--weights` takes: full ResNet50 at ImageNet's size, and a quarter of its width at 64x64.
+# Names accepted by `--weights`: a full ResNet50 at ImageNet's image size, and one of a quarter of the width at 64x64.
 UNTRAINED = {
     "random": (ResNetConfig(stride_in_1x1=False, conv_bias=False, bn_epsilon=1e-5), 224),
     "random-w16": (ResNetConfig(width=16, stride_in_1x1=False, conv_bias=False, bn_epsilon=1e-5), 64),
@@ -23,14 +23,14 @@ UNTRAINED = {
 
 
 def calibration_images(image_size: int) -> int:
-    """How many images to calibrate on: enough that the last stage sees four thousand positions, at most 1024 images."""
+    """Returns the number of calibration images: enough for 4096 positions in the last stage, 128 to 1024 images."""
     return min(1024, max(128, 4096 // (image_size // 32) ** 2))
 
 
 def init_variables(key: PRNGKeyArray, config: ResNetConfig) -> Variables:
-    """The variables of a network before any training: He-normal kernels (fan out), zero biases, unit BatchNorm.
+    """Initialises the variables of a network: He-normal kernels (fan out), zero biases, unit BatchNorm.
 
-    The kernels are cut from one long draw: a compiled draw for each of their shapes takes XLA twelve seconds.
+    All kernels are slices of one long draw, because compiling a draw for each shape takes XLA twelve seconds.
 
     Reference:
       He et al. 2015, https://arxiv.org/abs/1502.01852
@@ -55,28 +55,28 @@ def random_backbone(
     image_size: int,
     source: str = "random",
 ) -> Backbone:
-    """A network with random kernels whose BatchNorm statistics are those of the given images.
+    """Initialises a network with random kernels and calibrates its BatchNorm statistics on the given images.
 
-    Without the statistics the activations of an untrained network shrink or grow layer by layer until the features are
-    dead, and a baseline of dead features says nothing. In training mode every BatchNorm normalises by its batch, so one
-    pass with momentum 0 leaves in each layer exactly the statistics that it saw, those of the layers below it applied.
+    Without calibration the activations of an untrained network shrink or grow layer by layer until the features are
+    dead, which makes a useless baseline. In training mode every BatchNorm normalises by its batch, so one pass with
+    momentum 0 stores in each layer exactly the statistics of its input, given those of the layers below.
 
     Args:
-      key: draws the kernels.
-      images_u8: the images to calibrate on; see `calibration_images`.
+      key: PRNG key for the kernels.
+      images_u8: the calibration images; see `calibration_images`.
       config: the network.
-      image_size: side in pixels that they are upsampled to.
-      source: how the result is called.
+      image_size: side in pixels that the images are upsampled to.
+      source: name of the result, recorded as its source.
     """
 
     @jax.jit
-    def statistics_of(variables: Variables, images: Array) -> Variables:
+    def compute_statistics(variables: Variables, images: Array) -> Variables:
         x = preprocess(images, TORCH, image_size)
         _, statistics = ResNet(config, bn_momentum=0.0).apply(variables, x, train=True, mutable=["batch_stats"])
         return dict(statistics)
 
     variables = init_variables(key, config)
-    variables |= statistics_of(variables, jnp.asarray(images_u8))
+    variables |= compute_statistics(variables, jnp.asarray(images_u8))
     variant = "untrained, BatchNorm calibrated on training images"
     backbone = Backbone(config, TORCH, image_size, variables, source=source, variant=variant)
     return backbone.replace(sha256=hashlib.sha256(to_bytes(backbone)).hexdigest())

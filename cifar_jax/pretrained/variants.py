@@ -1,8 +1,8 @@
-"""What differs between files that load without an error, and how a file's variant is chosen.
+"""Network variants that share tensor names and shapes but compute different functions.
 
-In this order: the file's known hash, a description inside the file or beside it, what the user says, the family of its
-names.
-The first two are facts about the file, so a user's `--variant` may only choose among what they leave open.
+A file's variant is decided, in this order, by its hash, by a config inside the file or next to it, by the user's
+`--variant`, and by the family of its tensor names. The first two are facts about the file, so `--variant` can only
+choose what they leave open.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ from cifar_jax.models.resnet import DEPTHS, ResNetConfig
 
 @dataclass(frozen=True)
 class Variant:
-    """One way in which a published ResNet was trained and is run.
+    """A published kind of ResNet.
 
     Attributes:
-      name: as `--variant` takes it.
-      family: the family of tensor names that its files have.
-      config: of its ResNet50.
-      preprocessing: what its input went through.
+      name: name accepted by `--variant`.
+      family: family of tensor names in its files.
+      config: configuration of its ResNet50.
+      preprocessing: preprocessing it was trained with.
       image_size: side in pixels of the images it was trained with.
     """
 
@@ -35,22 +35,22 @@ class Variant:
 
 _KERAS = ResNetConfig(stride_in_1x1=True, conv_bias=True, bn_epsilon=1.001e-5, pool_padding=1)
 _TORCH = ResNetConfig(stride_in_1x1=False, conv_bias=False, bn_epsilon=1e-5, pool_padding=1)
-_KERAS_2016 = replace(_KERAS, bn_epsilon=1e-3)  # the BatchNormalization default of Keras at the time, and today
+_KERAS_2016 = replace(_KERAS, bn_epsilon=1e-3)  # Keras's BatchNormalization default, then and now
 
 VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("keras", "keras", _KERAS, CAFFE),
-        # keras-applications runs the files of 2016 with a padded max-pool since 2018-08-31, and without it before.
+        # keras-applications has run the files of 2016 with a padded max-pool since 2018-08-31, and without before.
         Variant("keras-2016", "keras-2016", _KERAS_2016, CAFFE),
         Variant("keras-2016-unpadded", "keras-2016", replace(_KERAS_2016, pool_padding=0), CAFFE),
-        # timm has torchvision's names and network; the mean and deviation are those of its config.json.
+        # timm uses torchvision's tensor names and network; its mean and std come from its config.json.
         Variant("torchvision", "torchvision", _TORCH, TORCH),
         Variant("huggingface", "huggingface", _TORCH, TORCH),
     )
 }
 
-# What people call them by the library that a file is from.
+# Library names by which users refer to the variants.
 ALIASES = {
     **dict.fromkeys(("tensorflow", "tf", "caffe"), "keras"),
     **dict.fromkeys(("timm", "torch", "pytorch"), "torchvision"),
@@ -59,26 +59,26 @@ ALIASES = {
 
 
 def check_depth(stage_sizes: tuple[int, ...], what: str) -> None:
-    """Refuses a network of another depth than those that are published.
+    """Refuses networks of an unpublished depth.
 
     Raises:
-      WeightsError: which says how many blocks there are and how many there should be.
+      WeightsError: if the stage sizes are not those of a published network.
     """
     if stage_sizes not in DEPTHS:
-        known = ", ".join(f"{sizes} as {name}" for sizes, name in DEPTHS.items())
-        raise WeightsError(f"{what} holds a ResNet with {stage_sizes} blocks, not {known}; give one of these.")
+        known = ", ".join(f"{sizes} ({name})" for sizes, name in DEPTHS.items())
+        raise WeightsError(f"{what} holds a ResNet with {stage_sizes} blocks; supported are {known}. Use one of these.")
 
 
 def check_variant(asked: str | None, family: str | None = None, what: str = "") -> None:
-    """Refuses an unknown variant, or one of other weights than those at hand.
+    """Refuses an unknown variant, or one that does not belong to the weights' family.
 
     Args:
       asked: the user's `--variant`.
-      family: of the weights' tensor names, where it is known.
-      what: the weights, for the error.
+      family: family of the weights' tensor names, if known.
+      what: name of the weights in error messages.
 
     Raises:
-      WeightsError: which says what to give instead.
+      WeightsError: if the variant is unknown or of another family.
     """
     if asked is None:
         return
@@ -86,34 +86,34 @@ def check_variant(asked: str | None, family: str | None = None, what: str = "") 
         raise WeightsError(no_such("--variant", asked, VARIANTS, ALIASES))
     if family is not None and VARIANTS[asked].family != family:
         raise WeightsError(
-            f"--variant {asked} does not fit {what}, whose tensors have the names of {family}; leave the option out."
+            f"--variant {asked} does not fit {what}, whose tensors have {family} names. Omit the option."
         )
 
 
 def choose_variant(
-    family: str, by_hash: str | None, describe: Callable[[Variant], Variant] | None, asked: str | None, what: str
+    family: str, by_hash: str | None, apply_config: Callable[[Variant], Variant] | None, asked: str | None, what: str
 ) -> tuple[Variant, str]:
-    """Chooses how a file is run.
+    """Chooses the variant of a file.
 
     Args:
-      family: of its tensor names.
-      by_hash: the variant that the registry knows the file by, if it does.
-      describe: puts what a description says into a variant, where there is a description.
+      family: family of its tensor names.
+      by_hash: the variant listed in the registry for this file, if any.
+      apply_config: updates a variant with the settings of the file's config; None if there is no config.
       asked: the user's `--variant`.
-      what: the file, for the error.
+      what: the file's name in error messages.
 
     Returns:
-      The variant, and what decided it, in words.
+      The variant, and a phrase for what decided it.
 
     Raises:
-      WeightsError: when `asked` is unknown or contradicts the file.
+      WeightsError: if `asked` is unknown or contradicts the file.
     """
     check_variant(asked, family, what)
     default = VARIANTS[by_hash or family]
-    if describe is not None:
-        described = describe(default)
+    if apply_config is not None:
+        described = apply_config(default)
         if asked is not None and VARIANTS[asked].config != described.config:
-            raise WeightsError(f"--variant {asked} contradicts the description of {what}; leave the option out.")
+            raise WeightsError(f"--variant {asked} contradicts the config of {what}. Omit the option.")
         same = [v for v in VARIANTS.values() if replace(v, name="") == replace(described, name="")]
         chosen = same[0] if same else replace(described, name=f"{family} as described")
         return chosen, "its description"
@@ -122,37 +122,37 @@ def choose_variant(
     return default, "its hash" if by_hash else "its tensor names"
 
 
-def described_by_keras(model_config: Mapping[str, Any], what: str) -> Callable[[Variant], Variant]:
-    """Puts what a Keras model description decides into a variant."""
-    fields = _fields_of_keras(model_config, what)
+def parse_keras_config(model_config: Mapping[str, Any], what: str) -> Callable[[Variant], Variant]:
+    """Returns a function that updates a variant with the settings of a Keras model config."""
+    fields = _config_fields(model_config, what)
     return lambda variant: replace(variant, config=replace(variant.config, **fields))
 
 
-def _fields_of_keras(model_config: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The fields of ResNetConfig that a Keras model description decides, whatever its layers are called."""
+def _config_fields(model_config: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Returns the fields of ResNetConfig that a Keras model config fixes, regardless of layer names."""
     layers = list(_flat_layers(model_config.get("config", {})))
     by_class: dict[str, list[Mapping[str, Any]]] = {}
     for layer in layers:
         by_class.setdefault(layer["class_name"], []).append(layer["config"])
     convs, norms = by_class.get("Conv2D", []), by_class.get("BatchNormalization", [])
     epsilons, biases = {norm["epsilon"] for norm in norms}, {conv["use_bias"] for conv in convs}
-    # Behind the stem only 1x1 and 3x3 convolutions are left; one of the two kinds does all the striding of main paths.
+    # After the stem there are only 1x1 and 3x3 convolutions, and one of the two kinds does all the main-path striding.
     in_3x3 = any(tuple(c["kernel_size"]) == (3, 3) and tuple(c["strides"]) == (2, 2) for c in convs)
     if len(epsilons) != 1 or len(biases) != 1:
         raise WeightsError(
-            f"The model description inside {what} is not that of a ResNet: its layers have the BatchNorm epsilons "
-            f"{sorted(epsilons)} and biases {sorted(biases)} where one of each is expected."
+            f"The model config inside {what} is not that of a ResNet: expected one BatchNorm epsilon and one use_bias "
+            f"for all layers, got {sorted(epsilons)} and {sorted(biases)}. Get a fresh copy of the file."
         )
     return {
         "bn_epsilon": epsilons.pop(),
         "conv_bias": biases.pop(),
         "stride_in_1x1": not in_3x3,
-        "pool_padding": len(by_class.get("ZeroPadding2D", [])) - 1,  # one is the stem's
+        "pool_padding": len(by_class.get("ZeroPadding2D", [])) - 1,  # the other one pads the stem's convolution
     }
 
 
 def _flat_layers(config: Any) -> Any:
-    """All layers of a description, those of models inside models included."""
+    """Yields all layers of a model config, including those of nested models."""
     for layer in config["layers"] if isinstance(config, Mapping) and "layers" in config else []:
         if "layers" in layer.get("config", {}):
             yield from _flat_layers(layer["config"])

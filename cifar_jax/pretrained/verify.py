@@ -1,4 +1,4 @@
-"""What a weights file is, tensor by tensor, and all that is wrong with it: for a person who has to trust it."""
+"""Detailed checks of a weights file: each tensor, the features it produces, and parity with a reference library."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +16,9 @@ from cifar_jax.models.resnet import ResNetConfig, network_name
 from cifar_jax.pretrained import references, registry
 from cifar_jax.pretrained.load import read_weights
 from cifar_jax.pretrained.merge import Match, Path as VariablePath, match
-from cifar_jax.pretrained.reading import Reading, backbone_of
+from cifar_jax.pretrained.reading import ParsedWeights, backbone_of
 
-IMAGE_SIDE = 32  # of drawn images, whose multiple a network's input has to be
+IMAGE_SIDE = 32  # of synthetic images; the network's input size must be a multiple of it
 FINGERPRINT_IMAGES = 4
 FINGERPRINT_FEATURES = 6  # of the first image, enough to tell two networks apart at a glance
 
@@ -28,12 +28,12 @@ class TensorRow:
     """A tensor that a file has or should have.
 
     Attributes:
-      name: in the file.
-      shape: in the file.
+      name: name in the file.
+      shape: shape in the file.
       fate: `used`, `ignored`, `missing` or `unknown`.
-      role: what it is to the network, or why it is ignored.
-      mean, std, low, high: of its values.
-      problem: what is wrong with it, or nothing.
+      role: path of the variable that it fills, or the reason for ignoring it.
+      mean, std, low, high: statistics of its values.
+      problem: description of its problem, or an empty string.
     """
 
     name: str
@@ -49,14 +49,14 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found; see `verify`.
+    """The result of `verify`.
 
     Attributes:
-      about: what the file is and how it is run, in words, by topic.
-      tensors: a row for each that the file has or should have.
-      fingerprint: figures of the network's features on drawn images, by name; none where it does not load.
-      differences: how far a peer's outputs are from ours, by stage, where one was asked.
-      problems: a sentence for each thing that does not hold.
+      about: description of the file and its network, by topic.
+      tensors: a row for each tensor that the file has or should have.
+      fingerprint: statistics of the network's features on synthetic images, by name; empty if it does not load.
+      differences: relative differences from a reference library's outputs, by stage; empty if none was requested.
+      problems: a sentence for each problem.
     """
 
     about: dict[str, str]
@@ -66,133 +66,136 @@ class Verification:
     problems: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; `holds` is the verdict."""
+        """Returns JSON values; `holds` is true if there are no problems."""
         return without_nan({"holds": not self.problems} | asdict(self))
 
 
 def verify(
-    path_or_name: str | Path, variant: str | None = None, against: str | None = None, **how: Any
+    path_or_name: str | Path, variant: str | None = None, against: str | None = None, **load_kwargs: Any
 ) -> Verification:
-    """Looks at weights as a whole and at each of their tensors.
+    """Checks weights as a whole and tensor by tensor.
 
     Args:
-      path_or_name: whatever `load_backbone` takes.
-      variant: how to run it, where the file leaves that open.
-      against: a library of `references.FAMILIES`, which is asked what it computes with the same file.
-      how: goes to `load_backbone`.
+      path_or_name: any path or name that `load_backbone` accepts.
+      variant: the variant, for files that leave it open.
+      against: a key of `references.FAMILIES`, the library to compare outputs with.
+      load_kwargs: passed to `load_backbone`.
 
     Raises:
-      WeightsError: when the file cannot be read, or is so far from any known network that no tensor can be named.
-      UserError: when the library is not there, or has no such network.
+      WeightsError: if the file cannot be read, or its network is not recognised.
+      UserError: if the library is not installed, or has no such network.
     """
-    reading = read_weights(path_or_name, variant, **how)
-    found = match(reading.tensors, reading.names, reading.config, [*reading.ignored, *reading.top], reading.layout)
-    rows = tensor_rows(reading, found)
+    parsed = read_weights(path_or_name, variant, **load_kwargs)
+    found = match(parsed.tensors, parsed.names, parsed.config, [*parsed.ignored, *parsed.top], parsed.layout)
+    rows = tensor_rows(parsed, found)
     problems = [f"{row.name}: {row.problem}." for row in rows if row.problem]
-    registered = registry.entry_of_file(reading.path)
-    if registered is None and (twins := registry.entries_of_size(reading.path)):
-        problems.append(f"It has the size of {twins[0].name} and not its digest, {twins[0].digest}.")
+    registered = registry.entry_of_file(parsed.path)
+    if registered is None and (same_size := registry.entries_of_size(parsed.path)):
+        problems.append(f"Checksum mismatch: it has the size of {same_size[0].name}, but not {same_size[0].digest}.")
     fingerprint: dict[str, Any] = {}
     differences: dict[str, float] = {}
     try:
-        backbone = backbone_of(reading)
+        backbone = backbone_of(parsed)
     except WeightsError as error:
-        if not problems or str(error) == reading.refusal:
+        if not problems or str(error) == parsed.refusal:
             problems.append(str(error))
     else:
         side = max(IMAGE_SIDE, backbone.image_size // IMAGE_SIDE * IMAGE_SIDE)
-        fingerprint = fingerprint_of(backbone.replace(image_size=side))
+        fingerprint = compute_fingerprint(backbone.replace(image_size=side))
         if against is not None:
-            differences = references.differences(against, reading, backbone.replace(image_size=side))
-        problems += _of_features(fingerprint, against, differences)
-    return Verification(_about(reading, registered), rows, fingerprint, differences, problems)
+            differences = references.differences(against, parsed, backbone.replace(image_size=side))
+        problems += _check_features(fingerprint, against, differences)
+    return Verification(_about(parsed, registered), rows, fingerprint, differences, problems)
 
 
-def _of_features(fingerprint: dict[str, Any], against: str | None, differences: dict[str, float]) -> list[str]:
-    """What is wrong with what the network computes."""
-    dead = ["The features of all drawn images are alike: the network is dead."] if not fingerprint["std"] > 0 else []
-    far = {name: value for name, value in differences.items() if not value <= references.TOLERANCE}
-    return dead + [f"{against} computes another {name}: it differs by {value:.2g}." for name, value in far.items()]
+def _check_features(fingerprint: dict[str, Any], against: str | None, differences: dict[str, float]) -> list[str]:
+    """Returns the problems of the network's outputs."""
+    dead = ["The network is dead: all synthetic images have the same features."] if not fingerprint["std"] > 0 else []
+    too_large = {name: value for name, value in differences.items() if not value <= references.TOLERANCE}
+    return dead + [
+        f"{name} differs from that of {against} by {value:.2g}, more than {references.TOLERANCE:g}."
+        for name, value in too_large.items()
+    ]
 
 
-def _about(reading: Reading, registered: registry.Entry | None) -> dict[str, str]:
-    config, preprocessing = reading.config, reading.preprocessing
-    counts = f"{sum(np.size(tensor) for tensor in reading.tensors.values()):,} numbers"
+def _about(parsed: ParsedWeights, registered: registry.Entry | None) -> dict[str, str]:
+    config, preprocessing = parsed.config, parsed.preprocessing
+    counts = f"{sum(np.size(tensor) for tensor in parsed.tensors.values()):,} numbers"
     return {
-        "file": str(reading.path),
-        "bytes": f"{reading.path.stat().st_size:,}",
-        "sha256": sha256_of_file(reading.path),
+        "file": str(parsed.path),
+        "bytes": f"{parsed.path.stat().st_size:,}",
+        "sha256": sha256_of_file(parsed.path),
         "registry": f"{registered.name} ({registered.digest}), {registered.licence}" if registered else "not in it",
-        "network": network_words(config),
-        "tensors": f"{len(reading.tensors)} of the family {reading.family}, {counts}",
-        "variant": reading.variant,
-        "assumed": " ".join(reading.notes) or "nothing",
+        "network": _describe_network(config),
+        "tensors": f"{len(parsed.tensors)} of the family {parsed.family}, {counts}",
+        "variant": parsed.variant,
+        "assumed": " ".join(parsed.notes) or "nothing",
         "stride": f"in the {'first 1x1' if config.stride_in_1x1 else '3x3'} convolution of a stage's first block",
         "conv bias": "yes" if config.conv_bias else "no",
         "BatchNorm epsilon": f"{config.bn_epsilon:g}",
         "max-pool": "padded" if config.pool_padding else "not padded",
         "preprocessing": f"{preprocessing.name}: {preprocessing.channels.upper()} / {preprocessing.scale:g}, minus "
-        f"{_numbers(preprocessing.mean)}, by {_numbers(preprocessing.std)}",
-        "image size": f"{reading.image_size}x{reading.image_size}",
-        "classifier": _classifier(reading),
+        f"{_format_numbers(preprocessing.mean)}, by {_format_numbers(preprocessing.std)}",
+        "image size": f"{parsed.image_size}x{parsed.image_size}",
+        "classifier": _describe_classifier(parsed),
     }
 
 
-def network_words(config: ResNetConfig) -> str:
-    """`ResNet50, 2048 features`."""
+def _describe_network(config: ResNetConfig) -> str:
+    """Returns a phrase such as `ResNet50, 2048 features`."""
     return f"{network_name(config)}, {config.features} features"
 
 
-def _numbers(values: tuple[float, ...]) -> str:
+def _format_numbers(values: tuple[float, ...]) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 
-def _classifier(reading: Reading) -> str:
-    bias = reading.tensors.get(reading.top[1])
+def _describe_classifier(parsed: ParsedWeights) -> str:
+    bias = parsed.tensors.get(parsed.top[1])
     return "none" if bias is None else f"{bias.size} classes, kept and not used"
 
 
-def tensor_rows(reading: Reading, found: Match) -> list[TensorRow]:
-    """A row for each tensor that a file has or should have, in the file's order, the missing ones last."""
-    roles = {reading.names[path]: path for path in found.views}
+def tensor_rows(parsed: ParsedWeights, found: Match) -> list[TensorRow]:
+    """Returns a row for each tensor that a file has or should have, in the file's order, missing ones last."""
+    roles = {parsed.names[path]: path for path in found.views}
     rows = []
-    for name, tensor in reading.tensors.items():
+    for name, tensor in parsed.tensors.items():
         shape = tuple(np.shape(tensor))
         if name in found.extra:
-            rows.append(TensorRow(name, shape, "unknown", "", problem="the network knows no such tensor"))
+            rows.append(TensorRow(name, shape, "unknown", "", problem="unexpected tensor"))
         elif name in roles:
-            problem = f"{shape} where the network has {found.wrong[name][1]}" if name in found.wrong else ""
+            problem = f"shape {shape}, expected {found.wrong[name][1]}" if name in found.wrong else ""
             row = TensorRow(name, shape, "used", "/".join(roles[name]), problem=problem)
-            rows.append(_with_values(row, tensor, roles[name]))
-        elif name in reading.top:
-            rows.append(_with_values(TensorRow(name, shape, "ignored", "the classifier"), tensor, ()))
+            rows.append(_with_statistics(row, tensor, roles[name]))
+        elif name in parsed.top:
+            rows.append(_with_statistics(TensorRow(name, shape, "ignored", "the classifier"), tensor, ()))
         else:
-            rows.append(TensorRow(name, shape, "ignored", reading.ignored[name]))
+            rows.append(TensorRow(name, shape, "ignored", parsed.ignored[name]))
     return rows + [TensorRow(name, (), "missing", "", problem="missing") for name in found.missing]
 
 
-def _with_values(row: TensorRow, tensor: np.ndarray, path: VariablePath) -> TensorRow:
+def _with_statistics(row: TensorRow, tensor: np.ndarray, path: VariablePath) -> TensorRow:
     values = np.asarray(tensor, np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):  # that a value is not finite is said below
-        figures = (values.mean(), values.std(), values.min(), values.max()) if values.size else (np.nan,) * 4
-    mean, std, low, high = (float(value) if np.isfinite(value) else None for value in figures)
-    problem = row.problem or next((words for words, holds in SUSPICIOUS.items() if holds(values, path)), "")
+    with np.errstate(invalid="ignore", over="ignore"):  # non-finite values are reported below
+        statistics = (values.mean(), values.std(), values.min(), values.max()) if values.size else (np.nan,) * 4
+    mean, std, low, high = (float(value) if np.isfinite(value) else None for value in statistics)
+    problem = row.problem or next((problem for problem, found in SUSPICIOUS.items() if found(values, path)), "")
     return replace(row, mean=mean, std=std, low=low, high=high, problem=problem)
 
 
-# What no trained network has, the worst first. For a classifier, whose path is empty, only the first can hold.
+# Values that no trained network has, the worst first. Only the first check applies to classifiers, whose path is empty.
 SUSPICIOUS: Mapping[str, Callable[[np.ndarray, VariablePath], bool]] = {
-    "values that are not finite": lambda values, path: not np.isfinite(values).all(),
-    "variances below zero": lambda values, path: path[-1:] == ("var",) and bool((values < 0).any()),
-    "nothing but zeros": lambda values, path: path[-1:] in {("kernel",), ("var",), ("scale",)} and not values.any(),
-    "all values alike": lambda values, path: path[-1:] == ("kernel",) and values.size > 1 and not np.ptp(values),
+    "non-finite values": lambda values, path: not np.isfinite(values).all(),
+    "negative variances": lambda values, path: path[-1:] == ("var",) and bool((values < 0).any()),
+    "all zeros": lambda values, path: path[-1:] in {("kernel",), ("var",), ("scale",)} and not values.any(),
+    "all values equal": lambda values, path: path[-1:] == ("kernel",) and values.size > 1 and not np.ptp(values),
 }
 
 
-def fingerprint_of(backbone: Backbone) -> dict[str, Any]:
-    """Figures of a network's features on drawn images, by which two copies of it can be compared across machines.
+def compute_fingerprint(backbone: Backbone) -> dict[str, Any]:
+    """Computes statistics of a network's features on synthetic images, to compare copies of it across machines.
 
-    The images are the same everywhere; the figures agree to about five digits between kinds of hardware.
+    The images are the same everywhere; the values agree to about five digits between kinds of hardware.
     """
     images, _ = draw_shapes(FINGERPRINT_IMAGES, seed=0)
     features = np.asarray(jax.jit(extract)(backbone, images))

@@ -242,7 +242,7 @@ def test_data_set_names_are_accepted(tmp_path, name):
     ("variant", "part"),
     [
         ("timm", "There is no --variant 'timm'. Did you mean torchvision?"),
-        ("keras-2016", "--variant keras-2016 does not fit keras-resnet50, whose tensors have the names of keras"),
+        ("keras-2016", "--variant keras-2016 does not fit keras-resnet50, whose tensors have keras names"),
     ],
 )
 def test_wrong_variant_is_refused_before_any_download(monkeypatch, capsys, variant, part):

@@ -1,1 +1,1 @@
-"""What other libraries give: names and shapes of their files, outputs of their networks. Made by tests/make_*.py."""
+"""Golden data of reference libraries: tensor names and shapes, and network outputs. Written by tests/make_*.py."""

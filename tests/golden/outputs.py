@@ -1,4 +1,4 @@
-"""What is kept of other libraries' outputs for the drawn network, and of which libraries."""
+"""Golden outputs of reference libraries for the drawn network."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -13,18 +13,18 @@ from golden import draw
 
 DIRECTORY = Path(__file__).resolve().parent / "outputs"
 IMAGE_SIZE, NUM_IMAGES = 64, 2
-PLACES = 256  # at which stages and logits are kept
+PLACES = 256  # number of positions at which stages and logits are stored
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A network that a library builds.
+    """A network built by a reference library.
 
     Attributes:
       library: keras, tf_keras, torchvision, timm or transformers.
-      manifest: what its file holds.
-      usual_pixels: as of `torch_networks.TorchCase`.
-      in_1x1: likewise.
+      manifest: name of the manifest of its file.
+      usual_pixels: see `usual` of `torch_networks.TorchCase`.
+      in_1x1: see `torch_networks.TorchCase`.
     """
 
     library: str
@@ -33,7 +33,7 @@ class Peer:
     in_1x1: bool = False
 
     def network(self) -> dict[draw.Path, np.ndarray]:
-        """The drawn network as this one has it: only Keras's convolutions have biases."""
+        """Returns the drawn tensors that this network has; only Keras's convolutions have biases."""
         is_keras = "keras" in self.library
         drawn = _drawn(is_keras)
         return {path: value for path, value in drawn.items() if is_keras or not _is_conv_bias(path)}
@@ -60,7 +60,7 @@ def _is_conv_bias(path: draw.Path) -> bool:
 
 
 def kept(outputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Pooled features as they are; of each image's stages and logits what stands at drawn places."""
+    """Selects the values to store: all pooled features, and each image's stages and logits at drawn positions."""
     named = dict(zip(OUTPUTS, outputs, strict=True))
     return {name: output if name == "pooled" else _at_places(name, output) for name, output in named.items()}
 
@@ -71,13 +71,13 @@ def _at_places(name: str, output: np.ndarray) -> np.ndarray:
 
 
 def write(name: str, outputs: Sequence[np.ndarray], about: Mapping[str, str]) -> None:
-    """Keeps a peer's outputs."""
+    """Stores a reference network's outputs."""
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     about = {"drawn": draw.fingerprint(PEERS[name].network()), **about}
     safetensors.numpy.save_file(kept(outputs), DIRECTORY / f"{name}.safetensors", metadata=about)
 
 
 def read(name: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """A peer's outputs, and what is said of them."""
+    """Reads a reference network's outputs and their metadata."""
     with safetensors.safe_open(DIRECTORY / f"{name}.safetensors", framework="np") as file:
         return {name: file.get_tensor(name) for name in OUTPUTS}, file.metadata()

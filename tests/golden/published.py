@@ -1,6 +1,7 @@
-"""Weights files as they are published: what they hold, where each of their tensors belongs, how one is written.
+"""Published weights files: their tensors, the variable that each tensor fills, and writers for such files.
 
-All of it is told by the files' own names, without the library's name maps, which tests hold against it.
+Everything is derived from the files' own names, independently of the name maps of the package, which are tested against
+it.
 """
 
 import json
@@ -16,24 +17,24 @@ from torch_files import write_torch
 MANIFESTS = Path(__file__).resolve().parent / "manifests"
 TOPS = ("predictions", "probs", "fc1000", "fc", "classifier.1")
 
-# layer or module -> its tensors as (name, shape); made by tests/make_manifests.py
+# layer or module -> its tensors as (name, shape); written by tests/make_manifests.py
 Manifest = Mapping[str, list[tuple[str, tuple[int, ...]]]]
 Value = Callable[[str, str, tuple[int, ...]], np.ndarray]  # (layer, name, shape) -> the tensor
 
 
 def read_manifest(name: str) -> Manifest:
-    """A manifest by the name of its file."""
+    """Reads a manifest by the name of its file."""
     layers = json.loads((MANIFESTS / f"{name}.json").read_text(encoding="utf-8"))
     return {layer: [(weight, tuple(shape)) for weight, shape in weights] for layer, weights in layers.items()}
 
 
 def tensors_of(manifest: Manifest) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """All tensors as (layer, name, shape)."""
+    """Yields all tensors as (layer, name, shape)."""
     return ((layer, name, shape) for layer, weights in manifest.items() for name, shape in weights)
 
 
 def write_keras(path: Path, manifest: Manifest, value: Value) -> Path:
-    """A weights file as Keras 1 and 2 write it, layers without weights among the others."""
+    """Writes a weights file as Keras 1 and 2 do, including layers without weights."""
     layers = {"input_1": [], **manifest, "activation_49": []}
     with h5py.File(path, "w") as file:
         file.attrs["layer_names"] = [layer.encode() for layer in layers]
@@ -46,12 +47,12 @@ def write_keras(path: Path, manifest: Manifest, value: Value) -> Path:
 
 
 def write_pth(path: Path, manifest: Manifest, value: Value) -> Path:
-    """A state dict as PyTorch saves it."""
+    """Writes a state dict as PyTorch does."""
     return write_torch(path, {name: value(layer, name, shape) for layer, name, shape in tensors_of(manifest)})
 
 
 def write_safetensors(path: Path, manifest: Manifest, value: Value) -> Path:
-    """A safetensors file as timm and transformers write it."""
+    """Writes a safetensors file as timm and transformers do."""
     held = {name: np.ascontiguousarray(value(layer, name, shape)) for layer, name, shape in tensors_of(manifest)}
     safetensors.numpy.save_file(held, path, metadata={"format": "pt"})
     return path
@@ -68,11 +69,11 @@ _NORM = {
 
 
 def place(layer: str, name: str) -> tuple[str, ...]:
-    """The variable here that a tensor is for; `top` begins the classifier's, and `count` ends what nothing needs.
+    """Returns the path of the variable that a tensor fills; `top` starts classifier paths, `count` ends unneeded ones.
 
     Args:
-      layer: of the tensor, as its library calls it.
-      name: of the tensor, which begins with the layer's.
+      layer: name of the tensor's layer in its library.
+      name: name of the tensor, which starts with the layer's.
     """
     tensor = re.sub(r":0$", "", name.removeprefix(layer)[1:])
     if layer in TOPS:
@@ -96,7 +97,7 @@ _STEM = {
     "conv1_bn": "stem_bn",
     "embedder.embedder.normalization": "stem_bn",
 }
-# What the names say of a block's layer, in order: stage and block as they are counted there, kind, and role.
+# Name patterns of a block's layers: stage and block as counted by the library, kind, and role.
 _KERAS = re.compile(r"conv(?P<stage>\d)_block(?P<block>\d)_(?P<role>\d)_(?P<kind>conv|bn)")
 _KERAS_2016 = re.compile(r"(?P<kind>res|bn)(?P<stage>\d)(?P<block>[a-f])_branch(?P<role>1|2[abc])")
 _TORCHVISION = re.compile(
@@ -128,13 +129,13 @@ def _module(layer: str) -> tuple[str, ...]:
 
 
 def _in_block(stage: int, block: int, kind: str, role: str) -> tuple[str, ...]:
-    """A block's module, stage and block counted from one."""
+    """Returns the path of a block's module; stage and block count from one."""
     ours = {"res": "conv", "convolution": "conv", "normalization": "bn"}.get(kind, kind)
     return (f"stage{stage}_block{block}", ours + role)
 
 
 def in_layout(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A kernel [height, width, in, out], a classifier's [in, out] or a vector as a file of that shape has it."""
+    """Transposes a kernel [height, width, in, out] or a classifier's [in, out] to the shape in the file, if needed."""
     if tensor.shape != shape:
         tensor = tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
     assert tensor.shape == shape, (tensor.shape, shape)

@@ -1,4 +1,4 @@
-"""The folded network against the plain one, for every variant and in every form that a platform takes."""
+"""The folded network matches the plain one, for every variant and on every platform's code path."""
 
 import jax
 import jax.export
@@ -22,7 +22,7 @@ VARIANTS = {
 
 
 def make_backbone(shapes, config, image_size=64):
-    """Calibrated, with channels whose variance is so small that epsilon counts and folded kernels are large."""
+    """A calibrated network with some tiny variances, so that epsilon matters and folded kernels are large."""
     backbone = random_backbone(jax.random.key(0), shapes.images[:32], config, image_size)
     variables = jax.tree.map(np.array, backbone.variables)
     params, stats = variables["params"], variables["batch_stats"]
@@ -31,7 +31,7 @@ def make_backbone(shapes, config, image_size=64):
         ("conv2", "bn2", (params["stage1_block1"], stats["stage1_block1"])),
     ):
         kernel, stat = where[0][conv]["kernel"], where[1][norm]
-        shrink = np.sqrt(1e-5 / stat["var"][:3])  # the layer's own output shrinks along, so that it stays of order one
+        shrink = np.sqrt(1e-5 / stat["var"][:3])  # scales the layer's output as well, so that it stays of order one
         kernel[..., :3] *= shrink
         if "bias" in where[0][conv]:
             where[0][conv]["bias"][:3] *= shrink
@@ -42,7 +42,7 @@ def make_backbone(shapes, config, image_size=64):
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_folded_features_are_the_plain_ones(shapes, name, platform):
+def test_folded_features_match_extract(shapes, name, platform):
     backbone, images = make_backbone(shapes, VARIANTS[name]), shapes.images[:4]
     features = jax.jit(features_of)(prepare(backbone, platform=platform), images)
     assert features.dtype == np.float32
@@ -56,21 +56,21 @@ def test_any_image_size(shapes, image_size):
     assert relative_difference(features, extract(backbone, images, image_size)) < 1e-5
 
 
-def test_epsilon_counts(shapes):
+def test_epsilon_matters(shapes):
     backbone = make_backbone(shapes, SMALL)
     other = backbone.replace(config=ResNetConfig(stage_sizes=(1, 2), width=8, bn_epsilon=1e-3))
     images = shapes.images[:2]
     assert relative_difference(features_of(prepare(other), images), extract(backbone, images)) > 1e-3
 
 
-def test_bfloat16_is_near(shapes):
+def test_bfloat16_is_close(shapes):
     backbone, images = make_backbone(shapes, SMALL), shapes.images[:4]
     features = jax.jit(features_of)(prepare(backbone, precision="bfloat16"), images)
     assert features.dtype == np.float32
     assert 1e-5 < relative_difference(features, extract(backbone, images)) < 0.05
 
 
-def test_what_overflows_when_folded_is_noticed(shapes):
+def test_overflow_when_folding_raises(shapes):
     backbone = make_backbone(shapes, SMALL)
     huge = jax.tree.map(np.array, backbone.variables)
     huge["params"]["stage2_block1"]["bn3"]["scale"][:] = 3e38
@@ -80,7 +80,7 @@ def test_what_overflows_when_folded_is_noticed(shapes):
 
 
 @pytest.mark.parametrize(("platform", "lowered_for"), [("cpu", "cpu"), ("gpu", "cuda"), ("tpu", "tpu")])
-def test_the_platform_is_that_of_the_argument(shapes, platform, lowered_for):
+def test_platform_argument_decides_the_lowering(shapes, platform, lowered_for):
     prepared = prepare(make_backbone(shapes, SMALL), platform=platform)
     program = jax.export.export(jax.jit(features_of), platforms=[lowered_for])(prepared, shapes.images[:2])
     assert ("reduce_window" in program.mlir_module()) == (platform != "cpu")

@@ -1,4 +1,4 @@
-"""The head against the same arithmetic in NumPy, and the distribution it starts from."""
+"""The head matches NumPy and is initialised like Keras's `Dense`."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import numpy as np
 from cifar_jax.models.head import Head, head_logits, init_head
 
 
-def test_logits_are_those_of_numpy():
+def test_logits_match_numpy():
     params = init_head(jax.random.key(0), 8, (6, 5), 3)
     x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
     y = np.asarray(x, np.float64)
@@ -17,7 +17,7 @@ def test_logits_are_those_of_numpy():
     np.testing.assert_allclose(head_logits(params, x), y, rtol=1e-5, atol=1e-6)
 
 
-def test_starts_as_keras_dense_does():
+def test_init_matches_keras_dense():
     params = init_head(jax.random.key(0), 2048)
     assert [layer["kernel"].shape for layer in params] == [(2048, 1024), (1024, 512), (512, 10)]
     for layer in params:
@@ -28,14 +28,14 @@ def test_starts_as_keras_dense_does():
         assert not np.asarray(layer["bias"]).any()
 
 
-def test_no_hidden_layer_is_a_linear_probe():
+def test_no_hidden_layers_give_a_linear_probe():
     params = init_head(jax.random.key(0), 4, (), 3)
     assert len(params) == 1
     x = np.ones((1, 4), np.float32)
     np.testing.assert_allclose(head_logits(params, -x), -head_logits(params, x), rtol=1e-6)
 
 
-def test_keys_decide():
+def test_init_depends_on_the_key():
     one, same, other = (init_head(jax.random.key(k), 4)[0]["kernel"] for k in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)

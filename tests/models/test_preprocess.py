@@ -1,4 +1,4 @@
-"""Pixels to network input: known values, channel order, exact repetition, refusal of what cannot be."""
+"""Preprocessing: known values, channel order, exact upsampling, refusal of invalid images."""
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ def noise() -> np.ndarray:
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_modes_of_one_pixel(mode, expected):
+def test_modes_on_one_pixel(mode, expected):
     images = np.broadcast_to(PIXEL, (1, 32, 32, 3))
     got = np.asarray(jax.jit(preprocess, static_argnums=(1, 2))(images, mode, 64))
     assert got.shape == (1, 64, 64, 3) and got.dtype == np.float32
@@ -51,7 +51,7 @@ def test_modes_are_hashable_and_named():
 
 
 @pytest.mark.parametrize("size", [48, 225, 16])
-def test_size_that_is_no_multiple_is_refused(noise, size):
+def test_non_multiple_size_is_refused(noise, size):
     with pytest.raises(ValueError, match="a multiple of 32"):
         preprocess(noise, CAFFE, size)
 
@@ -59,17 +59,17 @@ def test_size_that_is_no_multiple_is_refused(noise, size):
 @pytest.mark.parametrize(
     ("change", "given"),
     [
-        (lambda x: (x / 255).astype(np.float32), "got float32 [3, 32, 32, 3]; give pixels in 0..255"),
+        (lambda x: (x / 255).astype(np.float32), "got float32 [3, 32, 32, 3]; pass pixels in 0..255"),
         (lambda x: x.astype(np.int32), "got int32 [3, 32, 32, 3]"),
-        (lambda x: x[..., :1], "got uint8 [3, 32, 32, 1]; make RGB"),
+        (lambda x: x[..., :1], "got uint8 [3, 32, 32, 1]; convert grayscale"),
         (lambda x: x.transpose(0, 3, 1, 2), "got uint8 [3, 3, 32, 32]; move the channels to the end"),
-        (lambda x: x[0], "got uint8 [32, 32, 3]; a single image is images[None]"),
+        (lambda x: x[0], "got uint8 [32, 32, 3]; add a batch axis"),
         (lambda x: x[:0, ..., :2], "got uint8 [0, 32, 32, 2]"),
         (lambda x: x.tolist(), "got list"),
     ],
 )
-def test_what_are_no_images_is_refused_by_shape_and_type(noise, change, given):
-    """By every function that takes images, also inside jit, where one channel would become three by broadcasting."""
+def test_invalid_images_are_refused(noise, change, given):
+    """Covers every function that takes images, also under jit, where one channel would be broadcast to three."""
     images, backbone = change(noise), load_backbone("demo")
     takers = [lambda x: preprocess(x, CAFFE, 32), lambda x: extract(backbone, x, 32), make_extractor(backbone, 32)]
     takers.append(lambda x: predict_probs(backbone, [], x, 32))
@@ -81,6 +81,6 @@ def test_what_are_no_images_is_refused_by_shape_and_type(noise, change, given):
         assert given in str(caught.value)
 
 
-def test_images_may_be_mapped_over(noise):
+def test_preprocess_works_under_vmap(noise):
     one_by_one = jax.vmap(lambda x: preprocess(x[None], CAFFE, 64)[0])(noise)
     np.testing.assert_array_equal(one_by_one, preprocess(noise, CAFFE, 64))

@@ -1,4 +1,4 @@
-"""The network: counts that Keras and torchvision publish, shapes, padding, dtypes, statistics."""
+"""The network: published parameter counts, shapes, padding, dtypes, BatchNorm statistics."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ def images():
     ],
     ids=["keras", "torchvision"],
 )
-def test_counts_are_those_of_the_published_networks(config, params, statistics):
+def test_parameter_counts_match_published_networks(config, params, statistics):
     sizes = {"params": 0, "batch_stats": 0}
     for path, shape in variable_shapes(config).items():
         sizes[path[0]] += math.prod(shape)
@@ -70,7 +70,7 @@ def test_pooled_is_the_mean_of_the_last_stage(variables, images):
 @pytest.mark.parametrize("side", [1, 2, 7, 8])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [3, 7])
-def test_conv_is_that_of_flax_however_it_is_run(as_dot, side, stride, size):
+def test_conv_matches_flax(as_dot, side, stride, size):
     x = jax.random.normal(jax.random.key(0), (2, side, side, 5))
     pad = ((size // 2, size // 2),) * 2
     reference = nn.Conv(6, (size, size), (stride, stride), padding=pad, bias_init=nn.initializers.normal(1.0))
@@ -88,9 +88,9 @@ def test_each_detail_of_the_variant_changes_the_output(variables, images, change
 
 
 def test_padding_is_symmetric(variables, images):
-    """Turned by half a circle, the stem's 7x7 and the strided 3x3 must see the same borders at both ends.
+    """A network with point-symmetric kernels commutes with a rotation of the image by 180 degrees.
 
-    `SAME` at stride 2 pads one end only, so a network of point-symmetric kernels would tell the two apart.
+    With `SAME` it would not, because `SAME` at stride 2 pads one side only.
     """
     symmetric = jax.tree.map(
         lambda leaf: (leaf + leaf[::-1, ::-1]) / 2 if leaf.ndim == 4 else leaf, variables["params"]
@@ -102,11 +102,11 @@ def test_padding_is_symmetric(variables, images):
     # 33 pixels: with an odd side the strided grid itself is symmetric.
     images = jnp.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)), mode="reflect")
     plain = network.apply({"params": params, "batch_stats": statistics}, images).stages[0]
-    turned = network.apply({"params": params, "batch_stats": statistics}, images[:, ::-1, ::-1]).stages[0]
-    np.testing.assert_allclose(turned[:, ::-1, ::-1], plain, rtol=1e-4, atol=1e-5)
+    rotated = network.apply({"params": params, "batch_stats": statistics}, images[:, ::-1, ::-1]).stages[0]
+    np.testing.assert_allclose(rotated[:, ::-1, ::-1], plain, rtol=1e-4, atol=1e-5)
 
 
-def test_training_mode_updates_statistics_as_keras_does(variables, images):
+def test_training_mode_updates_statistics_like_keras(variables, images):
     _, updated = ResNet(NARROW, bn_momentum=0.9).apply(variables, images, train=True, mutable=["batch_stats"])
     stem = np.asarray(
         jax.lax.conv_general_dilated(
@@ -120,13 +120,13 @@ def test_training_mode_updates_statistics_as_keras_does(variables, images):
     np.testing.assert_allclose(statistics["var"], 0.9 + 0.1 * stem.var((0, 1, 2)), rtol=1e-5)
 
 
-def test_evaluation_mode_changes_no_statistics(variables, images):
+def test_evaluation_mode_keeps_statistics(variables, images):
     _, updated = ResNet(NARROW).apply(variables, images, mutable=["batch_stats"])
     for old, new in zip(jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(updated), strict=True):
         np.testing.assert_array_equal(old, new)
 
 
-def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(variables, images):
+def test_bfloat16_activations_give_float32_features(variables, images):
     exact = ResNet(NARROW).apply(variables, images)
     rough = ResNet(NARROW, dtype=jnp.dtype("bfloat16")).apply(variables, images)
     assert rough.stages[0].dtype == jnp.bfloat16 and rough.pooled.dtype == jnp.float32
@@ -134,7 +134,7 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(variables, images)
     assert 1e-5 < difference < 5e-2
 
 
-def test_untrained_kernels_have_the_spread_of_he_et_al():
+def test_init_is_he_normal():
     variables = init_variables(jax.random.key(0), ResNetConfig(width=16))
     kernel = variables["params"]["stage2_block1"]["conv2"]["kernel"]
     assert kernel.std() == pytest.approx(math.sqrt(2 / (9 * 32)), rel=0.05)

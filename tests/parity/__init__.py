@@ -1,1 +1,1 @@
-"""Parity with real Keras; `make parity` runs it. A package, so that its conftest does not hide tests/conftest.py."""
+"""Parity tests with reference libraries, run by `make parity`; a package, so its conftest does not shadow the other."""

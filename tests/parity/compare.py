@@ -1,4 +1,4 @@
-"""What two networks compute, held against each other batch by batch: 256 images' activations at 224 take gigabytes."""
+"""Comparison of two networks' outputs, batch by batch because the activations of 256 images at 224 take gigabytes."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,17 +10,17 @@ from cifar_jax import Backbone, ResNet, preprocess
 TOLERANCE = 1e-5
 OUTPUTS = ("stage1", "stage2", "stage3", "stage4", "pooled", "logits")
 
-Outputs = Callable[[np.ndarray], Sequence[np.ndarray]]  # uint8 images -> what OUTPUTS names, logits if there is a top
+Outputs = Callable[[np.ndarray], Sequence[np.ndarray]]  # uint8 images -> the OUTPUTS, logits only if there is a top
 
 
 def our_outputs(backbone: Backbone, image_size: int, compiled: bool = True) -> Outputs:
-    """Our network, preprocessing included, and its file's own classifier where it has one.
+    """Returns our network's outputs as a function, including preprocessing and the file's own classifier, if any.
 
-    Not compiled, operation by operation, it is slower on many images and much faster on few: networks that differ in
-    some operations only share the others.
+    Uncompiled, op by op, it is slower on many images and much faster on few, because networks that differ in a few ops
+    share the compiled others.
     """
 
-    # A closure made anew for each caller: jit would remember another one's network even after it has been patched.
+    # A new closure for each caller: otherwise jit would reuse a cached program after the network's code is patched.
     def run(backbone: Backbone, images_u8: jax.Array) -> tuple[jax.Array, ...]:
         x = preprocess(images_u8, backbone.preprocessing, image_size)
         output = ResNet(backbone.config).apply(backbone.variables, x)
@@ -36,7 +36,7 @@ def our_outputs(backbone: Backbone, image_size: int, compiled: bool = True) -> O
 
 
 def differences(ours: Outputs, theirs: Outputs, images_u8: np.ndarray, batch_size: int) -> dict[str, float]:
-    """max|a - b| / max|b| of each output over all images. Outputs of different shapes are infinitely far apart."""
+    """Returns max|a - b| / max|b| of each output over all images, infinity if the shapes differ."""
     furthest, largest = np.zeros(len(OUTPUTS)), np.zeros(len(OUTPUTS))
     for start in range(0, len(images_u8), batch_size):
         batch = images_u8[start : start + batch_size]
@@ -49,24 +49,28 @@ def differences(ours: Outputs, theirs: Outputs, images_u8: np.ndarray, batch_siz
 
 
 def assert_alive(outputs: Sequence[np.ndarray], means: np.ndarray, variances: np.ndarray) -> None:
-    """Dead networks agree about everything, and ordinary statistics hide a wrong epsilon: this one is neither.
+    """Asserts that a reference network can reveal mistakes.
+
+    Dead networks agree on everything, and ordinary statistics hide a wrong epsilon.
 
     Args:
-      outputs: of a network, for several images.
-      means: all that its BatchNorms hold.
-      variances: likewise.
+      outputs: outputs of the network for several images.
+      means: running means of all its BatchNorms.
+      variances: running variances of all its BatchNorms.
     """
     *stages, pooled = outputs[:5]
     for stage in stages:
         assert 0.3 < stage.std() < 3
-        assert 0.05 < (stage == 0).mean() < 0.5, "its relu cuts some off, not all"
-    assert pooled.std(axis=0).mean() > 0.3 * pooled.std(), "images differ from each other, not only channels"
+        assert 0.05 < (stage == 0).mean() < 0.5, "the relu must cut off some activations, not all"
+    assert pooled.std(axis=0).mean() > 0.3 * pooled.std(), (
+        "features must differ between images, not only between channels"
+    )
     assert np.abs(means).mean() > 0.1
     assert ((variances > 5e-6) & (variances < 2e-5)).mean() > 0.02
     assert (variances > 0.1).mean() > 0.4
 
 
 def differing(found: dict[str, float]) -> dict[str, float]:
-    """The differences that parity does not allow."""
-    # Not `value > TOLERANCE`: NaN is no parity either.
+    """Returns the differences above the tolerance."""
+    # Not `value > TOLERANCE`, which is false for NaN.
     return {name: value for name, value in found.items() if not value <= TOLERANCE}

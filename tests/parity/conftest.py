@@ -1,4 +1,4 @@
-"""The other libraries, imported only when a test of parity runs, and a summary of what was measured."""
+"""Reference libraries, imported only when a parity test runs, and a summary of the measured differences."""
 
 import shutil
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def libs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ModuleT
         patch.setenv("KERAS_BACKEND", "tensorflow")
         patch.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
         patch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
-        reason = "Keras 3, tf_keras and TensorFlow are not all installed: run `make parity`, which sees to that"
+        reason = "Keras 3, tf_keras and TensorFlow are not all installed; `make parity` installs them"
         tensorflow = pytest.importorskip("tensorflow", reason=reason)
         tensorflow.config.set_visible_devices([], "GPU")
         yield {name: pytest.importorskip(name, reason=reason) for name in ("keras", "tf_keras")}
@@ -35,13 +35,13 @@ def keras(libs: dict[str, ModuleType]) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def written(libs: dict[str, ModuleType], cifar10: Splits, tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """Makes a reference network and has its Keras write it; the file, of 100 MB, goes when the context ends."""
+    """Builds a reference network and saves it with its Keras; the file of 100 MB is deleted when the context exits."""
 
     @contextmanager
     def write(case: Case) -> Iterator[tuple[Reference, Path]]:
         lib = libs[case.lib]
         model = build(lib, case)
-        # In training mode Keras keeps every activation: 120 MB an image at 224.
+        # In training mode Keras keeps every activation: 120 MB per image at 224.
         images = cifar10.train.images[: 8 if case.image_size > 96 else 32]
         reference = make_reference(lib, model, case.image_size, case.seed, images, case.top)
         path = tmp_path_factory.mktemp("weights") / "weights.h5"
@@ -57,7 +57,7 @@ def written(libs: dict[str, ModuleType], cifar10: Splits, tmp_path_factory: pyte
 
 @pytest.fixture(scope="session")
 def torch_libs() -> Iterator[SimpleNamespace]:
-    """PyTorch and the three libraries on it, by name."""
+    """PyTorch and the three libraries built on it, by name."""
     with torch_networks.imported() as libs:
         yield libs
 
@@ -66,7 +66,7 @@ def torch_libs() -> Iterator[SimpleNamespace]:
 def torch_written(
     torch_libs: SimpleNamespace, cifar10: Splits, tmp_path_factory: pytest.TempPathFactory
 ) -> TorchWritten:
-    """Makes a reference network and has its library write it; the files go when the context ends."""
+    """Builds a reference network and saves it with its library; the files are deleted when the context exits."""
 
     @contextmanager
     def write(case: TorchCase) -> Iterator[tuple[TorchReference, Path]]:
@@ -82,7 +82,7 @@ def torch_written(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints what was measured, so that a table of it can be made again."""
+    """Prints the measured differences, from which the tables in the documents are made."""
     reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
     measured = [report for report in reports if report.when == "call" and report.user_properties]
     if measured:

@@ -1,4 +1,4 @@
-"""What a converted network may have got wrong and still load: each of these must be seen by whoever compares."""
+"""Mistakes in a converted network that do not prevent loading; parity checks must detect each of them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,45 +12,45 @@ import cifar_jax.models.resnet
 from cifar_jax import Backbone
 from cifar_jax.models.preprocess import TORCH
 
-# A network and a patcher of its code -> the network with the mistake, or None where it would be none.
+# (network, monkeypatch) -> the network with the mistake, or None if it would not be a mistake in this network.
 Mistake = Callable[[Backbone, pytest.MonkeyPatch], Backbone | None]
 
 
 def other_stride(backbone: Backbone, _: pytest.MonkeyPatch) -> Backbone:
-    return _reconfigured(backbone, stride_in_1x1=not backbone.config.stride_in_1x1)
+    return _with_config(backbone, stride_in_1x1=not backbone.config.stride_in_1x1)
 
 
 def other_padding(backbone: Backbone, _: pytest.MonkeyPatch) -> Backbone:
-    return _reconfigured(backbone, pool_padding=1 - backbone.config.pool_padding)
+    return _with_config(backbone, pool_padding=1 - backbone.config.pool_padding)
 
 
 def epsilon(value: float, backbone: Backbone, _: pytest.MonkeyPatch) -> Backbone | None:
-    return None if backbone.config.bn_epsilon == value else _reconfigured(backbone, bn_epsilon=value)
+    return None if backbone.config.bn_epsilon == value else _with_config(backbone, bn_epsilon=value)
 
 
 def other_channels(backbone: Backbone, _: pytest.MonkeyPatch) -> Backbone:
-    """RGB for BGR or the reverse; every colour keeps its own mean and deviation."""
-    usual = backbone.preprocessing
-    turned = {"channels": "bgr" if usual.channels == "rgb" else "rgb", "mean": usual.mean[::-1], "std": usual.std[::-1]}
-    return _repixelled(backbone, **turned)
+    """Swaps RGB and BGR; every colour keeps its own mean and std."""
+    right = backbone.preprocessing
+    wrong = {"channels": "bgr" if right.channels == "rgb" else "rgb", "mean": right.mean[::-1], "std": right.std[::-1]}
+    return _with_preprocessing(backbone, **wrong)
 
 
 def no_mean(backbone: Backbone, _: pytest.MonkeyPatch) -> Backbone:
-    return _repixelled(backbone, mean=(0.0, 0.0, 0.0))
+    return _with_preprocessing(backbone, mean=(0.0, 0.0, 0.0))
 
 
 def other_scale(backbone: Backbone, _: pytest.MonkeyPatch) -> Backbone:
-    return _repixelled(backbone, scale=256.0 - backbone.preprocessing.scale)
+    return _with_preprocessing(backbone, scale=256.0 - backbone.preprocessing.scale)
 
 
 def other_pixels(backbone: Backbone, _: pytest.MonkeyPatch) -> Backbone:
-    """That of other files of the same form: torchvision's, or another that a config.json may describe."""
-    usual = replace(TORCH, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    return backbone.replace(preprocessing=usual if backbone.preprocessing == TORCH else TORCH)
+    """Uses the preprocessing of other files in the same format: torchvision's, or another from a config.json."""
+    other = replace(TORCH, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return backbone.replace(preprocessing=other if backbone.preprocessing == TORCH else TORCH)
 
 
 def swapped(places: tuple[tuple[str, str, str], tuple[str, str, str]], backbone: Backbone, _: object) -> Backbone:
-    """Two tensors that have one shape, so that the file loads."""
+    """Swaps two tensors of the same shape, so that the file still loads."""
     variables = jax.tree.map(lambda leaf: leaf, backbone.variables)
     (block, module, leaf), (other_block, other_module, other_leaf) = places
     one, other = variables["params"][block][module], variables["params"][other_block][other_module]
@@ -60,7 +60,7 @@ def swapped(places: tuple[tuple[str, str, str], tuple[str, str, str]], backbone:
 
 
 def variance_as_deviation(backbone: Backbone, _: pytest.MonkeyPatch) -> Backbone:
-    """What Keras 1's name for the variance, `running_std`, suggests."""
+    """Squares the variances, as if they were the standard deviations that Keras 1's name `running_std` suggests."""
 
     def squared(path: tuple[Any, ...], leaf: Any) -> Any:
         return leaf**2 if path[-1].key == "var" else leaf
@@ -69,32 +69,32 @@ def variance_as_deviation(backbone: Backbone, _: pytest.MonkeyPatch) -> Backbone
 
 
 def same_convolutions(backbone: Backbone, patch: pytest.MonkeyPatch) -> Backbone:
-    usual = jax.lax.conv_general_dilated
+    original = jax.lax.conv_general_dilated
 
     def same(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], _: object, **rest: Any) -> jax.Array:
-        return usual(x, kernel, strides, "SAME", **rest)
+        return original(x, kernel, strides, "SAME", **rest)
 
     patch.setattr(jax.lax, "conv_general_dilated", same)
     return backbone
 
 
 def same_pool(backbone: Backbone, patch: pytest.MonkeyPatch) -> Backbone:
-    usual = cifar_jax.models.resnet.nn.max_pool
+    original = cifar_jax.models.resnet.nn.max_pool
     patch.setattr(
-        cifar_jax.models.resnet.nn, "max_pool", lambda *args, **rest: usual(*args, **rest | {"padding": "SAME"})
+        cifar_jax.models.resnet.nn, "max_pool", lambda *args, **rest: original(*args, **rest | {"padding": "SAME"})
     )
     return backbone
 
 
-def _reconfigured(backbone: Backbone, **changes: Any) -> Backbone:
+def _with_config(backbone: Backbone, **changes: Any) -> Backbone:
     return backbone.replace(config=replace(backbone.config, **changes))
 
 
-def _repixelled(backbone: Backbone, **changes: Any) -> Backbone:
+def _with_preprocessing(backbone: Backbone, **changes: Any) -> Backbone:
     return backbone.replace(preprocessing=replace(backbone.preprocessing, **changes))
 
 
-FIRST = "stage1_block1"  # whose shortcut and last convolution have one shape
+FIRST = "stage1_block1"  # its shortcut and its last convolution have the same shape
 MISTAKES: dict[str, Mistake] = {
     "the other stride": other_stride,
     "epsilon 1e-5": partial(epsilon, 1e-5),

@@ -1,6 +1,6 @@
-"""Reference networks made by real Keras: both generations of its ResNet50, alive and awkward, and the files it writes.
+"""Reference networks built by real Keras, in both generations of its ResNet50, and the files that it writes.
 
-`lib` is `keras` (Keras 3) or `tf_keras` (Keras 2) throughout: what is used here, both have. Neither is imported here.
+`lib` is always `keras` (Keras 3) or `tf_keras` (Keras 2); only what both provide is used, and neither is imported here.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ import numpy as np
 STAGE_SIZES = (3, 4, 6, 3)
 MODERN_STAGES = ("conv2_block3_out", "conv3_block4_out", "conv4_block6_out", "conv5_block3_out")
 STAGES_2016 = ("out2c", "out3d", "out4f", "out5c")
-# How the names of a residual branch's BatchNorms end: the last one's, and those of the two before it.
+# Name suffixes of the last BatchNorm of a residual branch, and of the two before it.
 BRANCH_ENDS = ("_3_bn", "_branch2c")
 WITHIN_BRANCH = ("_1_bn", "_2_bn", "_branch2a", "_branch2b")
 
-# What Keras 1 called the tensors that Keras has called so since; its `running_std` was the variance.
+# Keras 1's tensor names by their later names; its `running_std` was the variance.
 KERAS_1_NAMES = {
     "kernel": "W",
     "bias": "b",
@@ -36,10 +36,10 @@ class Case:
     """A network and its file.
 
     Attributes:
-      variant: what it is run as: keras, keras-2016 or keras-2016-unpadded.
-      lib: `keras` or `tf_keras`, which builds and runs it.
-      writer: one of WRITERS.
-      seed: of its weights.
+      variant: keras, keras-2016 or keras-2016-unpadded.
+      lib: the library that builds and runs it, `keras` or `tf_keras`.
+      writer: a key of WRITERS.
+      seed: seed of its weights.
       image_size: side in pixels of its input.
       top: name of its classifier layer, or None.
     """
@@ -52,19 +52,19 @@ class Case:
     top: str | None = None
 
     def __str__(self) -> str:
-        """As a test's name shows it."""
+        """Returns the case's name in test ids."""
         top = f"-{self.top}" if self.top else ""
         return f"{self.variant}-{self.lib}.{self.writer}{top}-seed{self.seed}-{self.image_size}px"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A Keras network: as a file has it, and as a function of its input.
+    """A Keras network, as the model to save and as a function of images.
 
     Attributes:
-      lib: the Keras.
-      model: what it writes.
-      outputs: model of the same layers that gives the four stages, the pooled features, and what its classifier gives.
+      lib: the Keras library.
+      model: the model to save.
+      outputs: model of the same layers that outputs the four stages, the pooled features and the classifier's output.
       image_size: side in pixels of its input.
       top: name of its classifier layer, or None.
     """
@@ -76,38 +76,38 @@ class Reference:
     top: str | None = None
 
     def preprocess(self, images_u8: np.ndarray) -> Any:
-        """Keras's own upsampling and preprocessing."""
+        """Applies Keras's own upsampling and preprocessing."""
         x = self.lib.layers.UpSampling2D(self.image_size // images_u8.shape[1])(images_u8.astype(np.float32))
         return self.lib.applications.resnet50.preprocess_input(x)
 
     def __call__(self, images_u8: np.ndarray) -> list[np.ndarray]:
-        """Stages, pooled features and logits, if it has a classifier, of a batch, in inference mode."""
+        """Returns a batch's stages, pooled features and, with a classifier, logits, in inference mode."""
         with self._logits():
             return [np.asarray(output) for output in self.outputs.predict_on_batch(self.preprocess(images_u8))]
 
     @contextmanager
     def _logits(self) -> Iterator[None]:
-        """The classifier, which is a softmax in its file, gives logits."""
+        """Makes the classifier output logits instead of the softmax."""
         if self.top is None:
             yield
             return
         layer = self.model.get_layer(self.top)
-        usual, layer.activation = layer.activation, self.lib.activations.linear
+        activation, layer.activation = layer.activation, self.lib.activations.linear
         try:
             yield
         finally:
-            layer.activation = usual
+            layer.activation = activation
 
 
 def build(lib: ModuleType, case: Case) -> Any:
-    """The network of a case, as Keras initialises it."""
+    """Builds the network of a case, as initialised by Keras."""
     if case.variant == "keras":
         return modern(lib, case.image_size, case.top)
     return of_2016(lib, case.image_size, case.top, pool_padding=0 if case.variant.endswith("unpadded") else 1)
 
 
 def modern(lib: ModuleType, image_size: int, top: str | None) -> Any:
-    """ResNet50 as Keras builds it today, with names like `conv2_block1_1_conv`."""
+    """Builds ResNet50 as today's Keras does, with names like `conv2_block1_1_conv`."""
     shape = (image_size, image_size, 3)
     if top == "predictions":
         return lib.applications.ResNet50(weights=None, include_top=True, input_shape=shape)
@@ -116,9 +116,9 @@ def modern(lib: ModuleType, image_size: int, top: str | None) -> Any:
 
 
 def of_2016(lib: ModuleType, image_size: int, top: str | None, pool_padding: int = 1) -> Any:
-    """ResNet50 as Keras built it from 2016 on, which no Keras does any more.
+    """Builds ResNet50 as Keras did from 2016 on; no current Keras does.
 
-    Names like `res2a_branch2a`, BatchNorm's own default epsilon, and a max-pool that was padded from 2018-08-31 on.
+    It has names like `res2a_branch2a`, BatchNorm's default epsilon, and a max-pool that is padded since 2018-08-31.
     """
     layers = lib.layers
     inputs = layers.Input((image_size, image_size, 3))
@@ -157,7 +157,7 @@ def _classifier(lib: ModuleType, x: Any, name: str) -> Any:
 def make_reference(
     lib: ModuleType, model: Any, image_size: int, seed: int, images_u8: np.ndarray, top: str | None = None
 ) -> Reference:
-    """Gives a network random weights that no mistake survives, and BatchNorm statistics of the given images."""
+    """Gives a network random weights that reveal mistakes, and BatchNorm statistics of the given images."""
     reference = watched(lib, model, image_size, top)
     draw_weights(model, np.random.default_rng(seed))
     calibrate(reference, images_u8)
@@ -165,7 +165,7 @@ def make_reference(
 
 
 def watched(lib: ModuleType, model: Any, image_size: int, top: str | None = None) -> Reference:
-    """A network as it is, with its stages to be seen."""
+    """Makes a network's stages observable; its weights stay as they are."""
     names = {layer.name for layer in model.layers}
     stages = [model.get_layer(name).output for name in (MODERN_STAGES if MODERN_STAGES[0] in names else STAGES_2016)]
     pooled = lib.layers.GlobalAveragePooling2D()(stages[-1])
@@ -174,15 +174,15 @@ def watched(lib: ModuleType, model: Any, image_size: int, top: str | None = None
 
 
 def draw_weights(model: Any, rng: np.random.Generator) -> None:
-    """Random weights that let no mistake pass and still leave float32 its digits.
+    """Draws random weights that reveal mistakes without losing float32 accuracy.
 
-    A quarter of the channels is faint: scaled down by 10 to 1000 in front of their BatchNorm, whose variances so reach
-    from below 1e-6 to above 1. An epsilon off by a thousandth then moves outputs by 1e-4; with variances of about one
-    it would hide.
+    A quarter of the channels is faint: scaled down by 10 to 1000 before their BatchNorm, whose variances therefore
+    range from below 1e-6 to above 1. An epsilon wrong by a thousandth then changes outputs by 1e-4; with variances
+    around one it would go unnoticed.
 
     Random networks amplify rounding errors from layer to layer, until Keras itself is 5e-5 away from the same network
-    in float64. As in trained networks, residual branches add less than what they add to (a gain of 0.4 at their ends),
-    and within them most units are on (a shift of 0.5); a tenth of each stage's outputs is still cut off by its relu.
+    in float64. As in trained networks, residual branches are smaller than the shortcuts (a gain of 0.4 at their ends),
+    and most of their units are active (a shift of 0.5); the relu still cuts off a tenth of each stage's outputs.
     """
     for layer in model.layers:
         kind, shapes = type(layer).__name__, [weight.shape for weight in layer.get_weights()]
@@ -201,19 +201,19 @@ def draw_weights(model: Any, rng: np.random.Generator) -> None:
 
 
 def _convolution(rng: np.random.Generator, height: int, width: int, fan_in: int, channels: int) -> list[np.ndarray]:
-    """He-normal kernel and a bias, a quarter of the channels faint."""
+    """Draws a He-normal kernel and a bias, with a quarter of the channels faint."""
     scale = np.where(rng.random(channels) < 0.25, 10 ** rng.uniform(-3, -1, channels), 1.0)
     kernel = rng.normal(0, (2 / (height * width * fan_in)) ** 0.5, (height, width, fan_in, channels))
     return [kernel * scale, rng.normal(0, 0.2, channels) * scale]
 
 
 def batch_norms(model: Any) -> list[Any]:
-    """All BatchNorm layers."""
+    """Returns all BatchNorm layers."""
     return [layer for layer in model.layers if type(layer).__name__ == "BatchNormalization"]
 
 
 def statistics(model: Any) -> tuple[np.ndarray, np.ndarray]:
-    """All moving means, and all moving variances."""
+    """Returns all moving means and all moving variances."""
     weights = [norm.get_weights() for norm in batch_norms(model)]
     return np.concatenate([w[2] for w in weights]), np.concatenate([w[3] for w in weights])
 
@@ -221,24 +221,24 @@ def statistics(model: Any) -> tuple[np.ndarray, np.ndarray]:
 def calibrate(reference: Reference, images_u8: np.ndarray) -> None:
     """Sets every BatchNorm's statistics to those of its own input.
 
-    In training mode a BatchNorm normalises by its batch, so one pass without momentum leaves in each layer the
-    statistics of what it saw, those of the layers below it applied.
+    In training mode a BatchNorm normalises by its batch, so one pass without momentum stores in each layer the
+    statistics of its input, given those of the layers below.
     """
     norms = batch_norms(reference.model)
-    usual = [norm.momentum for norm in norms]
+    momentums = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     reference.model(reference.preprocess(images_u8), training=True)
-    for norm, momentum in zip(norms, usual, strict=True):
+    for norm, momentum in zip(norms, momentums, strict=True):
         norm.momentum = momentum
 
 
 def teach(reference: Reference, images_u8: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> None:
-    """Turns the end of a modern network's last branch towards the classes, so that a head has something to learn.
+    """Makes the features of a modern network informative about the labels, so that a head has something to learn.
 
-    Features of a random network carry so little of the classes that two epochs barely lower the loss, and their common
-    mean is so large that SGD stands at the edge of stability, where it multiplies rounding errors. So the last 1x1
-    convolution is made of random mixtures of ten directions that predict the labels (ridge regression on its pooled
+    Features of a random network contain so little class information that two epochs barely lower the loss, and their
+    common mean is so large that SGD is at the edge of stability, where it amplifies rounding errors. So the last 1x1
+    convolution is replaced by random mixtures of ten directions that predict the labels (ridge regression on its pooled
     input), its threshold is raised, and the whole stage is scaled to a squared feature norm of about 150.
     """
     model = reference.model
@@ -262,14 +262,14 @@ def teach(reference: Reference, images_u8: np.ndarray, labels: np.ndarray, rng: 
 
 
 def tensors(model: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """All weights as (layer, tensor, value): `("conv1_conv", "kernel", ...)`."""
+    """Yields all weights as (layer, tensor, value): `("conv1_conv", "kernel", ...)`."""
     for layer in model.layers:
         for variable in layer.weights:
             yield layer.name, variable.name.split("/")[-1].removesuffix(":0"), np.asarray(variable)
 
 
 def write_as_keras_1(model: Any, path: Path) -> None:
-    """Writes a weights file as Keras 1 did: `conv1_W:0` right in its layer's group, `running_std` for the variance."""
+    """Writes a weights file as Keras 1 did: `conv1_W:0` directly in the layer's group, `running_std` for variances."""
     names = [layer.name for layer in model.layers]
     with h5py.File(path, "w") as file:
         file.attrs["layer_names"] = [name.encode() for name in names]
@@ -285,23 +285,23 @@ def write_as_keras_1(model: Any, path: Path) -> None:
 
 
 def write_archive(model: Any, path: Path) -> None:
-    """A whole model as a `.keras` archive, whatever its name ends in."""
+    """Writes a whole model as a `.keras` archive, whatever the suffix of the path."""
     made = path.with_name("made.keras")
     model.save(made)
     made.rename(path)
 
 
 def write_keras_3_weights(model: Any, path: Path) -> None:
-    """What Keras 3's `save_weights` writes, which numbers layers by class."""
+    """Writes a file with Keras 3's `save_weights`, which numbers layers by class."""
     made = path.with_name("made.weights.h5")
     model.save_weights(made)
     made.rename(path)
 
 
-# The fixture `written`: makes a reference network and has its Keras write it.
+# Type of the fixture `written`, which builds a reference network and saves it with its Keras.
 Written = Callable[[Case], AbstractContextManager[tuple[Reference, Path]]]
 
-# How a file comes to be: by which Keras, and by which of its functions.
+# Functions that save a model, by name.
 WRITERS: dict[str, Callable[[Any, Path], None]] = {
     "save": lambda model, path: model.save(path),
     "save_weights": lambda model, path: model.save_weights(path),

@@ -1,12 +1,12 @@
-"""Training of all layers: Keras's own `fit` with everything trainable, and ours, from the same weights on real images.
+"""Parity of fine-tuning: Keras's `fit` with all layers trainable, and ours, from the same weights on real images.
 
-Eight steps of 32 images at 64x64, unshuffled. What limits agreement are ReLUs at their edge, where a rounding error
-decides whether a gradient goes through. With the reference networks of the other tests, one step's gradient of an early
-layer differs by half a per cent between Keras and this program, and by as much between two ways of this program to
-compute the same convolution; eight steps later nothing agrees any more. With thresholds that leave one unit in fifty
-off losses agree to 1e-5 and updates to 2e-4; with one in a thousand, at five times the learning rate, to 7e-7 and 1e-5.
-So the network is a calm one, the tolerances are five to ten times what was measured, and mistakes made on purpose show
-what they are worth.
+Eight steps of 32 images at 64x64, unshuffled. The agreement is limited by ReLUs whose input is so close to zero that a
+rounding error decides whether the gradient passes. With the reference networks of the other tests, one step's gradient
+of an early layer differs by half a per cent between Keras and this program, and by as much between two implementations
+of the same convolution in this program; eight steps later nothing agrees any more. If one unit in fifty is off, losses
+agree to 1e-5 and updates to 2e-4; with one in a thousand, at five times the learning rate, to 7e-7 and 1e-5. So the
+test uses a calm network and tolerances of five to ten times the measured differences, and deliberate mistakes show that
+these tolerances are tight enough.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,17 +29,17 @@ from parity.networks import WRITERS, Case, Reference, Written, batch_norms, cali
 
 pytestmark = [
     pytest.mark.parity,
-    # Keras 3.15 hands NumPy 2 TensorFlow tensors that do not know its `copy`.
+    # Keras 3.15 passes TensorFlow tensors without `copy` support to NumPy 2.
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]
 
 IMAGE_SIZE, BATCH_SIZE, STEPS, LEARNING_RATE, MOMENTUM = 64, 32, 8, 1e-4, 0.9
-SHIFT = 2.0  # of each BatchNorm, in units of its scale
-LOSS_TOLERANCE = 1e-4  # relative, of each step's loss
+SHIFT = 2.0  # bias of each BatchNorm, in units of its scale
+LOSS_TOLERANCE = 1e-4  # relative, for each step's loss
 STATISTICS_TOLERANCE = (
-    1e-4  # of each channel's moving mean in standard deviations, and of its moving variance, relative
+    1e-4  # for each channel's moving mean, in standard deviations, and for its moving variance, relative
 )
-UPDATE_TOLERANCE = 1e-3  # of the distance that all parameters together have gone
+UPDATE_TOLERANCE = 1e-3  # relative to the norm of the update of all params together
 Record = Callable[[str, float], None]
 CONFIG = TrainConfig(mode="finetune", batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, momentum=MOMENTUM)
 
@@ -53,7 +53,7 @@ class Trained(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What both are given, and what Keras made of it."""
+    """The inputs of both programs, and the result of Keras."""
 
     backbone: Backbone
     head: Any
@@ -65,7 +65,7 @@ class Lesson(NamedTuple):
 def lesson(keras: ModuleType, written: Written, cifar10: Splits) -> Iterator[Lesson]:
     dataset = cifar10.train.take(np.arange(BATCH_SIZE * STEPS))
     with written(Case("keras", "keras", "save", 0, IMAGE_SIZE)) as (reference, path):
-        # On other images, so that the statistics have somewhere to go.
+        # Calibrated on other images, so that training changes the statistics.
         calm(reference, cifar10.train.images[-BATCH_SIZE:])
         WRITERS["save"](reference.model, path)
         backbone = load_backbone(path)
@@ -74,11 +74,11 @@ def lesson(keras: ModuleType, written: Written, cifar10: Splits) -> Iterator[Les
 
 
 def calm(reference: Reference, images_u8: np.ndarray) -> None:
-    """Makes a network that training does not turn into chaos: channels less faint, and few ReLUs at their edge.
+    """Makes a network that trains stably: less faint channels, and few ReLUs close to their threshold.
 
-    The gradient of a kernel in front of a BatchNorm grows as its channel fades, and with it what rounding does to it:
-    faint channels become a tenth of the others' size, not a thousandth. Thresholds two deviations below the mean leave
-    one unit in fifty cut off.
+    The gradient of a kernel before a BatchNorm, and its rounding error, grow as the channel gets fainter, so faint
+    channels become a tenth of the others' size instead of a thousandth. With thresholds two standard deviations below
+    the mean, one unit in fifty is cut off.
     """
     for layer in reference.model.layers:
         if type(layer).__name__ == "Conv2D":
@@ -93,13 +93,13 @@ def calm(reference: Reference, images_u8: np.ndarray) -> None:
 
 
 def keras_fit(keras: ModuleType, reference: Reference, backbone: Backbone, head: Any, dataset: Dataset) -> Trained:
-    """Keras's `fit` of the whole model."""
+    """Trains the whole model with Keras's `fit`."""
     base = reference.model
     base.trainable = True
     inputs = keras.layers.Input((32, 32, 3))
     x = keras.layers.UpSampling2D(IMAGE_SIZE // 32)(inputs)
     x = keras.applications.resnet50.preprocess_input(x)
-    # No `training=`: `fit` trains, BatchNorm included.
+    # Without `training=`, `fit` runs the model in training mode, including BatchNorm.
     x = keras.layers.GlobalAveragePooling2D()(base(x))
     dense = keras.layers.Dense(10, "softmax")
     model = keras.Model(inputs, dense(x))
@@ -129,7 +129,7 @@ def keras_fit(keras: ModuleType, reference: Reference, backbone: Backbone, head:
         end[path] = value.reshape(np.shape(flatten_dict(backbone.variables)[path]))
     kernel, bias = dense.get_weights()
     end |= {("head", "kernel"): kernel, ("head", "bias"): bias}
-    # `logs` has the running mean over the epoch, as every progress bar of Keras shows it.
+    # `logs` holds the running mean over the epoch, as shown in Keras's progress bar.
     counts = np.arange(1, STEPS + 1)
     sums = np.asarray(losses) * counts
     return Trained(flat(backbone.variables, head), end, np.diff(sums, prepend=0.0))
@@ -141,7 +141,7 @@ def flat(variables: Any, head: Any) -> dict[Any, np.ndarray]:
 
 
 def ours(lesson: Lesson, config: TrainConfig = CONFIG) -> Trained:
-    """Our steps."""
+    """Runs our training steps."""
     backbone = lesson.backbone
     tx = optax.sgd(config.learning_rate, momentum=config.momentum)
     order = EpochOrder(jax.random.key(0), jax.random.key(0), BATCH_SIZE, shuffle=False)
@@ -154,15 +154,15 @@ def ours(lesson: Lesson, config: TrainConfig = CONFIG) -> Trained:
 
 @pytest.fixture(scope="module")
 def right(lesson: Lesson) -> Trained:
-    """Our steps, without a mistake."""
+    """Our training without a mistake."""
     return ours(lesson)
 
 
 def distances(mine: Trained, theirs: Trained) -> dict[str, float]:
-    """How far apart two trainings are.
+    """Measures the differences between two training runs.
 
-    `loss`: the worst step's, relative. `update`: the parameters' distance as a share of how far they have gone. `mean`
-    and `var`: the worst channel's moving statistics, in standard deviations and in variances of that channel.
+    `loss`: relative, of the worst step. `update`: distance of the params, relative to the norm of their update. `mean`
+    and `var`: moving statistics of the worst channel, in standard deviations and in variances of that channel.
     """
 
     def norm(paths: list[Any], of: dict[Any, np.ndarray]) -> float:
@@ -191,13 +191,13 @@ TOLERANCES = {
 
 
 def differing(found: dict[str, float]) -> dict[str, float]:
-    """The distances that parity does not allow."""
-    # Not `value > tolerance`: NaN is no parity either.
+    """Returns the distances above their tolerances."""
+    # Not `value > tolerance`, which is false for NaN.
     return {name: value for name, value in found.items() if not value <= TOLERANCES[name]}
 
 
-def test_there_is_something_to_learn(lesson: Lesson, record_property: Record) -> None:
-    """Otherwise all that follows would say nothing."""
+def test_reference_training_makes_progress(lesson: Lesson, record_property: Record) -> None:
+    """Without progress, the comparisons below would be meaningless."""
     theirs = lesson.theirs
     moved = [np.abs(theirs.end[path] - theirs.start[path]).max() for path in theirs.end if path[-1] != "bias"]
     record_property("first", float(theirs.losses[0]))
@@ -223,10 +223,10 @@ def wrong_epsilon(lesson: Lesson, right: Trained) -> Trained:
 
 
 def unbiased_variance(lesson: Lesson, right: Trained) -> Trained:
-    """What torch keeps: n / (n - 1) times a batch's variance, n its values a channel.
+    """Uses torch's estimator: n / (n - 1) times the batch's variance, with n values per channel.
 
-    Running statistics are sums of what was seen and take no part in training, so what a wrong estimator would have left
-    follows from what the right one left.
+    Running statistics are linear in the batch statistics and do not affect training, so the result of the wrong
+    estimator follows from that of the right one.
     """
 
     def wrong(path: tuple[str, ...], end: np.ndarray) -> np.ndarray:

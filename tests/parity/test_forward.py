@@ -1,4 +1,4 @@
-"""What a network computes: stages, pooled features, logits on 256 real images, ours from the file that Keras wrote."""
+"""Parity with Keras on 256 real images: stages, pooled features and logits, from files written by Keras."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from parity.networks import Case, Reference, Written, build, of_2016, statistics
 
 pytestmark = [
     pytest.mark.parity,
-    # Keras 3.15 hands NumPy 2 TensorFlow tensors that do not know its `copy`; Keras 2 would rather write .keras files.
+    # Keras 3.15 passes TensorFlow tensors without `copy` support to NumPy 2; Keras 2 advises against HDF5 files.
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file:UserWarning"),
 ]
@@ -24,7 +24,7 @@ pytestmark = [
 NUM_IMAGES = 256
 KERAS_PARAMETERS = 23_587_712
 
-# Three seeds and more of each generation, every writer, every name of a top. At 224 a pass takes half a minute.
+# At least three seeds per generation, every writer, every top name. At 224 a pass takes half a minute.
 CASES = [
     Case("keras", "keras", "save", 0, 224),
     Case("keras", "keras", "save", 1, 96, top="predictions"),
@@ -63,7 +63,7 @@ def test_stages_features_and_logits_agree_with_keras(
     reference, path = reference_and_path
     images = cifar10.test.images[:NUM_IMAGES]
     assert_alive(reference(images[:16]), *statistics(reference.model))
-    # Names tell the generation; whether its pool was padded only a whole model's description or the user can tell.
+    # Tensor names identify the generation, but only a model config or the user can tell whether the pool is padded.
     described = case.writer in ("save", "archive")
     asked = case.variant if case.variant.endswith("unpadded") and not described else None
     backbone = load_backbone(path, asked)
@@ -81,7 +81,7 @@ def test_stages_features_and_logits_agree_with_keras(
 
 
 def assert_same_top(top: dict[str, np.ndarray] | None, reference: Reference, name: str | None) -> None:
-    """The file's classifier is kept apart, to the bit."""
+    """Asserts that the file's classifier is kept separately, bit for bit."""
     if name is None:
         assert top is None
         return
@@ -91,14 +91,14 @@ def assert_same_top(top: dict[str, np.ndarray] | None, reference: Reference, nam
     np.testing.assert_array_equal(top["bias"], bias)
 
 
-def test_parameter_count_is_that_of_keras(written: Written) -> None:
+def test_parameter_count_matches_keras(written: Written) -> None:
     with written(Case("keras", "keras", "save", 0, 64)) as (reference, path):
         count = sum(leaf.size for leaf in jax.tree.leaves(load_backbone(path).variables))
         assert count == reference.model.count_params() == KERAS_PARAMETERS
 
 
 def test_extractor_agrees_with_keras(written: Written, cifar10: Splits) -> None:
-    """The prepared path, whatever it does to be fast, with a last batch that is not full."""
+    """Covers the optimised inference path, including a last batch that is not full."""
     images = cifar10.test.images[:50]
     with written(Case("keras", "tf_keras", "save_weights", 0, 64)) as (reference, path):
         theirs = reference(images)[4]
@@ -116,10 +116,8 @@ def test_extractor_agrees_with_keras(written: Written, cifar10: Splits) -> None:
     ],
     ids=str,
 )
-def test_keras_reads_what_convert_writes(
-    case: Case, written: Written, libs: dict[str, ModuleType], tmp_path: Path
-) -> None:
-    """Keras takes a weights file's layers in their order; every weight comes home with its bits."""
+def test_keras_loads_converted_file(case: Case, written: Written, libs: dict[str, ModuleType], tmp_path: Path) -> None:
+    """Keras loads layers by order, and every weight is bit-identical after the round trip."""
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "back.h5"
     with written(case) as (reference, path):
         convert(path, ours)
@@ -132,8 +130,8 @@ def test_keras_reads_what_convert_writes(
             np.testing.assert_array_equal(a, b)
 
 
-def test_keras_reads_what_is_written_as_keras_1(libs: dict[str, ModuleType], tmp_path: Path) -> None:
-    """No Keras 1 is left to write its files; that Keras 2 takes ours for one shows that they are laid out as its."""
+def test_keras_loads_keras_1_layout(libs: dict[str, ModuleType], tmp_path: Path) -> None:
+    """Keras 1 is no longer available; that Keras 2 loads our file as a Keras 1 file shows that its layout is right."""
     wanted, read = (of_2016(libs["tf_keras"], 64, "fc1000") for _ in range(2))
     path = tmp_path / "weights.h5"
     write_as_keras_1(wanted, path)

@@ -1,4 +1,4 @@
-"""The committed manifests are those that the libraries give."""
+"""The committed manifests match those derived from the libraries."""
 
 from types import ModuleType, SimpleNamespace
 
@@ -9,11 +9,11 @@ from make_manifests import of_keras, of_torch, to_json
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 
-def test_manifests_are_what_keras_writes(libs: dict[str, ModuleType]) -> None:
+def test_manifests_match_keras(libs: dict[str, ModuleType]) -> None:
     assert_committed(of_keras(libs["tf_keras"]), "keras")
 
 
-def test_manifests_are_what_torch_writes(torch_libs: SimpleNamespace) -> None:
+def test_manifests_match_torch(torch_libs: SimpleNamespace) -> None:
     assert_committed(of_torch(torch_libs), "torchvision", "timm", "huggingface")
 
 

@@ -1,4 +1,4 @@
-"""The comparison notices mistakes: each is made on our side, for each source, and must be seen by the same function."""
+"""Deliberate mistakes in our network are detected by the parity comparison, for each source of weights."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -30,14 +30,14 @@ MORE_SOURCES = [
 
 
 class Known(NamedTuple):
-    """A network of ours, read from another library's file, and what that library computes from it."""
+    """Our network, loaded from another library's file, and that library's outputs."""
 
     backbone: Backbone
     theirs: list[np.ndarray]
     images: np.ndarray
 
     def differences(self, backbone: Backbone) -> dict[str, float]:
-        """How far a network of ours is from the library's."""
+        """Returns the differences between a network of ours and the library's."""
         ours = our_outputs(backbone, IMAGE_SIZE, compiled=False)
         return differences(ours, lambda _: self.theirs, self.images, NUM_IMAGES)
 
@@ -54,7 +54,7 @@ def known(request: pytest.FixtureRequest, cifar10: Splits) -> Iterator[Known]:
         yield Known(load_backbone(path), reference(images), images)
 
 
-def test_no_mistake_is_found_where_none_is_made(known: Known) -> None:
+def test_correct_network_has_no_differences(known: Known) -> None:
     assert differing(known.differences(known.backbone)) == {}
 
 
@@ -62,16 +62,16 @@ def test_no_mistake_is_found_where_none_is_made(known: Known) -> None:
 def test_mistake_is_noticed(
     mistake: str, known: Known, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, float], None]
 ) -> None:
-    """The pooled features have one shape whatever the mistake, so they alone must tell."""
+    """Only the pooled features count, because their shape is the same for every mistake."""
     mistaken = MISTAKES[mistake](known.backbone, monkeypatch)
     if mistaken is None:
-        return  # it is how this source is run
+        return  # not a mistake for this source
     found = known.differences(mistaken)
     record_property("pooled", found["pooled"])
     assert "pooled" in differing(found), found
 
 
-def test_tolerance_is_the_one_that_parity_promises() -> None:
+def test_tolerance() -> None:
     assert TOLERANCE == 1e-5
     assert differing({"at": 1e-5, "above": 1.1e-5, "nan": float("nan"), "shape": float("inf")}).keys() == {
         "above",

@@ -1,4 +1,4 @@
-"""The input of the network: our upsampling and preprocessing inside jit, against those of Keras."""
+"""Parity of our jitted upsampling and preprocessing with Keras's."""
 
 from functools import partial
 from types import ModuleType
@@ -22,8 +22,8 @@ def images(cifar10: Splits) -> np.ndarray:
     return cifar10.test.images[:64]
 
 
-def upsampled(keras: ModuleType, images_u8: np.ndarray) -> Any:
-    """A tensor of the library's backend."""
+def upsample_with_keras(keras: ModuleType, images_u8: np.ndarray) -> Any:
+    """Upsamples images with Keras; returns a tensor of its backend."""
     return keras.layers.UpSampling2D(SIZE // images_u8.shape[1])(images_u8.astype(np.float32))
 
 
@@ -34,14 +34,16 @@ def ours(mode: str, images_u8: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", ["keras", "tf_keras"])
 @pytest.mark.parametrize(
     "kind", ["tensor", "array"]
-)  # Keras adds the negative mean to the one, subtracts from the other
-def test_caffe_has_the_bits_of_keras(name: str, kind: str, libs: dict[str, ModuleType], images: np.ndarray) -> None:
-    x = upsampled(libs[name], images)
+)  # Keras adds the negative mean to tensors and subtracts the mean from arrays
+def test_caffe_is_bit_identical_to_keras(name: str, kind: str, libs: dict[str, ModuleType], images: np.ndarray) -> None:
+    x = upsample_with_keras(libs[name], images)
     theirs = libs[name].applications.resnet50.preprocess_input(x if kind == "tensor" else np.array(x))
     np.testing.assert_array_equal(ours("caffe", images), np.asarray(theirs))
 
 
 @pytest.mark.parametrize("mode", ["torch", "tf"])
 def test_other_modes_agree(mode: str, keras: ModuleType, images: np.ndarray) -> None:
-    theirs = np.asarray(keras.applications.imagenet_utils.preprocess_input(upsampled(keras, images), mode=mode))
+    theirs = np.asarray(
+        keras.applications.imagenet_utils.preprocess_input(upsample_with_keras(keras, images), mode=mode)
+    )
     assert np.abs(ours(mode, images) - theirs).max() <= 2e-7 * np.ptp(theirs)

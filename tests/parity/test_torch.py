@@ -1,4 +1,4 @@
-"""What networks of torchvision, timm and transformers compute: ours from the files that they wrote, on real images."""
+"""Parity with torchvision, timm and transformers on real images, from files written by these libraries."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,10 +56,10 @@ def test_stages_features_and_logits_agree(
 
 
 @pytest.mark.parametrize("lib", ["torchvision", "timm", "transformers"])
-def test_what_convert_writes_goes_home(
+def test_library_loads_converted_file(
     lib: str, torch_libs: SimpleNamespace, torch_written: TorchWritten, cifar10: Splits, tmp_path: Path
 ) -> None:
-    """Another network of the library takes it whole, and computes the same bits as the one it came from."""
+    """The library loads the converted file into another network, which gives bit-identical outputs."""
     case = TorchCase(lib, "pth", 11, 64)
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "model.safetensors"
     images = cifar10.test.images[:8]
@@ -90,7 +90,7 @@ def test_what_convert_writes_goes_home(
     ],
     ids=str,
 )
-def test_verify_weights_asks_the_library_itself(
+def test_verify_weights_against_library(
     case: TorchCase, library: str, torch_written: TorchWritten, record_property: Record
 ) -> None:
     with torch_written(case) as (_, path):

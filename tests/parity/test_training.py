@@ -1,10 +1,11 @@
-"""What training does: two epochs of Keras's own `fit`, and of ours in both ways, from the same head on the same images.
+"""Parity of head training: two epochs of Keras's `fit` and of ours, cached and live, from the same head and images.
 
-How near the trained weights can be is limited by ReLU, not by either program: where an input of a unit lies within a
-rounding error of zero, one program lets a gradient through and the other does not, and later steps multiply that. On
-the very same features, of twelve heads seven agreed to 3e-7 in every tensor after two epochs and five met such an edge,
-which cost up to 3e-3 of a kernel's largest weight and 6e-2 of a bias's. Losses hardly notice (3e-5). So the losses and
-the whole head's distance are held through the backbone; every single tensor where there is no edge or few steps.
+The agreement of the trained weights is limited by ReLU, not by either program: if the input of a unit is within a
+rounding error of zero, only one of the programs passes its gradient, and later steps amplify the difference. On
+identical features, seven of twelve heads agreed to 3e-7 in every tensor after two epochs; the other five met such a
+case, which changed up to 3e-3 of a kernel's largest weight and 6e-2 of a bias's. Losses are hardly affected (3e-5). So
+tests through the backbone compare the losses and the distance of the whole head; single tensors are compared only
+without a ReLU or after few steps.
 """
 
 import math
@@ -27,22 +28,22 @@ from parity.networks import WRITERS, Case, Reference, Written, teach
 
 pytestmark = [
     pytest.mark.parity,
-    # Keras 3.15 hands NumPy 2 TensorFlow tensors that do not know its `copy`.
+    # Keras 3.15 passes TensorFlow tensors without `copy` support to NumPy 2.
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]
 
 IMAGE_SIZE, EPOCHS, BATCH_SIZE, LEARNING_RATE = 96, 2, 64, 0.01
 NUM_TRAIN, NUM_VAL = 2000, 500  # 31 full batches and one of 16
-TOLERANCE = 1e-4  # relative: of losses, and of tensors where no ReLU is at its edge
-# Images of 2,000. While the loss is near that of guessing, classes tie to within rounding: with features of the folded
-# network, 1e-6 from Keras's, 3 images fall on the other side, with those of the plain one none.
+TOLERANCE = 1e-4  # relative, for losses, and for tensors without ReLU effects
+# Number of images, of 2,000. While the loss is close to that of guessing, class scores nearly tie: with features of the
+# folded network, 1e-6 from Keras's, the predictions of 3 images differ, with those of the plain network none.
 ACCURACY_TOLERANCE = 5
-HEAD_TOLERANCE = 1e-3  # of the whole head's norm; it moves by a hundredth of it
+HEAD_TOLERANCE = 1e-3  # relative to the whole head's norm; training moves the head by a hundredth of it
 Record = Callable[[str, float], None]
 
 
 class Lesson(NamedTuple):
-    """A backbone worth learning from, and what there is to learn."""
+    """A backbone with informative features, and the data."""
 
     reference: Reference
     backbone: Backbone
@@ -51,7 +52,7 @@ class Lesson(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What Keras made of a head."""
+    """A head before and after training by Keras, and the training history."""
 
     start: HeadParams
     end: HeadParams
@@ -69,14 +70,14 @@ def lesson(written: Written, cifar10: Splits) -> Iterator[Lesson]:
 
 @pytest.fixture(scope="module")
 def features(lesson: Lesson) -> tuple[np.ndarray, np.ndarray]:
-    """Ours, of the training and the validation images."""
+    """Our features of the training and the validation images."""
     extractor = make_extractor(lesson.backbone, IMAGE_SIZE)
     return extractor(lesson.train.images), extractor(lesson.val.images)
 
 
 @pytest.fixture(scope="module")
 def trained(keras: ModuleType, lesson: Lesson) -> Trained:
-    """The notebook's way: pixels go through the whole model at every step, the backbone does not change."""
+    """Keras training as in the notebook: pixels pass through the whole model at every step, with a frozen backbone."""
     base = lesson.reference.model
     base.trainable = False
     frozen = [np.array(weight) for weight in base.get_weights()]
@@ -96,10 +97,10 @@ def trained(keras: ModuleType, lesson: Lesson) -> Trained:
 def keras_fit(
     keras: ModuleType, inputs: Any, x: Any, start: HeadParams, train: Sequence[Any], val: Sequence[Any], epochs: int
 ) -> Trained:
-    """Keras's `fit` of a head on `x`, from the given parameters, unshuffled.
+    """Trains a head on `x` with Keras's `fit`, from the given params, unshuffled.
 
-    Softmax and `sparse_categorical_crossentropy` on probabilities, as such notebooks have it, not logits: that our loss
-    on logits is the same number is part of what is to be shown.
+    It uses softmax and `sparse_categorical_crossentropy` on probabilities, as notebooks usually do: that our loss on
+    logits has the same value is part of the test.
     """
     dense = [keras.layers.Dense(len(params["bias"]), "relu") for params in start[:-1]]
     dense.append(keras.layers.Dense(len(start[-1]["bias"]), "softmax"))
@@ -118,7 +119,7 @@ def keras_fit(
 
 
 def subset(dataset: Dataset, num_examples: int) -> Dataset:
-    """As many images of each class, in the order of the data set."""
+    """Takes a class-balanced subset, in the order of the data set."""
     return dataset.take(balanced_subset(np.asarray(dataset.labels), num_examples, jax.random.key(0)))
 
 
@@ -129,13 +130,13 @@ TX = optax.sgd(LEARNING_RATE)
 def fit_cached(
     start: HeadParams, train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], epochs: int
 ) -> tuple[HeadParams, list[EpochRow]]:
-    """Ours, on features and labels."""
+    """Trains a head with our program, on features."""
     state, history = fitted(on_features(start, train, val), TX, ORDER, epochs)
     return state.params["head"], history
 
 
 def fit_live(start: HeadParams, lesson: Lesson) -> tuple[HeadParams, list[EpochRow]]:
-    """Ours, on pixels."""
+    """Trains a head with our program, on pixels."""
     task = on_images(start, lesson.backbone, lesson.train, lesson.val, size=IMAGE_SIZE)
     state, history = fitted(task, TX, ORDER, EPOCHS, batch_size=64)
     return state.params["head"], history
@@ -148,7 +149,7 @@ def relative(a: Any, b: Any) -> float:
 
 
 def tensorwise(measure: Callable[..., float], *heads: HeadParams) -> float:
-    """The largest of a measure over a head's tensors."""
+    """Returns the maximum of a measure over a head's tensors."""
     return max(measure(*(layer[name] for layer in layers)) for layers in zip(*heads, strict=True) for name in layers[0])
 
 
@@ -161,7 +162,7 @@ def minus(a: HeadParams, b: HeadParams) -> HeadParams:
 
 
 def assert_same_history(ours: list[EpochRow], theirs: dict[str, list[float]], record: Record) -> None:
-    """Every epoch's losses to 1e-4, and accuracies to five images."""
+    """Asserts that every epoch's losses agree to 1e-4, and its accuracies to five images."""
     assert len(ours) == len(theirs["loss"])
     for name, keras_name in (("train_loss", "loss"), ("val_loss", "val_loss")):
         worst = max(relative(getattr(row, name), theirs[keras_name][row.epoch - 1]) for row in ours)
@@ -176,24 +177,24 @@ def assert_same_history(ours: list[EpochRow], theirs: dict[str, list[float]], re
         assert round(images) <= ACCURACY_TOLERANCE
 
 
-def test_there_is_something_to_learn(trained: Trained, record_property: Record) -> None:
-    """Otherwise all that follows would say nothing."""
+def test_reference_training_makes_progress(trained: Trained, record_property: Record) -> None:
+    """Without progress, the comparisons below would be meaningless."""
     first, last = trained.history["loss"]
     accuracy = trained.history["val_accuracy"][-1]
     moved = norm(minus(trained.end, trained.start)) / norm(trained.start)
     for name, value in (("loss_1", first), ("loss_2", last), ("val_accuracy", accuracy), ("moved", moved)):
         record_property(name, value)
-    assert last < first < math.log(10), "less than guessing costs, and falling"
+    assert last < first < math.log(10), "the loss is below that of guessing, and falling"
     assert last < 0.9 * math.log(10)
-    assert accuracy > 0.2, "twice what guessing gives"
+    assert accuracy > 0.2, "twice the accuracy of guessing"
     assert moved > 5 * HEAD_TOLERANCE
 
 
-@pytest.mark.parametrize("way", ["cached", "live"])
+@pytest.mark.parametrize("mode", ["cached", "live"])
 def test_training_agrees_with_keras(
-    way: str, lesson: Lesson, trained: Trained, request: pytest.FixtureRequest, record_property: Record
+    mode: str, lesson: Lesson, trained: Trained, request: pytest.FixtureRequest, record_property: Record
 ) -> None:
-    if way == "live":
+    if mode == "live":
         params, history = fit_live(trained.start, lesson)
     else:
         features, val_features = request.getfixturevalue("features")
@@ -208,7 +209,7 @@ def test_training_agrees_with_keras(
 def test_every_weight_of_a_linear_probe_agrees(
     keras: ModuleType, lesson: Lesson, features: tuple[np.ndarray, np.ndarray], record_property: Record
 ) -> None:
-    """No ReLU, no edge: two epochs on the same features end at the same weights."""
+    """Without a ReLU, two epochs on the same features give the same weights."""
     start = init_head(jax.random.key(2), lesson.backbone.config.features, hidden=())
     inputs = keras.layers.Input(features[0].shape[1:])
     data = (features[0], lesson.train.labels), (features[1], lesson.val.labels)
@@ -223,9 +224,9 @@ def test_every_weight_of_a_linear_probe_agrees(
 def test_every_update_of_the_head_agrees(
     keras: ModuleType, lesson: Lesson, features: tuple[np.ndarray, np.ndarray], record_property: Record
 ) -> None:
-    """In eight steps hardly a ReLU meets its edge, so of three heads one at least takes Keras's steps to a thousandth.
+    """In eight steps ReLU effects are rare, so at least one of three heads matches Keras's updates to a thousandth.
 
-    What is compared is how far each tensor has moved, not where it ends: a wrong step shows undiluted.
+    The test compares the change of each tensor, not its final value, so that a wrong step is fully visible.
     """
     first = slice(0, 7 * BATCH_SIZE + 50)
     data = (features[0][first], lesson.train.labels[first]), (features[1], lesson.val.labels)

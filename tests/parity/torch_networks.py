@@ -1,6 +1,6 @@
-"""Reference networks of torchvision, timm and transformers, alive and awkward as those of Keras, and their files.
+"""Reference networks of torchvision, timm and transformers, and their files.
 
-Nothing of PyTorch is imported here before a test asks for it.
+PyTorch is imported only when a test needs it.
 """
 
 import importlib.util
@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OTHER = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # what no library assumes
+OTHER = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # no library's default
 NAMES = ("torch", "torchvision", "timm", "transformers")
-REASON = "PyTorch, torchvision, timm and transformers are not all installed: run `make parity`, which sees to that"
+REASON = "PyTorch, torchvision, timm and transformers are not all installed; `make parity` installs them"
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class TorchCase:
     """A network and its file.
 
     Attributes:
-      lib: torchvision, timm or transformers, which builds, writes and runs it.
-      writer: one of WRITERS.
-      seed: of its weights.
+      lib: the library that builds, writes and runs it: torchvision, timm or transformers.
+      writer: a key of WRITERS.
+      seed: seed of its weights.
       image_size: side in pixels of its input.
       depth: 50, 101 or 152.
-      usual: whether its images are normalised as most are; else by OTHER.
-      in_1x1: whether a block strides in its first 1x1 convolution, which only transformers offers.
+      usual: whether images are normalised by IMAGENET, else by OTHER.
+      in_1x1: whether blocks stride in their first 1x1 convolution, which only transformers supports.
     """
 
     lib: str
@@ -47,21 +47,21 @@ class TorchCase:
     in_1x1: bool = False
 
     def __str__(self) -> str:
-        """As a test's name shows it."""
+        """Returns the case's name in test ids."""
         changes = ("" if self.usual else "-other pixels") + ("-stride in 1x1" if self.in_1x1 else "")
         return f"{self.lib}{self.depth}.{self.writer}{changes}-seed{self.seed}-{self.image_size}px"
 
 
 @dataclass(frozen=True)
 class TorchReference:
-    """A network of PyTorch as a function of images to the four stages, the pooled features and the logits."""
+    """A PyTorch network as a function from images to the four stages, the pooled features and the logits."""
 
     libs: SimpleNamespace
     model: Any
     case: TorchCase
 
     def preprocess(self, images_u8: np.ndarray) -> Any:
-        """Nearest-neighbour upsampling, and the library's own normalising."""
+        """Applies nearest-neighbour upsampling and the library's own normalisation."""
         torch = self.libs.torch
         size = (self.case.image_size,) * 2
         x = torch.nn.functional.interpolate(torch.tensor(images_u8).permute(0, 3, 1, 2).float(), size, mode="nearest")
@@ -76,7 +76,7 @@ class TorchReference:
         return self.libs.torchvision.transforms.functional.normalize(x / 255, mean, std)
 
     def __call__(self, images_u8: np.ndarray) -> list[np.ndarray]:
-        """Stages and pooled features in our order of axes, and the logits, of a batch, in inference mode."""
+        """Returns a batch's stages and pooled features in our axis order, and its logits, in inference mode."""
         seen: dict[int, Any] = {}
         watched = parts(self.model, self.case.lib)
         hooks = [
@@ -94,7 +94,7 @@ class TorchReference:
 
 @contextmanager
 def imported() -> Iterator[SimpleNamespace]:
-    """The four libraries, or a skip that says how to get them."""
+    """Imports the four libraries, or skips the test with a hint on how to install them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch = pytest.importorskip("torch", reason=REASON)
@@ -107,8 +107,8 @@ def imported() -> Iterator[SimpleNamespace]:
 def declare_operators(torch: ModuleType) -> Any:
     """Declares the compiled operators of a torchvision that was built for another PyTorch.
 
-    Such a one, installed without its dependencies, runs every network all the same: none uses these operators, but its
-    import registers gradients for them and fails where they are not there.
+    Such a torchvision, installed without its dependencies, can still run every network, because none uses these
+    operators. But its import registers gradients for them and fails if they do not exist.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
@@ -129,7 +129,7 @@ def declare_operators(torch: ModuleType) -> Any:
 
 
 def build(libs: SimpleNamespace, case: TorchCase) -> Any:
-    """The network of a case, as its library initialises it."""
+    """Builds the network of a case, as initialised by its library."""
     name, (mean, std) = f"resnet{case.depth}", IMAGENET if case.usual else OTHER
     if case.lib == "torchvision":
         return getattr(libs.torchvision.models, name)(weights=None)
@@ -142,7 +142,7 @@ def build(libs: SimpleNamespace, case: TorchCase) -> Any:
 
 
 def image_processor(libs: SimpleNamespace, case: TorchCase) -> Any:
-    """The one that `microsoft/resnet-50` comes with, its resizing left to us."""
+    """Returns the image processor of `microsoft/resnet-50`, with its resizing turned off."""
     mean, std = IMAGENET if case.usual else OTHER
     size = {"shortest_edge": case.image_size}
     processor = libs.transformers.ConvNextImageProcessor
@@ -150,7 +150,7 @@ def image_processor(libs: SimpleNamespace, case: TorchCase) -> Any:
 
 
 def parts(model: Any, lib: str) -> list[Any]:
-    """The modules whose outputs are compared: four stages and the pooling."""
+    """Returns the modules whose outputs are compared: four stages and the pooling."""
     if lib == "transformers":
         return [*model.resnet.encoder.stages, model.resnet.pooler]
     pool = model.avgpool if lib == "torchvision" else model.global_pool
@@ -158,12 +158,12 @@ def parts(model: Any, lib: str) -> list[Any]:
 
 
 def make_reference(libs: SimpleNamespace, case: TorchCase, images_u8: np.ndarray) -> TorchReference:
-    """A network with random weights that no mistake survives, and BatchNorm statistics of the given images."""
+    """Builds a network with random weights that reveal mistakes, and BatchNorm statistics of the given images."""
     reference = TorchReference(libs, build(libs, case), case)
     draw_weights(libs.torch, reference.model, np.random.default_rng(case.seed))
     norms = batch_norms(reference.model)
     for norm in norms:
-        norm.momentum = 1.0  # PyTorch's is the share of the new
+        norm.momentum = 1.0  # in PyTorch, the weight of the new statistics
     with libs.torch.no_grad():
         reference.model.train()(reference.preprocess(images_u8))
     for norm in norms:
@@ -171,19 +171,19 @@ def make_reference(libs: SimpleNamespace, case: TorchCase, images_u8: np.ndarray
     return reference
 
 
-# How the names of a residual branch's last BatchNorm end, and those of the two before it.
+# Name suffixes of the last BatchNorm of a residual branch, and of the two before it.
 BRANCH_END = re.compile(r"(layer\d\.\d+\.bn3|layer\.2\.normalization)$")
 WITHIN_BRANCH = re.compile(r"(layer\d\.\d+\.bn[12]|layer\.[01]\.normalization)$")
 
 
 def stage_of(name: str) -> str:
-    """The part of a module's name that all modules of its stage share."""
+    """Returns the part of a module's name that identifies its stage."""
     match = re.search(r"layer\d(?=\.\d+\.bn)|stages\.\d", name)
     return match[0] if match else ""
 
 
 def draw_weights(torch: ModuleType, model: Any, rng: np.random.Generator) -> None:
-    """Random weights as `networks.draw_weights` has them, for the same reasons, without biases."""
+    """Draws random weights like `networks.draw_weights`, for the same reasons, but without biases."""
     blocks = Counter(stage_of(name) for name, _ in model.named_modules() if BRANCH_END.search(name))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -194,8 +194,8 @@ def draw_weights(torch: ModuleType, model: Any, rng: np.random.Generator) -> Non
         elif isinstance(module, torch.nn.BatchNorm2d):
             gain, shift, spread = 1.0, 0.5 if WITHIN_BRANCH.search(name) else 0.1, 0.2
             if BRANCH_END.search(name):
-                # What 23 or 36 branches add up to spreads no more than what 6 do, and does not climb: else hardly a
-                # unit of their stage is ever off.
+                # Scaled so that the sum of 23 or 36 branches has the spread of that of 6, and does not drift upwards:
+                # otherwise hardly any unit of their stage would ever be cut off.
                 share = min(1.0, 6 / blocks[stage_of(name)])
                 gain, shift, spread = 0.4 * share**0.5, 0.1 if share == 1 else 0.0, 0.2 * share**0.5
             size = module.weight.shape
@@ -210,12 +210,12 @@ def draw_weights(torch: ModuleType, model: Any, rng: np.random.Generator) -> Non
 
 
 def batch_norms(model: Any) -> list[Any]:
-    """All BatchNorm layers."""
+    """Returns all BatchNorm layers."""
     return [module for module in model.modules() if type(module).__name__.startswith("BatchNorm")]
 
 
 def statistics(model: Any) -> tuple[np.ndarray, np.ndarray]:
-    """All running means, and all running variances."""
+    """Returns all running means and all running variances."""
     norms = batch_norms(model)
     means, variances = ([getattr(norm, of).numpy() for norm in norms] for of in ("running_mean", "running_var"))
     return np.concatenate(means), np.concatenate(variances)
@@ -232,7 +232,7 @@ def _saved(zipped: bool) -> Callable[[TorchReference, Path], Path]:
 
 
 def _hub(reference: TorchReference, directory: Path) -> Path:
-    """A directory as timm and transformers publish it."""
+    """Writes a directory as published by timm and transformers."""
     if reference.case.lib == "timm":
         reference.libs.timm.models.save_for_hf(reference.model, directory, safe_serialization=True)
         assert json.loads((directory / "config.json").read_text())["architecture"] == f"resnet{reference.case.depth}"
@@ -243,15 +243,15 @@ def _hub(reference: TorchReference, directory: Path) -> Path:
 
 
 def _hub_bin(reference: TorchReference, directory: Path) -> Path:
-    """The same with the tensors in PyTorch's own form."""
+    """Writes the same directory with the tensors in PyTorch's own format."""
     _hub(reference, directory)
     (directory / "model.safetensors").unlink()
     reference.libs.torch.save(reference.model.state_dict(), directory / "pytorch_model.bin")
     return directory
 
 
-# How a file comes to be.
+# Functions that save a network, by name.
 WRITERS = {"pth": _saved(True), "legacy-pth": _saved(False), "hub": _hub, "hub-bin": _hub_bin}
 
-# The fixture `torch_written`: makes a reference network and has its library write it.
+# Type of the fixture `torch_written`, which builds a reference network and saves it with its library.
 TorchWritten = Callable[[TorchCase], AbstractContextManager[tuple[TorchReference, Path]]]

@@ -1,4 +1,4 @@
-"""`convert`: any form to our own and back, every tensor to the bit, never to a family that would run it otherwise."""
+"""`convert`: bit-exact round trips between all formats; targets that would change the network are refused."""
 
 import json
 import re
@@ -71,7 +71,7 @@ def assert_same_network(a, b):
 
 
 @pytest.mark.parametrize(("family", "top"), [("keras", "predictions"), ("keras-2016", "fc1000")])
-def test_keras_to_ours_to_keras(tmp_path, family, top):
+def test_keras_roundtrip(tmp_path, family, top):
     source, tensors = keras_file(tmp_path / "a.h5", family, top)
     convert(source, tmp_path / "b.safetensors")
     convert(tmp_path / "b.safetensors", tmp_path / "c.h5")
@@ -81,19 +81,19 @@ def test_keras_to_ours_to_keras(tmp_path, family, top):
 
 
 @pytest.mark.parametrize("family", ["torchvision", "huggingface"])
-def test_torch_to_ours_to_torch(tmp_path, family):
+def test_torch_roundtrip(tmp_path, family):
     source, tensors = torch_file(tmp_path / "a.pth", family)
     convert(source, tmp_path / "b.safetensors")
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", family)
     assert_same_network(load_backbone(tmp_path / "b.safetensors"), load_backbone(source))
-    # The counts of training steps are not kept: nothing that runs the network needs them.
+    # `num_batches_tracked` is not kept, because it is not needed to run the network.
     wanted = {name: value * 0 if name.endswith("num_batches_tracked") else value for name, value in tensors.items()}
     assert_same_tensors(safetensors.numpy.load_file(tmp_path / "c.safetensors"), wanted)
     with safetensors.safe_open(tmp_path / "c.safetensors", framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
 
 
-def test_torchvision_to_transformers_and_back(tmp_path):
+def test_torchvision_transformers_roundtrip(tmp_path):
     source, _ = torch_file(tmp_path / "a.pth")
     convert(source, tmp_path / "b.safetensors", "huggingface")
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "torchvision")
@@ -101,13 +101,13 @@ def test_torchvision_to_transformers_and_back(tmp_path):
         assert_same_network(load_backbone(tmp_path / f"{name}.safetensors"), load_backbone(source))
 
 
-def test_without_a_top_there_is_none(tmp_path):
+def test_files_without_top_convert_without_top(tmp_path):
     tensors = {
         name: value for name, value in torch_tensors(NARROW_TORCH, "huggingface").items() if "classifier" not in name
     }
     convert(write_torch(tmp_path / "a.pth", tensors), tmp_path / "b.safetensors", "huggingface")
     found = safetensors.numpy.load_file(tmp_path / "b.safetensors")
-    assert found.keys() == tensors.keys()  # without a prefix, as ResNetModel has them
+    assert found.keys() == tensors.keys()  # without a prefix, as in ResNetModel
     convert(write_keras_h5(tmp_path / "a.h5", keras_tensors()), tmp_path / "c.h5")
     assert read_keras_h5(tmp_path / "c.h5").tensors.keys() == keras_tensors().keys()
 
@@ -120,14 +120,14 @@ def test_equal_weights_make_equal_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["keras-resnet50", "keras-resnet50-2016"])
-def test_layers_are_in_the_order_of_keras(name):
-    """Which takes them in order; the shortcut's kernel and the last one's have the same shape."""
+def test_layer_order_matches_keras(name):
+    """Keras loads layers by order, and the kernels of the shortcut and the last convolution have the same shape."""
     manifest = json.loads((MANIFESTS / f"{name}.json").read_text())
     family = "keras-2016" if "2016" in name else "keras"
     assert keras_names.layer_order((3, 4, 6, 3), family) == list(manifest)
 
 
-def test_weights_are_named_and_ordered_as_keras_writes_them(tmp_path):
+def test_weight_names_and_order_match_keras(tmp_path):
     source, _ = keras_file(tmp_path / "a.h5")
     convert(source, tmp_path / "b.h5")
     with h5py.File(tmp_path / "b.h5") as file:
@@ -160,18 +160,18 @@ def refused(capsys, *arguments):
         ({"conv_bias": True}, "huggingface", ["must have biases", "would do without biases"]),
     ],
 )
-def test_other_families_are_refused_with_the_reason(tmp_path, capsys, changes, to, parts):
+def test_incompatible_targets_are_refused(tmp_path, capsys, changes, to, parts):
     config = replace(NARROW_TORCH, **changes)
     save_backbone(
         tmp_path / "a.safetensors", random_backbone(jax.random.key(0), draw_shapes(10, seed=0)[0], config, 32)
     )
     target = tmp_path / f"b{TARGETS[to].suffixes[0]}"
-    sentence = refused(capsys, tmp_path / "a.safetensors", target, "--to", to)
-    assert f"cannot become a file of {to}" in sentence and all(part in sentence for part in parts), sentence
+    message = refused(capsys, tmp_path / "a.safetensors", target, "--to", to)
+    assert f"cannot be converted to {to}" in message and all(part in message for part in parts), message
     assert files_below(tmp_path) == ["a.safetensors"]
 
 
-def test_neither_way_between_keras_and_torchvision(tmp_path, capsys):
+def test_keras_and_torchvision_do_not_convert_to_each_other(tmp_path, capsys):
     keras, torch = keras_file(tmp_path / "a.h5")[0], torch_file(tmp_path / "a.pth")[0]
     assert "would stride in its 3x3" in refused(capsys, keras, tmp_path / "b.safetensors", "--to", "torchvision")
     assert "would stride in its first 1x1" in refused(capsys, torch, tmp_path / "b.h5")
@@ -180,17 +180,17 @@ def test_neither_way_between_keras_and_torchvision(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("target", "more", "part"),
     [
-        ("b.pth", [], "ends in neither .safetensors nor .h5"),
-        ("b.safetensors", ["--to", "keras"], "does not end in .h5"),
-        ("b.h5", ["--to", "ours"], "does not end in .safetensors"),
-        ("nowhere/b.h5", [], "its own directory is not there"),
-        ("there.h5", [], "is there already; give --overwrite"),
+        ("b.pth", [], "must end in .safetensors or .h5"),
+        ("b.safetensors", ["--to", "keras"], "must end in .h5"),
+        ("b.h5", ["--to", "ours"], "must end in .safetensors"),
+        ("nowhere/b.h5", [], "does not exist"),
+        ("there.h5", [], "already exists. Pass --overwrite"),
         ("a.h5", ["--overwrite"], "is the file to convert"),
         ("b.h5", ["--to", "onnx"], "onnx"),
         ("b.h5", ["--variant", "torchvision"], "does not fit"),
     ],
 )
-def test_what_is_typed_wrong(tmp_path, capsys, target, more, part):
+def test_invalid_arguments_are_refused(tmp_path, capsys, target, more, part):
     source, _ = keras_file(tmp_path / "a.h5")
     (tmp_path / "there.h5").write_bytes(b"kept")
     before = sha256_of_file(source)
@@ -199,7 +199,7 @@ def test_what_is_typed_wrong(tmp_path, capsys, target, more, part):
     assert files_below(tmp_path) == ["a.h5", "there.h5"]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, capsys):
+def test_full_disk_leaves_no_file(tmp_path, capsys):
     source, _ = keras_file(tmp_path / "a.h5")
     for target in ("b.h5", "b.safetensors"):
         with full_disk(at=5000):
@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys):
     assert files_below(tmp_path) == ["a.h5"]
 
 
-def test_what_it_says(tmp_path, capsys):
+def test_summary(tmp_path, capsys):
     source, _ = keras_file(tmp_path / "a.h5")
     result = command(capsys, "convert", source, tmp_path / "b.safetensors")
     assert result.code == 0 and re.search(r"top +5 classes", result.out), result
@@ -217,9 +217,9 @@ def test_what_it_says(tmp_path, capsys):
     assert about["sha256"] == sha256_of_file(tmp_path / "b.safetensors") and about["variant"].startswith("keras (by")
 
 
-def test_an_input_that_the_form_cannot_tell_is_said(tmp_path, said):
+def test_lost_preprocessing_is_logged(tmp_path, said):
     source = torch_file(tmp_path / "a.pth")[0]
     save_backbone(tmp_path / "b.safetensors", load_backbone(source).replace(image_size=160))
     said.clear()
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "torchvision")
-    assert len(said) == 1 and "cannot say what the input" in said[0] and "160 pixels" in said[0]
+    assert len(said) == 1 and "cannot record the preprocessing" in said[0] and "160 pixels" in said[0]

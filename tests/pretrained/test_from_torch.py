@@ -1,4 +1,4 @@
-"""Files of torchvision, timm and transformers: what fills which variable, how they are run, and what is refused."""
+"""Files of torchvision, timm and transformers: tensor mapping, variants, and refusals."""
 
 import json
 from dataclasses import replace
@@ -48,7 +48,7 @@ def family(request):
 
 
 def write(path, tensors):
-    """In the form that the file's name says."""
+    """Writes tensors in the format of the file's suffix."""
     if path.suffix == ".safetensors":
         safetensors.numpy.save_file(dict(tensors), path)
         return path
@@ -58,13 +58,13 @@ def write(path, tensors):
 def refusal(path, variant=None):
     with pytest.raises(WeightsError) as caught:
         load_backbone(path, variant)
-    sentence = str(caught.value)
-    assert "\n" not in sentence and str(path.parent) in sentence, sentence
-    return sentence
+    message = str(caught.value)
+    assert "\n" not in message and str(path.parent) in message, message
+    return message
 
 
 def assert_filled(backbone, tensors, family):
-    """Told by hand for some of every kind, so that it does not lean on the library's own table."""
+    """Checks some tensors of each kind by hand-written names, independently of the library's name maps."""
     params, statistics = backbone.variables["params"], backbone.variables["batch_stats"]
     block, moments = params["stage2_block1"], statistics["stage2_block1"]
     np.testing.assert_array_equal(block["conv2"]["kernel"], tensors[CONV2[family]].transpose(2, 3, 1, 0))
@@ -87,18 +87,18 @@ def assert_filled(backbone, tensors, family):
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.pt", "x.bin", "x.safetensors", "no-suffix"])
-def test_every_form(tmp_path, family, name, said):
+def test_all_file_formats_load(tmp_path, family, name, said):
     tensors = torch_tensors(NARROW_TORCH, family)
     path = write(tmp_path / name, tensors)
     backbone = load_backbone(path)
     assert_filled(backbone, tensors, family)
     assert backbone.config == NARROW_TORCH and backbone.preprocessing == TORCH and backbone.image_size == 224
     assert backbone.variant == f"{family} (by its tensor names)"
-    assert len(said) == 1 and f"{path} does not say how it is run" in said[0] and "assumed" in said[0]
+    assert len(said) == 1 and f"{path} does not specify its variant" in said[0] and "assuming" in said[0]
     assert load_backbone(path, family).variant == f"{family} (by --variant)" and len(said) == 1
 
 
-def test_wrapped_and_prefixed(tmp_path, family, said):
+def test_nested_and_prefixed_state_dicts_load(tmp_path, family, said):
     tensors = torch_tensors(NARROW_TORCH, family)
     wrapped = {f"module._orig_mod.{name}": value for name, value in tensors.items()}
     assert_filled(load_backbone(write(tmp_path / "x.safetensors", wrapped)), tensors, family)
@@ -107,10 +107,10 @@ def test_wrapped_and_prefixed(tmp_path, family, said):
     )
     said.clear()
     assert_filled(load_backbone(path), tensors, family)
-    assert "holds state_dict and model_ema: state_dict is loaded" in said[0]
+    assert "loading state_dict, ignoring model_ema" in said[0]
 
 
-def test_transformers_writes_with_and_without_a_prefix(tmp_path):
+def test_transformers_prefix_is_optional(tmp_path):
     tensors = torch_tensors(NARROW_TORCH, "huggingface")
     prefixed = {name if name.startswith("classifier") else f"resnet.{name}": value for name, value in tensors.items()}
     assert_filled(load_backbone(write(tmp_path / "x.safetensors", prefixed)), tensors, "huggingface")
@@ -120,7 +120,7 @@ def test_transformers_writes_with_and_without_a_prefix(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64])
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
-def test_other_precisions(tmp_path, dtype, name):
+def test_other_dtypes_load(tmp_path, dtype, name):
     tensors = {
         name: value if "num_batches" in name else value.astype(dtype)
         for name, value in torch_tensors(NARROW_TORCH).items()
@@ -129,7 +129,7 @@ def test_other_precisions(tmp_path, dtype, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How it is run
+# Variants and configs
 
 
 def described(path, config, pixels=None):
@@ -139,14 +139,14 @@ def described(path, config, pixels=None):
     return path
 
 
-def test_timm_says_its_mean_and_size(tmp_path, said):
+def test_timm_config_sets_preprocessing_and_size(tmp_path, said):
     path = described(write(tmp_path / "model.safetensors", torch_tensors(NARROW_TORCH)), TIMM)
     for given in (path, tmp_path, str(tmp_path)):
         backbone = load_backbone(given)
         assert backbone.preprocessing == replace(TORCH, name="described", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
         assert (backbone.image_size, backbone.source) == (160, str(path)) and backbone.config == NARROW_TORCH
         assert backbone.variant == "torchvision as described (by its description)"
-    # As timm keeps what it was told.
+    # timm records its default arguments as well.
     described(path, TIMM | {"model_args": {"num_classes": 5, "global_pool": "avg", "in_chans": 3}})
     assert load_backbone(path).image_size == 160
     described(path, {"architecture": "tv_resnet50", "mean": list(TORCH.mean), "std": list(TORCH.std)})
@@ -155,7 +155,7 @@ def test_timm_says_its_mean_and_size(tmp_path, said):
 
 @pytest.mark.parametrize("in_1x1", [False, True])
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_transformers_says_where_it_strides(tmp_path, in_1x1, name, said):
+def test_transformers_config_sets_stride(tmp_path, in_1x1, name, said):
     path = write(tmp_path / name, torch_tensors(NARROW_TORCH, "huggingface"))
     described(path, HF | {"downsample_in_bottleneck": in_1x1}, PIXELS | {"do_rescale": True, "rescale_factor": 1 / 255})
     backbone = load_backbone(tmp_path)
@@ -164,10 +164,10 @@ def test_transformers_says_where_it_strides(tmp_path, in_1x1, name, said):
     assert backbone.image_size == 160
     (tmp_path / "preprocessor_config.json").unlink()
     assert load_backbone(tmp_path).preprocessing == TORCH
-    assert len(said) == 1 and "preprocessor_config.json is not beside it" in said[0]
+    assert len(said) == 1 and "no preprocessor_config.json is next to it" in said[0]
 
 
-def test_a_bare_scale(tmp_path):
+def test_preprocessor_without_normalization(tmp_path):
     path = write(tmp_path / "model.safetensors", torch_tensors(NARROW_TORCH, "huggingface"))
     described(path, HF, {"do_rescale": False, "do_normalize": False, "size": 224})
     pixels = load_backbone(path).preprocessing
@@ -175,7 +175,7 @@ def test_a_bare_scale(tmp_path):
 
 
 @pytest.mark.parametrize("config", [{"preset": "demo"}, TIMM, {"model_type": "vit", "depths": [9]}])
-def test_a_config_of_something_else_is_left_alone(tmp_path, config):
+def test_unrelated_config_is_ignored(tmp_path, config):
     path = described(write(tmp_path / "x.pth", torch_tensors(NARROW_TORCH, "huggingface")), config)
     assert load_backbone(path).variant == "huggingface (by its tensor names)"
 
@@ -187,43 +187,43 @@ def test_a_config_of_something_else_is_left_alone(tmp_path, config):
             "torchvision",
             TIMM | {"architecture": "resnetblur50"},
             None,
-            "describes 'resnetblur50', which computes something",
+            "describes 'resnetblur50', which is not a plain",
         ),
-        ("torchvision", TIMM | {"model_args": {"output_stride": 8}}, None, "changed in output_stride"),
-        ("torchvision", TIMM | {"pretrained_cfg": {"mean": [0.5]}}, None, "is not as its library writes it"),
-        ("torchvision", TIMM | {"pretrained_cfg": {"std": [0, 0, 0]}}, None, "is not as its library writes it"),
+        ("torchvision", TIMM | {"model_args": {"output_stride": 8}}, None, "non-default output_stride"),
+        ("torchvision", TIMM | {"pretrained_cfg": {"mean": [0.5]}}, None, "has an unexpected structure"),
+        ("torchvision", TIMM | {"pretrained_cfg": {"std": [0, 0, 0]}}, None, "has an unexpected structure"),
         (
             "torchvision",
             TIMM | {"pretrained_cfg": {"input_size": [3, 224, 192]}},
             None,
-            "is not as its library writes it",
+            "has an unexpected structure",
         ),
-        ("torchvision", TIMM | {"pretrained_cfg": 3}, None, "is not as its library writes it"),
-        ("huggingface", HF | {"layer_type": "basic"}, None, "of basic blocks"),
-        ("huggingface", HF | {"hidden_act": "gelu"}, None, "changed in hidden_act"),
-        ("huggingface", HF | {"downsample_in_first_stage": True}, None, "changed in downsample_in_first_stage"),
-        ("huggingface", HF | {"downsample_in_bottleneck": "no"}, None, "is not as its library writes it"),
-        ("huggingface", HF | {"depths": [1, 2]}, None, "do not belong together"),
-        ("huggingface", HF | {"depths": 3}, None, "is not as its library writes it"),
-        ("huggingface", HF, {}, "is not as its library writes it"),
-        ("huggingface", HF, PIXELS | {"rescale_factor": 0}, "is not as its library writes it"),
-        ("huggingface", HF, PIXELS | {"size": {"height": 3, "width": 4}}, "is not as its library writes it"),
-        ("huggingface", HF, [], "is no JSON object"),
+        ("torchvision", TIMM | {"pretrained_cfg": 3}, None, "has an unexpected structure"),
+        ("huggingface", HF | {"layer_type": "basic"}, None, "with basic blocks"),
+        ("huggingface", HF | {"hidden_act": "gelu"}, None, "non-default hidden_act"),
+        ("huggingface", HF | {"downsample_in_first_stage": True}, None, "non-default downsample_in_first_stage"),
+        ("huggingface", HF | {"downsample_in_bottleneck": "no"}, None, "has an unexpected structure"),
+        ("huggingface", HF | {"depths": [1, 2]}, None, "next to it describes one with (1, 2)"),
+        ("huggingface", HF | {"depths": 3}, None, "has an unexpected structure"),
+        ("huggingface", HF, {}, "has an unexpected structure"),
+        ("huggingface", HF, PIXELS | {"rescale_factor": 0}, "has an unexpected structure"),
+        ("huggingface", HF, PIXELS | {"size": {"height": 3, "width": 4}}, "has an unexpected structure"),
+        ("huggingface", HF, [], "not a JSON object"),
     ],
 )
-def test_descriptions_of_another_network(tmp_path, family, config, pixels, part):
+def test_unsupported_configs_are_refused(tmp_path, family, config, pixels, part):
     path = described(write(tmp_path / "x.safetensors", torch_tensors(NARROW_TORCH, family)), config, pixels)
     assert part in refusal(path)
 
 
-def test_a_variant_that_contradicts_the_description(tmp_path):
+def test_variant_contradicting_the_config_is_refused(tmp_path):
     path = write(tmp_path / "x.safetensors", torch_tensors(NARROW_TORCH, "huggingface"))
     described(path, HF | {"downsample_in_bottleneck": True}, PIXELS)
-    assert "--variant huggingface contradicts the description" in refusal(path, "huggingface")
+    assert "--variant huggingface contradicts the config" in refusal(path, "huggingface")
     assert "--variant keras does not fit" in refusal(path, "keras")
 
 
-def test_a_known_hash_decides(tmp_path, monkeypatch, said):
+def test_known_hash_takes_precedence(tmp_path, monkeypatch, said):
     path = described(write(tmp_path / "x.pth", torch_tensors(NARROW_TORCH)), TIMM)
     digest, size = f"sha256:{load_backbone(path).sha256[:8]}", path.stat().st_size
     entry = registry.Entry(
@@ -235,63 +235,65 @@ def test_a_known_hash_decides(tmp_path, monkeypatch, said):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What does not fit
+# Mismatches
 
 
 def without(tensors, *names):
     return {name: value for name, value in tensors.items() if name not in names}
 
 
-def turned(tensors, name):
+def transposed(tensors, name):
     return tensors | {name: tensors[name].transpose(1, 0, 2, 3).copy()}
 
 
-def test_both_sides_are_listed(tmp_path, family):
+def test_mismatch_lists_missing_and_unexpected_tensors(tmp_path, family):
     tensors, name, path = torch_tensors(NARROW_TORCH, family), CONV2[family], tmp_path / "x.pth"
-    assert f"it lacks {name} and has nothing" in refusal(write(path, without(tensors, name)))
+    assert f"missing tensors: {name}; unexpected tensors: none" in refusal(write(path, without(tensors, name)))
     extra = tensors | {"extra.weight": tensors[name]}
-    assert "it lacks nothing and has extra.weight" in refusal(write(path, extra))
+    assert "missing tensors: none; unexpected tensors: extra.weight" in refusal(write(path, extra))
     wide = tensors | {name: np.zeros((8, 9, 3, 3), np.float32)}
-    assert f"{name} (8, 9, 3, 3) where the network has (8, 8, 3, 3)" in refusal(write(path, wide))
+    assert f"{name} has shape (8, 9, 3, 3), expected (8, 8, 3, 3)" in refusal(write(path, wide))
     shortcut = SHORTCUT[family]
-    assert f"{shortcut} (16, 32, 1, 1) where the network has (32, 16, 1, 1)" in refusal(
-        write(path, turned(tensors, shortcut))
+    assert f"{shortcut} has shape (16, 32, 1, 1), expected (32, 16, 1, 1)" in refusal(
+        write(path, transposed(tensors, shortcut))
     )
 
 
-def test_values_that_cannot_be(tmp_path, family):
+def test_invalid_values_are_refused(tmp_path, family):
     tensors, path, name = torch_tensors(NARROW_TORCH, family), tmp_path / "x.safetensors", VARIANCE[family]
-    assert "variances below zero" in refusal(write(path, tensors | {name: np.full(4, -1, np.float32)}))
-    assert "not finite" in refusal(write(path, tensors | {name: np.full(4, np.nan, np.float32)}))
-    assert "not finite" in refusal(write(path, tensors | {name: np.full(4, 1e300)}))
-    assert "whole numbers" in refusal(write(path, tensors | {name: np.ones(4, np.int64)}))
+    assert "negative variances" in refusal(write(path, tensors | {name: np.full(4, -1, np.float32)}))
+    assert "non-finite" in refusal(write(path, tensors | {name: np.full(4, np.nan, np.float32)}))
+    assert "non-finite" in refusal(write(path, tensors | {name: np.full(4, 1e300)}))
+    assert "integers instead of floats" in refusal(write(path, tensors | {name: np.ones(4, np.int64)}))
 
 
-def test_other_blocks_and_stems_are_refused(tmp_path, family):
+def test_basic_blocks_are_refused(tmp_path, family):
     tensors, path = torch_tensors(NARROW_TORCH, family), tmp_path / "x.pth"
     last = ("conv3", "bn3", "layer.2")
     basic = {name: value for name, value in tensors.items() if not any(part in name for part in last)}
-    assert "is a ResNet of basic blocks, as ResNet18 and ResNet34" in refusal(write(path, basic))
+    assert "is a ResNet with basic blocks, such as ResNet18 or ResNet34" in refusal(write(path, basic))
 
 
-def test_another_depth_is_refused(tmp_path):
+def test_unpublished_depth_is_refused(tmp_path):
     tensors = torch_tensors(replace(NARROW_TORCH, stage_sizes=(1, 2)))
-    assert "holds a ResNet with (1, 2) blocks, not (3, 4, 6, 3) as ResNet50" in refusal(
+    assert "holds a ResNet with (1, 2) blocks; supported are (3, 4, 6, 3) (ResNet50)" in refusal(
         write(tmp_path / "x.pth", tensors)
     )
 
 
-def test_timms_deep_stem_is_refused(tmp_path):
+def test_timm_deep_stem_is_refused(tmp_path):
     tensors = torch_tensors(NARROW_TORCH)
     deep = without(tensors, "conv1.weight") | {
         f"conv1.{n}.weight": np.zeros((4, 4, 3, 3), np.float32) for n in (0, 3, 6)
     }
     path = described(write(tmp_path / "x.safetensors", deep), TIMM | {"architecture": "resnet50d"})
-    sentence = refusal(path)
-    assert "it lacks conv1.weight and has conv1.0.weight, conv1.3.weight, conv1.6.weight" in sentence
+    message = refusal(path)
+    assert (
+        "missing tensors: conv1.weight; unexpected tensors: conv1.0.weight, conv1.3.weight, conv1.6.weight" in message
+    )
 
 
-def test_a_classifier_that_does_not_fit(tmp_path, family):
+def test_mismatched_classifier_is_refused(tmp_path, family):
     tensors, path = torch_tensors(NARROW_TORCH, family), tmp_path / "x.pth"
     weight, bias = {
         "torchvision": ("fc.weight", "fc.bias"),
@@ -302,19 +304,19 @@ def test_a_classifier_that_does_not_fit(tmp_path, family):
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
-def test_other_networks(tmp_path, name):
-    sentence = refusal(write(tmp_path / name, {"features.0.weight": np.zeros((4, 3, 3, 3), np.float32)}))
-    assert "features.0.weight" in sentence if name == "x.pth" else "names of no known ResNet" in sentence
+def test_other_networks_are_refused(tmp_path, name):
+    message = refusal(write(tmp_path / name, {"features.0.weight": np.zeros((4, 3, 3, 3), np.float32)}))
+    assert ("features.0.weight" if name == "x.pth" else "names are not those of a known ResNet") in message
 
 
-def test_a_directory_without_weights(tmp_path, capsys):
-    sentence = command(capsys, "train", "--preset", "demo", "--weights", tmp_path, "--out", tmp_path / "out")
-    is_one_error(sentence, 2, "is a directory without model.safetensors or pytorch_model.bin")
+def test_directory_without_weights_is_refused(tmp_path, capsys):
+    result = command(capsys, "train", "--preset", "demo", "--weights", tmp_path, "--out", tmp_path / "out")
+    is_one_error(result, 2, "is a directory without model.safetensors or pytorch_model.bin")
     assert files_below(tmp_path) == []
 
 
-def test_a_run_remembers_what_lay_beside_its_weights(tmp_path, capsys):
-    """The hash of the weights is the same without it; what they would compute is not."""
+def test_run_records_the_config_next_to_its_weights(tmp_path, capsys):
+    """Without the config, the hash of the weights is the same but the features are not."""
     weights = tmp_path / "timm"
     weights.mkdir()
     described(write(weights / "model.safetensors", torch_tensors(NARROW_TORCH)), TIMM)

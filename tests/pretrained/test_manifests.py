@@ -1,6 +1,6 @@
-"""Files with the names and shapes of the published ones load, and every tensor goes where its name says.
+"""Files with the names and shapes of the published ones load, and every tensor fills the variable of its name.
 
-The published files cannot be had here. Their manifests (see tests/make_manifests.py) say what they hold.
+The published files are not available here; their manifests (see tests/make_manifests.py) list their tensors.
 """
 
 import zlib
@@ -29,7 +29,7 @@ from cifar_jax.pretrained.registry import entries
 
 KERAS = {"stride_in_1x1": True, "conv_bias": True, "bn_epsilon": 1.001e-5}
 PYTORCH = {"stride_in_1x1": False, "conv_bias": False, "bn_epsilon": 1e-5}
-# By how the names of manifests begin, the longest first: how such a file is run, and how one is written.
+# Variant, configuration and writer by prefix of the manifest's name, the longest first.
 FAMILIES = {
     "keras-resnet50-2016": ("keras-2016", KERAS | {"bn_epsilon": 1e-3}, write_keras),
     "keras": ("keras", KERAS, write_keras),
@@ -40,7 +40,7 @@ FAMILIES = {
 
 
 class Published(NamedTuple):
-    """A file made from a manifest, and what was loaded from it."""
+    """A file generated from a manifest, and the backbone loaded from it."""
 
     name: str
     manifest: Manifest
@@ -52,7 +52,7 @@ class Published(NamedTuple):
         return next(family for family in FAMILIES if self.name.startswith(family))
 
     def tensors(self) -> dict[tuple[str, ...], tuple[str, tuple[int, ...]]]:
-        """Name and shape by the variable that a tensor is for."""
+        """Returns the (name, shape) of tensors by the path of the variable that they fill."""
         return {place(layer, name): (name, shape) for layer, name, shape in tensors_of(self.manifest)}
 
 
@@ -66,7 +66,7 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Random numbers that no other tensor has; positive, as variances are."""
+    """Returns random numbers unique to a tensor; positive, so that they are valid variances."""
     if name.endswith("num_batches_tracked"):
         return np.array(7)
     return np.random.default_rng(zlib.crc32(name.encode())).random(shape, np.float32) + np.float32(0.5)
@@ -77,7 +77,7 @@ def test_every_published_file_has_its_manifest() -> None:
     assert {name for name, entry in entries().items() if entry.file.endswith((".h5", ".pth"))} <= ours
 
 
-def test_it_runs_as_its_source_does(published: Published) -> None:
+def test_variant_matches_the_source(published: Published) -> None:
     variant, config, _ = FAMILIES[published.family]
     backbone = published.backbone
     assert backbone.variant == f"{variant} (by its tensor names)"
@@ -88,7 +88,7 @@ def test_it_runs_as_its_source_does(published: Published) -> None:
     assert backbone.image_size == 224
 
 
-def test_every_tensor_goes_where_its_name_says(published: Published) -> None:
+def test_every_tensor_fills_the_variable_of_its_name(published: Published) -> None:
     filled, tensors = flatten_dict(published.backbone.variables), published.tensors()
     wanted = {path for path in tensors if path[0] != "top" and path[-1] != "count"}
     assert filled.keys() == wanted
@@ -102,7 +102,7 @@ def test_every_tensor_goes_where_its_name_says(published: Published) -> None:
 
 
 def test_shortcut_and_last_convolution_are_not_swapped(published: Published) -> None:
-    """Both have one shape, and their order in the file changed between versions of Keras."""
+    """They have the same shape, and their order in the file changed between Keras versions."""
     names = {
         "keras-resnet50-2016": ("res2a_branch1_W:0", "res2a_branch2c_W:0"),
         "keras": ("conv2_block1_0_conv/kernel:0", "conv2_block1_3_conv/kernel:0"),
@@ -119,7 +119,7 @@ def test_shortcut_and_last_convolution_are_not_swapped(published: Published) -> 
         assert np.array_equal(in_layout(block[module]["kernel"][None, None], shape), value(name, shape))
 
 
-def test_top_is_kept_apart(published: Published) -> None:
+def test_top_is_kept_separately(published: Published) -> None:
     top, tensors = published.backbone.top, published.tensors()
     if ("top", "kernel") not in tensors:
         assert top is None and published.name in ("keras-resnet50", "keras-resnet50-2016")
@@ -132,18 +132,18 @@ def test_top_is_kept_apart(published: Published) -> None:
 
 
 def test_number_of_tensors(published: Published) -> None:
-    """Torchvision's first file is of before BatchNorms counted their steps."""
+    """The V1 file of torchvision is older than `num_batches_tracked`."""
     tops = 2 if published.backbone.top is not None else 0
     convs_and_norms = 53 * (6 if "keras" in published.family else 5)
     counts = 53 if published.name in ("torchvision-resnet50-v2", "timm-resnet50", "huggingface-resnet50") else 0
     assert len(list(tensors_of(published.manifest))) == convs_and_norms + tops + counts
 
 
-def test_size_is_nearly_that_of_the_published_file(published: Published) -> None:
-    """Speaks for the manifests.
+def test_size_is_close_to_that_of_the_published_file(published: Published) -> None:
+    """Checks the manifests against the published file sizes.
 
-    What Keras's lack is 68 layers without weights, at 700 to 800 bytes each. A group inside each layer's group, which
-    its newer files have and those of 2016 have not, makes 100 kB.
+    Keras's generated files lack 68 layers without weights, of 700 to 800 bytes each. The group inside each layer's
+    group, which newer files have and those of 2016 do not, amounts to 100 kB.
     """
     if published.name not in entries():
         return

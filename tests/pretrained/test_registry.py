@@ -188,7 +188,7 @@ def test_a_known_name_loads_as_its_entry_says(tmp_path, monkeypatch):
 
 def test_an_unknown_name_lists_the_known_ones():
     for name in ("resnet50", "keras", "imagenet"):
-        with pytest.raises(WeightsError, match="no known name") as caught:
+        with pytest.raises(WeightsError, match="No file or known weights") as caught:
             load_backbone(name)
         assert all(known_name in str(caught.value) for known_name in [*registry.entries(), "random", "random-w16"])
     with pytest.raises(WeightsError, match=r"no known weights file 'keras-resnet'\. Did you mean keras-resnet50\?"):
@@ -221,7 +221,7 @@ def test_a_damaged_copy_of_a_known_file_is_named(tmp_path, monkeypatch, said):
     assert load_backbone(path).variant == "keras (by its hash)" and not said
     monkeypatch.setattr(registry, "entries", lambda: {NAME: dataclasses.replace(entry, size=content["size"])})
     assert load_backbone(path).variant == "keras (by its tensor names)"
-    assert f"{path} has the size of {NAME} and not its digest, {entry.digest}" in said[0]
+    assert f"{path} has the size of {NAME} but not its checksum {entry.digest}" in said[0]
 
 
 def test_the_readme_has_the_tables_that_the_code_goes_by(monkeypatch):

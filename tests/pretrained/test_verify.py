@@ -1,4 +1,4 @@
-"""What `verify-weights` says of whole files and of files with one thing wrong, and with which exit code."""
+"""`verify-weights`: reports and exit codes for intact files and for files with a single problem."""
 
 import json
 from collections import Counter
@@ -43,7 +43,7 @@ def fates(found):
 
 
 @pytest.mark.parametrize("make", [keras_file, torch_file, our_file])
-def test_a_whole_file_holds(tmp_path, make):
+def test_intact_file_has_no_problems(tmp_path, make):
     path = make(tmp_path)
     found = verify(path)
     assert found.problems == [] and set(fates(found)) == {"used", "ignored"}
@@ -55,17 +55,17 @@ def test_a_whole_file_holds(tmp_path, make):
     assert verify(path) == found
 
 
-def test_it_says_what_becomes_of_each_tensor_and_why(tmp_path):
+def test_rows_describe_each_tensor(tmp_path):
     rows = {row.name: row for row in verify(torch_file(tmp_path)).tensors}
     kernel = torch_tensors(NARROW_TORCH)["layer2.0.conv2.weight"]
     row = rows["layer2.0.conv2.weight"]
     assert (row.shape, row.fate, row.role) == (kernel.shape, "used", "params/stage2_block1/conv2/kernel")
     assert np.allclose([row.mean, row.std, row.low, row.high], [f(kernel) for f in (np.mean, np.std, np.min, np.max)])
     assert (rows["fc.weight"].fate, rows["fc.weight"].role) == ("ignored", "the classifier")
-    assert rows["bn1.num_batches_tracked"].role == "a count of training steps"
+    assert rows["bn1.num_batches_tracked"].role == "number of training steps"
 
 
-def test_it_says_how_the_file_is_run_and_what_decided(tmp_path):
+def test_about_describes_the_variant(tmp_path):
     about = verify(keras_file(tmp_path)).about
     assert about["variant"] == "keras (by its tensor names)" and about["BatchNorm epsilon"] == "1.001e-05"
     assert about["stride"].startswith("in the first 1x1") and about["conv bias"] == "yes"
@@ -87,26 +87,26 @@ def fill(name, value):
     return lambda tensors: tensors.update({name: np.full_like(tensors[name], value)})
 
 
-def swap_shape(tensors):
+def crop_kernel(tensors):
     tensors["conv1.weight"] = tensors["conv1.weight"][:, :, :5, :5].copy()
 
 
 @pytest.mark.parametrize(
     ("change", "name", "problem"),
     [
-        (set_value("layer1.0.conv1.weight", np.nan), "layer1.0.conv1.weight", "values that are not finite"),
-        (set_value("fc.weight", np.inf), "fc.weight", "values that are not finite"),
-        (set_value("layer1.0.bn1.running_var", -1.0), "layer1.0.bn1.running_var", "variances below zero"),
-        (fill("layer1.0.bn1.running_var", 0), "layer1.0.bn1.running_var", "nothing but zeros"),
-        (fill("layer1.0.bn2.weight", 0), "layer1.0.bn2.weight", "nothing but zeros"),
-        (fill("layer2.0.conv3.weight", 0), "layer2.0.conv3.weight", "nothing but zeros"),
-        (fill("layer2.0.conv3.weight", 3), "layer2.0.conv3.weight", "all values alike"),
-        (swap_shape, "conv1.weight", "(4, 3, 5, 5) where the network has (4, 3, 7, 7)"),
+        (set_value("layer1.0.conv1.weight", np.nan), "layer1.0.conv1.weight", "non-finite values"),
+        (set_value("fc.weight", np.inf), "fc.weight", "non-finite values"),
+        (set_value("layer1.0.bn1.running_var", -1.0), "layer1.0.bn1.running_var", "negative variances"),
+        (fill("layer1.0.bn1.running_var", 0), "layer1.0.bn1.running_var", "all zeros"),
+        (fill("layer1.0.bn2.weight", 0), "layer1.0.bn2.weight", "all zeros"),
+        (fill("layer2.0.conv3.weight", 0), "layer2.0.conv3.weight", "all zeros"),
+        (fill("layer2.0.conv3.weight", 3), "layer2.0.conv3.weight", "all values equal"),
+        (crop_kernel, "conv1.weight", "shape (4, 3, 5, 5), expected (4, 3, 7, 7)"),
         (lambda tensors: tensors.pop("bn1.bias"), "bn1.bias", "missing"),
-        (lambda tensors: tensors.update(more=np.ones(3, np.float32)), "more", "the network knows no such tensor"),
+        (lambda tensors: tensors.update(more=np.ones(3, np.float32)), "more", "unexpected tensor"),
     ],
 )
-def test_what_is_wrong_stands_beside_its_tensor(tmp_path, capsys, change, name, problem):
+def test_problem_is_reported_with_its_tensor(tmp_path, capsys, change, name, problem):
     path = torch_file(tmp_path, change)
     found = verify(path)
     assert {row.name: row.problem for row in found.tensors if row.problem} == {name: problem}
@@ -116,21 +116,21 @@ def test_what_is_wrong_stands_beside_its_tensor(tmp_path, capsys, change, name, 
     assert result.out.splitlines()[-2:] == ["verdict  1 problems", f"  {name}: {problem}."]
 
 
-def test_a_bias_of_zeros_is_nothing_strange(tmp_path):
+def test_zero_bias_is_no_problem(tmp_path):
     assert verify(torch_file(tmp_path, fill("bn1.bias", 0))).problems == []
 
 
-def test_a_dead_network_is_named(tmp_path):
-    """Each tensor alone looks well, and all of them together compute nothing."""
+def test_dead_network_is_reported(tmp_path):
+    """Each tensor looks fine on its own, but all features are equal."""
     found = verify(torch_file(tmp_path, fill("layer2.0.bn3.bias", -1e6)))
-    assert found.problems == ["The features of all drawn images are alike: the network is dead."]
+    assert found.problems == ["The network is dead: all synthetic images have the same features."]
 
 
-def test_a_changed_copy_of_a_known_file_is_named(tmp_path, monkeypatch):
+def test_modified_copy_of_known_file_is_reported(tmp_path, monkeypatch):
     path = keras_file(tmp_path)
     entry = replace(registry.entries()["keras-resnet50"], size=path.stat().st_size)
     monkeypatch.setattr(registry, "entries", lambda: {entry.name: entry})
-    assert verify(path).problems == [f"It has the size of {entry.name} and not its digest, {entry.digest}."]
+    assert verify(path).problems == [f"Checksum mismatch: it has the size of {entry.name}, but not {entry.digest}."]
     known = replace(entry, digest=f"sha256:{sha256_of_file(path)}", variant="keras")
     monkeypatch.setattr(registry, "entries", lambda: {known.name: known})
     found = verify(path)
@@ -138,7 +138,7 @@ def test_a_changed_copy_of_a_known_file_is_named(tmp_path, monkeypatch):
     assert found.about["variant"] == "keras (by its hash)"
 
 
-def test_a_changed_value_in_a_file_of_ours_is_named(tmp_path):
+def test_modified_native_file_is_reported(tmp_path):
     path = our_file(tmp_path)
     with safetensors.safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
@@ -146,16 +146,16 @@ def test_a_changed_value_in_a_file_of_ours_is_named(tmp_path):
     tensors["params/stem_bn/scale"][0] += 1
     safetensors.numpy.save_file(tensors, path, metadata)
     (problem,) = verify(path).problems
-    assert problem == f"{path} is damaged: it does not have the digest kept inside it; get the file again."
+    assert problem == f"{path} is corrupt (checksum mismatch). Get a fresh copy of the file."
 
 
-def test_the_shipped_backbone_holds(capsys):
+def test_shipped_backbone_has_no_problems(capsys):
     result = command(capsys, "verify-weights", "demo", "--json")
     about = json.loads(result.out)
     assert result.code == 0 and about["holds"] and about["problems"] == []
     assert about["about"]["registry"].startswith("demo (sha256:")
     assert {row["fate"] for row in about["tensors"]} == {"used"} and len(about["tensors"]) == 265
-    # Measured when it was exported; it moves with the network's code and with the file, and with nothing else.
+    # Measured when the file was exported; changes only with the network's code or the file.
     assert about["fingerprint"]["norm"] == pytest.approx(47.316932, rel=1e-4)
     assert about["fingerprint"]["first"][:2] == pytest.approx([0.31727821, 2.46355486], rel=1e-4)
 
@@ -167,39 +167,39 @@ def test_json_has_no_nan(tmp_path, capsys):
     assert result.code == 1 and not about["holds"] and about["fingerprint"] == {}
 
 
-def test_a_table_for_a_person(tmp_path, capsys):
+def test_human_readable_table(tmp_path, capsys):
     result = command(capsys, "verify-weights", keras_file(tmp_path))
     assert result.code == 0 and result.out.splitlines()[-1] == "verdict  no problems"
     assert "probs/kernel\t32x5\tignored\tthe classifier\t1\t0\t1\t1" in result.out.splitlines()
 
 
 @pytest.mark.parametrize("arguments", [["nowhere.h5"], ["random"], ["demo", "--against", "caffe"], []])
-def test_what_cannot_be_looked_at(capsys, arguments):
+def test_invalid_arguments_are_refused(capsys, arguments):
     is_refused(command(capsys, "verify-weights", *arguments))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Against a peer, whose libraries other tests run
+# Against a reference library; tests/parity runs the real ones
 
 
-def test_a_peer_that_computes_something_else_is_a_problem(tmp_path, monkeypatch):
+def test_difference_from_reference_is_reported(tmp_path, monkeypatch):
     path = torch_file(tmp_path)
 
-    def peer(reading, backbone, images):
+    def fake_library(parsed, backbone, images):
         ours = references.our_outputs(backbone, images)
         return ours | {"stage2": ours["stage2"] * np.float32(1.001), "logits": np.zeros(3)}
 
-    monkeypatch.setitem(references._RUNNERS, "timm", peer)
+    monkeypatch.setitem(references._RUNNERS, "timm", fake_library)
     found = verify(path, against="timm")
     assert found.differences["stage1"] == found.differences["pooled"] == 0
     assert found.differences["stage2"] == pytest.approx(1e-3, rel=0.01) and found.differences["logits"] == np.inf
     assert found.problems == [
-        "timm computes another stage2: it differs by 0.001.",
-        "timm computes another logits: it differs by inf.",
+        "stage2 differs from that of timm by 0.001, more than 1e-05.",
+        "logits differs from that of timm by inf, more than 1e-05.",
     ]
 
 
-def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch):
+def test_missing_reference_library_is_reported(tmp_path, monkeypatch):
     def not_installed(name):
         raise ImportError(f"no {name}")
 
@@ -209,8 +209,8 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch):
             verify(make(tmp_path), against=library)
 
 
-def test_a_network_that_the_peer_does_not_build_is_refused(tmp_path):
-    """Even where the peer is not installed, and before it is imported."""
+def test_network_unknown_to_the_reference_library_is_refused(tmp_path):
+    """The check comes before the import, so it works even if the library is not installed."""
     of_2016 = write_keras_h5(tmp_path / "2016.h5", keras_tensors(family="keras-2016"))
     for path, library in (
         (of_2016, "keras"),
@@ -219,5 +219,5 @@ def test_a_network_that_the_peer_does_not_build_is_refused(tmp_path):
         (keras_file(tmp_path), "transformers"),
         (torch_file(tmp_path), "keras"),
     ):
-        with pytest.raises(UserError, match=f"No network that {library} builds computes what {path} is run as"):
+        with pytest.raises(UserError, match=f"{library} has no network that matches {path}"):
             verify(path, against=library)

@@ -270,7 +270,7 @@ def test_resume_needs_a_place(capsys):
 
 def test_a_file_whose_width_does_not_fit_is_refused(tmp_path, backbone):
     save_backbone(tmp_path / "weights.safetensors", backbone.replace(config=replace(NARROW, width=8)))
-    with pytest.raises(WeightsError, match=r"does not fit the network: .* where the network has"):
+    with pytest.raises(WeightsError, match=r"does not match the network: .* expected"):
         load_backbone(tmp_path / "weights.safetensors")
 
 

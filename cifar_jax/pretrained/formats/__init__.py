@@ -1,1 +1,1 @@
-"""Readers of weights files, one a format."""
+"""Readers of weights files, one per format."""

@@ -1,4 +1,4 @@
-"""What is read from an HDF5 file: this file's own groups and arrays, and no others."""
+"""Safe reading of HDF5 files: only groups and arrays stored in the file itself, within bounds of time and memory."""
 
 import subprocess
 import sys
@@ -10,26 +10,26 @@ import numpy as np
 
 from cifar_jax.errors import WeightsError
 
-# What a file of unknown origin may cost the library that reads it: seconds of a processor, and bytes of memory beside
-# those of its size.
+# Limits for the HDF5 library on a file of unknown origin: CPU seconds, and bytes of memory in addition to those that
+# the file's size justifies.
 PROBE_SECONDS, PROBE_BYTES = 1, 500_000_000
-PROBE_WALL_SECONDS = 60.0  # for a machine that is busy with other things
-AT_MOST = 2  # times its own size a file may unpack to; weights hardly compress
+PROBE_WALL_SECONDS = 60.0  # generous, because the machine may be busy
+MAX_EXPANSION = 2  # maximum ratio of unpacked size to file size; weights hardly compress
 
 
 def probe(source: Path | bytes, path: Path) -> None:
-    """Lets another process read a file first, as the HDF5 library may hang or crash in a damaged one.
+    """Reads a file in a separate process first, because the HDF5 library may hang or crash on a corrupt one.
 
     Args:
-      source: the file, or its content.
-      path: the file, for the error.
+      source: path of the file, or its content.
+      path: path of the file for error messages.
 
     Raises:
-      WeightsError: when the other process did not come to an end.
+      WeightsError: if the process hangs or crashes.
     """
     content, argument = (source, "-") if isinstance(source, bytes) else (None, str(source))
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
-    allowed = [str(PROBE_SECONDS + size // 100_000_000), str(PROBE_BYTES + AT_MOST * size)]
+    allowed = [str(PROBE_SECONDS + size // 100_000_000), str(PROBE_BYTES + MAX_EXPANSION * size)]
     script = str(Path(__file__).with_name("hdf5_probe.py"))
     command = [sys.executable, "-I", script, argument, *allowed]
     try:
@@ -38,47 +38,49 @@ def probe(source: Path | bytes, path: Path) -> None:
         done = None
     if done is None or done.returncode < 0:
         raise WeightsError(
-            f"{path} is damaged: the HDF5 library hangs or crashes in it, as another process found out; get the file "
-            "again."
+            f"{path} is corrupt: the HDF5 library hangs or crashes on it in a separate process. Get a fresh copy of "
+            "the file."
         )
 
 
-def own(group: h5py.Group, name: str, path: Path) -> Any:
-    """What a group holds under a name, read from this file and no other: that one was asked for and hashed."""
+def get_member(group: h5py.Group, name: str, path: Path) -> Any:
+    """Returns a member of a group, following no links to other files: only this file was requested and hashed."""
     at: Any = group
     for part in filter(None, name.split("/")):
         link = at.get(part, getlink=True) if isinstance(at, h5py.Group) else None
         if not isinstance(link, h5py.HardLink):
-            raise WeightsError(f"{path} has no {group.name.rstrip('/')}/{name} of its own; get the file again.")
+            raise WeightsError(
+                f"{path} does not itself contain {group.name.rstrip('/')}/{name}. Get a fresh copy of the file."
+            )
         at = at[part]
     return at
 
 
 class TensorReader:
-    """Reads the arrays of one file, together no more than it can hold."""
+    """Reads the arrays of one file, refusing more data in total than a file of its size can hold."""
 
     def __init__(self, path: Path):
-        """Takes the file, for errors and for its size."""
-        self._path, self._left = path, AT_MOST * path.stat().st_size
+        """Stores the file's path for error messages and derives the limit from its size."""
+        self._path, self._left = path, MAX_EXPANSION * path.stat().st_size
 
     def __call__(self, group: h5py.Group, weight: str) -> np.ndarray:
-        """An array of floating-point numbers of this very file, in float32.
+        """Reads a floating-point array as float32.
 
         Raises:
-          WeightsError: when it is something else, lies in another file, or claims more bytes than the file can hold.
+          WeightsError: if it is something else, is stored in another file, or exceeds the limit.
         """
-        data, path = own(group, weight, self._path), self._path
+        data, path = get_member(group, weight, self._path), self._path
         if not isinstance(data, h5py.Dataset) or data.dtype.kind != "f" or data.size is None:
             raise WeightsError(
-                f"{path} holds {group.name}/{weight}, which is not an array of floating-point numbers; get the file "
-                "again."
+                f"{group.name}/{weight} in {path} is not an array of floating-point numbers. Get a fresh copy of the "
+                "file."
             )
         if data.external or data.is_virtual:
-            raise WeightsError(f"{path} keeps {group.name}/{weight} in another file; get the file again.")
+            raise WeightsError(f"{path} stores {group.name}/{weight} in another file. Get a fresh copy of the file.")
         self._left -= data.nbytes
         if self._left < 0:
             raise WeightsError(
-                f"{path} is damaged: with {group.name}/{weight} {data.shape} it claims more numbers than a file of its "
-                "size can hold; get the file again."
+                f"{path} is corrupt: with {group.name}/{weight} {data.shape} it claims more data than a file of its "
+                "size can hold. Get a fresh copy of the file."
             )
         return np.asarray(data[()], np.float32)

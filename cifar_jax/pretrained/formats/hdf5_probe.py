@@ -1,10 +1,10 @@
-"""Opens all that an HDF5 file holds, in a process of its own that may hang or crash in the caller's place.
+"""Reads a whole HDF5 file in a separate process, which may hang or crash without harm to the caller.
 
-The HDF5 library has no bound on the time that a damaged file may cost it: a changed byte can make it walk in circles
-inside a call that no signal interrupts. So a file of unknown origin is first read here. Run as a script, it imports
-nothing of this project, whose own imports take longer than all the rest.
+The HDF5 library does not bound the time that it spends on a corrupt file: a single changed byte can make it loop
+forever inside a call that no signal interrupts. So files of unknown origin are read here first. This script imports
+nothing from the project, because those imports would take longer than everything else.
 
-    python -I hdf5_probe.py FILE SECONDS BYTES     the file, or - for one on standard input; how much it may take
+    python -I hdf5_probe.py FILE SECONDS BYTES     FILE may be - for stdin; the others limit CPU time and memory
 """
 
 import contextlib
@@ -15,11 +15,11 @@ import h5py
 
 
 def visit(root: h5py.Group, left: int) -> None:
-    """Reads attributes and arrays of a group and those below it, at most `left` bytes of them, each object once."""
+    """Reads the attributes and arrays of a group recursively, each object once, at most `left` bytes of arrays."""
     seen, todo = set(), [root]
     while todo:
         item = todo.pop()
-        with contextlib.suppress(Exception):  # what merely fails here will fail there, with a sentence
+        with contextlib.suppress(Exception):  # ordinary errors occur again in the caller, which reports them
             address = h5py.h5o.get_info(item.id).addr
             if address in seen:
                 continue
@@ -39,10 +39,10 @@ def visit(root: h5py.Group, left: int) -> None:
 
 
 def limit(seconds: int, memory: int) -> None:
-    """From here on this process may take that much time of a processor and that much more memory."""
+    """Limits the CPU time and the additional memory of this process from now on."""
     try:
         import resource
-    except ImportError:  # not on Windows, where the caller's clock is the only bound
+    except ImportError:  # not available on Windows, where the caller's timeout is the only limit
         return
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = int(used.ru_utime + used.ru_stime) + 1 + seconds
@@ -55,7 +55,7 @@ def limit(seconds: int, memory: int) -> None:
 
 
 def main(path: str, seconds: str, memory: str) -> None:
-    """Probes a file."""
+    """Reads a file under limits."""
     content = io.BytesIO(sys.stdin.buffer.read()) if path == "-" else path
     with contextlib.suppress(OSError):
         limit(int(seconds), int(memory))

@@ -1,4 +1,4 @@
-"""The project's own form of a backbone: a safetensors file whose metadata says how it is run."""
+"""The project's own backbone format: a safetensors file whose metadata describes the network."""
 
 import dataclasses
 import hashlib
@@ -18,24 +18,23 @@ from cifar_jax.files import replacing, sha256_of_arrays
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.preprocess import Preprocessing
 from cifar_jax.models.resnet import ResNetConfig
-from cifar_jax.pretrained.reading import Reading, backbone_of
+from cifar_jax.pretrained.reading import ParsedWeights, backbone_of
 
-# The one key of the metadata. With several, safetensors would write them in another order each time, so that equal
-# networks made unequal files.
+# The only metadata key: safetensors writes several keys in random order, and equal networks must make equal files.
 KEY, FORMAT = "cifar_jax", "backbone 1"
-TOP = "top/"  # in front of the names of the classifier's tensors, where the weights had one
+TOP = "top/"  # name prefix of the classifier's tensors
 
 
 def save_backbone(path: Path, backbone: Backbone, half: bool = False) -> str:
-    """Writes a backbone, whole or not at all, and returns the file's SHA-256; equal backbones make equal files.
+    """Writes a backbone atomically and returns the file's SHA-256; equal backbones make equal files.
 
-    Tensors are named `params/stage1_block1/conv1/kernel`; the metadata holds the configuration, the preprocessing and
-    the image size, so nothing has to be guessed when it is read. A classifier goes along as `top/kernel`, `top/bias`.
+    Tensors are named like `params/stage1_block1/conv1/kernel`. The metadata holds the configuration, the preprocessing
+    and the image size, so loading needs no guesses. A classifier is stored as `top/kernel`, `top/bias`.
 
     Args:
-      path: of the file.
-      backbone: to write.
-      half: keep kernels in float16, which halves the file; BatchNorm, whose variances may be tiny, stays float32.
+      path: path of the file.
+      backbone: the backbone to write.
+      half: store kernels in float16, which halves the file; BatchNorm, whose variances may be tiny, stays float32.
     """
     content = to_bytes(backbone, half)
     with replacing(path) as temporary:
@@ -44,8 +43,8 @@ def save_backbone(path: Path, backbone: Backbone, half: bool = False) -> str:
 
 
 def to_bytes(backbone: Backbone, half: bool = False) -> bytes:
-    """The content of a backbone's file; see `save_backbone`."""
-    # safetensors writes the bytes of a view as they lie, whatever its strides.
+    """Serialises a backbone; see `save_backbone`."""
+    # safetensors ignores the strides of a view, so arrays must be contiguous.
     tensors = {"/".join(at): np.ascontiguousarray(leaf) for at, leaf in flatten_dict(backbone.variables).items()}
     if half:
         tensors |= {name: leaf.astype(np.float16) for name, leaf in tensors.items() if name.endswith("/kernel")}
@@ -62,36 +61,38 @@ def to_bytes(backbone: Backbone, half: bool = False) -> bytes:
 
 
 def _digest(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over all that a file says and holds, as safetensors has no checksum of its own."""
+    """Returns the SHA-256 of a file's metadata and tensors, because safetensors has no checksum of its own."""
     names = sorted(tensors)
-    said = json.dumps([{key: about[key] for key in sorted(about) if key != "sha256"}, names], sort_keys=True)
-    return hashlib.sha256((said + sha256_of_arrays(*(tensors[name] for name in names))).encode()).hexdigest()
+    header = json.dumps([{key: about[key] for key in sorted(about) if key != "sha256"}, names], sort_keys=True)
+    return hashlib.sha256((header + sha256_of_arrays(*(tensors[name] for name in names))).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class SafeFile:
-    """What a safetensors file holds, whoever wrote it."""
+    """The content of a safetensors file of any origin."""
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
 
 
 def read_safetensors(path: Path) -> SafeFile:
-    """Reads all tensors of a file and what is said of them.
+    """Reads all tensors and the metadata of a file.
 
     Raises:
-      WeightsError: when the file is damaged or cut short.
+      WeightsError: if the file is corrupt or truncated.
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             return SafeFile(tensors, file.metadata() or {})
     except (OSError, safetensors.SafetensorError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}); get the file again.") from error
+        raise WeightsError(
+            f"{path} is not a valid safetensors file, or is truncated ({error}). Get a fresh copy of the file."
+        ) from error
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is of this project's own form; nothing is read but its header."""
+    """Returns whether a file is in this project's own format; reads only its header."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return KEY in (file.metadata() or {})
@@ -100,36 +101,36 @@ def is_ours(path: Path) -> bool:
 
 
 def read_backbone(path: Path) -> Backbone:
-    """Reads what `save_backbone` wrote.
+    """Reads a file written by `save_backbone`.
 
     Raises:
-      WeightsError: when the file is damaged, of another program, or its tensors do not fill the network it describes.
+      WeightsError: if the file is corrupt, was not written by this project, or its tensors do not fit its network.
     """
-    return backbone_of(reading_of_ours(path, read_safetensors(path)))
+    return backbone_of(parse_native(path, read_safetensors(path)))
 
 
-def reading_of_ours(path: Path, file: SafeFile) -> Reading:
-    """Tells what a file of this project holds; see `read_backbone`."""
+def parse_native(path: Path, file: SafeFile) -> ParsedWeights:
+    """Parses the metadata of a file written by `save_backbone`; see `read_backbone`."""
     tensors, metadata = file.tensors, file.metadata
     if KEY not in metadata:
         raise WeightsError(
-            f"{path} was not written by this project (its metadata has no {KEY!r}), and its tensors have the "
-            "names of no known ResNet; give a file of this project, of timm or of transformers."
+            f"{path} was not written by this project (its metadata has no {KEY!r}), and its tensor names are not those "
+            "of a known ResNet. Use a file of this project, torchvision, timm or transformers."
         )
     try:
         about = json.loads(metadata[KEY])
         if about["format"] != FORMAT:
-            raise ValueError(f"it is {about['format']!r}, not {FORMAT!r}")
+            raise ValueError(f"format is {about['format']!r}, expected {FORMAT!r}")
         config = ResNetConfig(**_tuples(about["config"]))
         preprocessing = Preprocessing(**_tuples(about["preprocessing"]))
         image_size = about["image_size"]
         if type(image_size) is not int or not 1 <= image_size <= 4096:
-            raise ValueError(f"an image size of {image_size!r}")
+            raise ValueError(f"image_size must be 1 to 4096, got {image_size!r}")
         variant, sha256 = str(about["variant"]), str(about["sha256"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} has metadata that cannot be read ({error}); get the file again.") from error
-    whole = sha256 == _digest(about, tensors)
-    return Reading(
+        raise WeightsError(f"{path} has invalid metadata ({error}). Get a fresh copy of the file.") from error
+    intact = sha256 == _digest(about, tensors)
+    return ParsedWeights(
         path,
         "ours",
         tensors,
@@ -139,10 +140,10 @@ def reading_of_ours(path: Path, file: SafeFile) -> Reading:
         preprocessing,
         image_size,
         variant,
-        refusal="" if whole else f"{path} is damaged: it does not have the digest kept inside it; get the file again.",
+        refusal="" if intact else f"{path} is corrupt (checksum mismatch). Get a fresh copy of the file.",
     )
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists where the frozen dataclasses have tuples."""
+    """Converts JSON's lists to the tuples of the frozen dataclasses."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

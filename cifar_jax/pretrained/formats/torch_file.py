@@ -1,4 +1,4 @@
-"""Reads the checkpoints of PyTorch (.pth, .pt, .bin), of both its containers, without PyTorch."""
+"""Reader for PyTorch checkpoints (.pth, .pt, .bin) in both the zip and the legacy container, without PyTorch."""
 
 import io
 import struct
@@ -16,23 +16,23 @@ from cifar_jax.pretrained.formats.torch_pickle import Storage, Tensor, read_pick
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
-# Where training programs put a state dict, in the order in which they are looked for.
+# Keys under which training programs store a state dict, in order of preference.
 NESTED = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "ema", "net", "module")
-# What wrappers put in front of every name.
+# Prefixes that module wrappers add to every name.
 PREFIXES = ("module.", "_orig_mod.", "ema_model.", "ema.", "model.", "net.", "backbone.")
-WRAPPERS_OWN = ("n_averaged",)  # how many models an average is of
+WRAPPERS_OWN = ("n_averaged",)  # AveragedModel's own tensor, the number of averaged models
 
-Content = Callable[[Storage], bytes | memoryview]  # a storage -> its bytes
+Content = Callable[[Storage], bytes | memoryview]  # returns the bytes of a storage
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state dict.
+    """A state dict read from a checkpoint.
 
     Attributes:
-      tensors: by name, prefixes of wrappers taken off; views of what was read, of the file's dtypes.
-      place: what the state dict is called inside the file; empty when the file is one.
-      others: further state dicts in it.
+      tensors: tensors by name, without wrapper prefixes, in the file's dtypes; views of the bytes read.
+      place: key of the state dict in the file; empty if the file is a bare state dict.
+      others: keys of further state dicts in the file.
     """
 
     tensors: dict[str, np.ndarray]
@@ -41,12 +41,12 @@ class Checkpoint:
 
 
 def read_torch(path: Path) -> Checkpoint:
-    """Reads a checkpoint written by torch.save, in the zip container or in the older one.
+    """Reads a checkpoint written by torch.save, in the zip or the legacy container.
 
-    In memory is the file once, in pieces of a storage each; the tensors are views of them.
+    The file's bytes are in memory only once; the tensors are views of its storages.
 
     Raises:
-      WeightsError: when the file is damaged, holds no state dict, or asks for anything but tensors.
+      WeightsError: if the file is corrupt, holds no state dict, or needs anything but tensors.
     """
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
@@ -59,58 +59,60 @@ def read_torch(path: Path) -> Checkpoint:
 def _read_zip(archive: Archive, path: Path) -> Checkpoint:
     pickles = [name for name in archive.names if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
-        raise WeightsError(f"{path} is a zip file but neither of PyTorch nor of Keras; give the weights file itself.")
+        raise WeightsError(
+            f"{path} is a zip file but neither a PyTorch checkpoint nor a Keras archive. Use the weights file itself."
+        )
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in archive.names and archive.read(f"{root}byteorder") != b"little":
-        raise WeightsError(f"{path} was written by a big-endian machine; save it again on another.")
+        raise WeightsError(f"{path} was written on a big-endian machine. Save it again on a little-endian one.")
     value = read_pickle(io.BytesIO(archive.read(pickles[0])), str(path))
 
     def content(storage: Storage) -> bytes:
         name = f"{root}data/{storage.key}"
         if name not in archive.names:
-            raise ValueError(f"it has no {name}")
+            raise ValueError(f"missing entry {name}")
         if archive.size(name) != storage.size * storage.dtype.itemsize:
-            raise ValueError(f"{name} has another size than is said of it")
+            raise ValueError(f"size mismatch in {name}")
         return archive.read(name)
 
     return _checkpoint(value, content, path)
 
 
 def _read_legacy(path: Path) -> Checkpoint:
-    whole = path.read_bytes()
-    stream = io.BytesIO(whole)
+    data = path.read_bytes()
+    stream = io.BytesIO(data)
     if read_pickle(stream, str(path)) != LEGACY_MAGIC or read_pickle(stream, str(path)) != LEGACY_PROTOCOL:
-        raise WeightsError(f"{path} is a pickle but no checkpoint of PyTorch; give a file that torch.save wrote.")
+        raise WeightsError(f"{path} is a pickle but not a PyTorch checkpoint. Use a file written by torch.save.")
     system = read_pickle(stream, str(path))
     if isinstance(system, dict) and system.get("little_endian") is False:
-        raise WeightsError(f"{path} was written by a big-endian machine; save it again on another.")
+        raise WeightsError(f"{path} was written on a big-endian machine. Save it again on a little-endian one.")
     value, keys = (read_pickle(stream, str(path)) for _ in range(2))
-    places, start = {}, stream.tell()
-    sizes = {tensor.storage.key: tensor.storage for tensor in _all_tensors(value)}
+    offsets, start = {}, stream.tell()
+    storages = {tensor.storage.key: tensor.storage for tensor in _all_tensors(value)}
     for key in keys if isinstance(keys, list) else []:
-        # Storages lie one behind the other, each behind its number of elements; where one begins, those before it say.
-        if key not in sizes or start + 8 > len(whole):
+        # Storages follow one another, each preceded by its number of elements, so offsets must be summed up in order.
+        if key not in storages or start + 8 > len(data):
             break
-        (count,) = struct.unpack_from("<q", whole, start)
-        places[key] = start + 8
-        if count != sizes[key].size:
-            raise WeightsError(f"{path} is damaged: a storage has another size than is said of it; get the file again.")
-        start += 8 + count * sizes[key].dtype.itemsize
-    view = memoryview(whole)
+        (count,) = struct.unpack_from("<q", data, start)
+        offsets[key] = start + 8
+        if count != storages[key].size:
+            raise WeightsError(f"{path} is corrupt: size mismatch in a storage. Get a fresh copy of the file.")
+        start += 8 + count * storages[key].dtype.itemsize
+    view = memoryview(data)
 
     def content(storage: Storage) -> memoryview:
-        if storage.key not in places:
-            raise ValueError(f"it has no storage {storage.key}")
-        at = places[storage.key]
-        if at + storage.size * storage.dtype.itemsize > len(whole):
-            raise ValueError("it ends before its storages do")
+        if storage.key not in offsets:
+            raise ValueError(f"missing storage {storage.key}")
+        at = offsets[storage.key]
+        if at + storage.size * storage.dtype.itemsize > len(data):
+            raise ValueError("a storage ends after the file does")
         return view[at : at + storage.size * storage.dtype.itemsize]
 
     return _checkpoint(value, content, path)
 
 
 def _all_tensors(value: Any) -> list[Tensor]:
-    """Every tensor in nested dicts, lists and tuples, each container seen once."""
+    """Returns all tensors in nested dicts, lists and tuples, visiting each container once."""
     found, seen, todo = [], set(), [value]
     while todo:
         item = todo.pop()
@@ -125,7 +127,7 @@ def _all_tensors(value: Any) -> list[Tensor]:
 def _checkpoint(value: Any, content: Content, path: Path) -> Checkpoint:
     state, place, others = _state_dict(value, path)
     if bad := [str(name) for name, tensor in state.items() if not isinstance(tensor, Tensor)]:
-        raise WeightsError(f"{path} holds {bad[0]!r}, which is no tensor; save model.state_dict() and give that file.")
+        raise WeightsError(f"{bad[0]!r} in {path} is not a tensor. Save model.state_dict() and use that file.")
     read: dict[str, bytes | memoryview] = {}
     tensors = {}
     try:
@@ -135,12 +137,12 @@ def _checkpoint(value: Any, content: Content, path: Path) -> Checkpoint:
                 read[storage.key] = content(storage)
             tensors[str(name)] = tensor.array(read[storage.key])
     except (ValueError, OverflowError) as error:
-        raise WeightsError(f"{path} is damaged or cut short ({error}); get the file again.") from error
+        raise WeightsError(f"{path} is corrupt or truncated ({error}). Get a fresh copy of the file.") from error
     return Checkpoint(without_prefixes(tensors), place, others)
 
 
 def _state_dict(value: Any, path: Path) -> tuple[dict[Any, Any], str, tuple[str, ...]]:
-    """The dict that has the tensors, what it is called, and other such dicts beside it."""
+    """Returns the dict with the tensors, its key path, and the keys of other such dicts."""
     place: list[str] = []
     others: tuple[str, ...] = ()
     while isinstance(value, dict) and len(place) < 3:
@@ -151,12 +153,15 @@ def _state_dict(value: Any, path: Path) -> tuple[dict[Any, Any], str, tuple[str,
         others = others or tuple(nested[1:])
         value = value[nested[0]]
     if not isinstance(value, dict) or not any(isinstance(item, Tensor) for item in value.values()):
-        raise WeightsError(f"{path} holds no state dict, at its top or as {', '.join(NESTED)}; give one that does.")
+        raise WeightsError(
+            f"{path} holds no state dict, neither at its top level nor under {', '.join(NESTED)}. Save "
+            "model.state_dict() and use that file."
+        )
     return value, ".".join(place), others
 
 
 def without_prefixes(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same under the names that the network gave them, whatever it was wrapped in."""
+    """Renames tensors to the network's own names by removing the prefixes of module wrappers."""
     named = {name: tensor for name, tensor in tensors.items() if name not in WRAPPERS_OWN}
     while prefix := next((p for p in PREFIXES if named and all(name.startswith(p) for name in named)), None):
         named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}

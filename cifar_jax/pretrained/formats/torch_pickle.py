@@ -1,8 +1,8 @@
-"""Reads PyTorch's pickles without executing them: an interpreter of the few instructions that a state dict needs.
+"""Reader for PyTorch's pickles that executes nothing: an interpreter of the few opcodes that a state dict needs.
 
-Python's own unpickler imports what a pickle names, calls it, and believes every size. Here a name is a key of the
-tables below, a call is one of six functions of this module, and what comes out are numbers, strings, lists, dicts and
-descriptions of tensors. Whatever else a pickle asks for is refused by its name.
+Python's unpickler imports and calls whatever a pickle names, and trusts every size. Here a name is only a key of the
+tables below, a call is one of the few functions of this module, and the results are numbers, strings, lists, dicts and
+tensor descriptions. Anything else in a pickle is refused, and named in the error.
 """
 
 import math
@@ -18,8 +18,8 @@ import numpy as np
 
 from cifar_jax.errors import WeightsError
 
-# A ResNet152 with its optimizer's state takes 100,000. Bounds time and memory, whatever a few bytes may claim.
-MOST_INSTRUCTIONS = 500_000
+# Bounds the time and memory that a small malicious file can cost. A ResNet152 with optimizer state takes 100,000.
+MAX_INSTRUCTIONS = 500_000
 
 STORAGES = {
     "DoubleStorage": np.dtype("<f8"),
@@ -47,7 +47,7 @@ VALUES = {f"torch.{name}": dtype for name, dtype in (STORAGES | DTYPES).items()}
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of numbers that tensors are views of; its bytes lie elsewhere in the file."""
+    """A flat array that tensors are views of; its bytes are stored elsewhere in the file."""
 
     key: str
     dtype: np.dtype
@@ -56,7 +56,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as a pickle describes it: a view of a storage, sizes and strides in elements of its dtype."""
+    """A tensor described by a pickle: a view of a storage, with offset, shape and strides in elements of its dtype."""
 
     storage: Storage
     dtype: np.dtype
@@ -65,21 +65,21 @@ class Tensor:
     strides: tuple[int, ...]
 
     def array(self, content: bytes | memoryview) -> np.ndarray:
-        """The view, of the storage's bytes; nothing is copied.
+        """Returns the tensor as a view of the storage's bytes, without a copy.
 
         Raises:
-          ValueError: when it would reach outside of the storage, or repeat it.
+          ValueError: if it would reach outside the storage, or have more elements than it.
         """
         numbers = (self.offset, *self.shape, *self.strides)
         if len(self.shape) != len(self.strides) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
-            raise ValueError("a tensor of impossible sizes")
+            raise ValueError("a tensor has an invalid shape or strides")
         held = len(content) // self.dtype.itemsize
         last = self.offset + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
-        # Strides of zero make terabytes of one number.
+        # With strides of zero, a single number could expand to terabytes.
         if last >= held or math.prod(self.shape) > held:
-            raise ValueError("a tensor that reaches outside of its storage")
+            raise ValueError("a tensor reaches outside its storage")
         flat = np.frombuffer(content, self.dtype, count=held)[self.offset :]
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
         return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
@@ -87,28 +87,28 @@ class Tensor:
 
 @dataclass(frozen=True)
 class _Global:
-    """A name that a pickle asks for; only a key of the tables here."""
+    """A global name in a pickle; only ever used as a key of CALLS."""
 
     name: str
 
 
 def _tensor(storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> Tensor:
-    return Tensor(_is(storage, Storage), storage.dtype, offset, _is(shape, tuple), _is(strides, tuple))
+    return Tensor(_expect(storage, Storage), storage.dtype, offset, _expect(shape, tuple), _expect(strides, tuple))
 
 
 def _tensor_v3(storage: Storage, offset: int, shape: Any, strides: Any, grad: bool, hooks: Any, *more: Any) -> Tensor:
     return Tensor(
-        _is(storage, Storage), _is(more[0], np.dtype), offset, _is(shape, tuple), _is(strides, tuple)
+        _expect(storage, Storage), _expect(more[0], np.dtype), offset, _expect(shape, tuple), _expect(strides, tuple)
     )  # more: dtype, metadata
 
 
 def _parameter(tensor: Tensor, *_: Any) -> Tensor:
-    return _is(tensor, Tensor)
+    return _expect(tensor, Tensor)
 
 
-def _ordered_dict(pairs: list[Any] = []) -> dict[Any, Any]:  # noqa: B006 (never changed)
+def _ordered_dict(pairs: list[Any] = []) -> dict[Any, Any]:  # noqa: B006 (never mutated)
     made: dict[Any, Any] = {}
-    for key, value in _is(pairs, list):
+    for key, value in _expect(pairs, list):
         made[_key(key)] = value
     return made
 
@@ -120,31 +120,33 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch.Size": lambda sizes: tuple(_is(sizes, tuple | list)),
+    "torch.Size": lambda sizes: tuple(_expect(sizes, tuple | list)),
     "torch.device": lambda kind, index=0: f"{kind}:{index}",
 }
 
 
 def read_pickle(stream: BinaryIO, what: str) -> Any:
-    """What the next pickle of a stream holds: numbers, strings, tuples, lists, dicts and `Tensor`s.
+    """Reads the next pickle of a stream: numbers, strings, tuples, lists, dicts and `Tensor`s.
 
     Args:
-      stream: over bytes in memory; is left behind the pickle.
-      what: the file, for the error.
+      stream: stream over bytes in memory; left positioned after the pickle.
+      what: the file's name in error messages.
 
     Raises:
-      WeightsError: when the pickle is damaged, or asks for what no plain checkpoint needs.
+      WeightsError: if the pickle is corrupt, or needs more than a plain checkpoint does.
     """
     machine = _Machine(what)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of escapes in texts that are none
+            warnings.simplefilter("ignore", DeprecationWarning)  # of invalid escape sequences in strings
             return machine.run(stream)
     except (ValueError, TypeError, LookupError, ArithmeticError, struct.error) as error:
-        raise WeightsError(f"{what} is damaged: its pickle cannot be read ({error}); get the file again.") from error
+        raise WeightsError(
+            f"{what} is corrupt: its pickle cannot be read ({error}). Get a fresh copy of the file."
+        ) from error
 
 
-# Instructions whose argument is the value that they push.
+# Opcodes whose argument is the value that they push.
 _PUSHES = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
     "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
@@ -152,11 +154,11 @@ _PUSHES = {
 }  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_NOTHING = frozenset(("PROTO", "FRAME", "STOP"))
+_NO_OPS = frozenset(("PROTO", "FRAME", "STOP"))
 
 
 class _Machine:
-    """The stack of a pickle, the marks in it, and what it remembers."""
+    """A pickle machine: a stack, the marks in it, and a memo."""
 
     def __init__(self, what: str):
         self.what = what
@@ -165,17 +167,17 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, stream: BinaryIO) -> Any:
-        """Does the instructions of a pickle; what is on the stack at its end."""
-        for count, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
-            if count == MOST_INSTRUCTIONS:
-                raise WeightsError(f"{self.what} is too long a pickle for a ResNet; save its state dict alone.")
-            self.step(instruction.name, argument)
+        """Executes a pickle and returns its value."""
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if count == MAX_INSTRUCTIONS:
+                raise WeightsError(f"The pickle in {self.what} is too long for a ResNet. Save its state dict alone.")
+            self.step(opcode.name, argument)
         if self.marks:
-            raise ValueError("it ends inside of a list")
+            raise ValueError("ends with an open mark")
         return self.pop()
 
     def step(self, name: str, argument: Any) -> None:
-        """Does one instruction."""
+        """Executes one opcode."""
         if name in _PUSHES:
             self.stack.append(argument)
         elif name in _CONSTANTS:
@@ -186,67 +188,67 @@ class _Machine:
             self.memo[argument] = self.stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             self.stack.append(self.memo[argument])
-        elif name not in _NOTHING:
+        elif name not in _NO_OPS:
             act = _ACTIONS.get(name)
             if act is None:
-                raise _refused(self.what, f"the pickle instruction {name}")
+                raise _unsupported(self.what, f"the pickle opcode {name}")
             act(self, argument)
 
     def pop(self) -> Any:
-        """Takes the topmost value off; never one below a mark."""
+        """Pops the top value, never one below a mark."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            raise ValueError("its stack is empty")
+            raise ValueError("stack underflow")
         return self.stack.pop()
 
     def pop_mark(self) -> list[Any]:
-        """Takes off all values above the last mark."""
+        """Pops all values above the last mark."""
         at = self.marks.pop()
         items = self.stack[at:]
         del self.stack[at:]
         return items
 
     def push_global(self, name: str) -> None:
-        """Pushes what a name stands for."""
+        """Pushes the value of a global name."""
         if name not in CALLS and name not in VALUES:
-            raise _refused(self.what, name)
+            raise _unsupported(self.what, name)
         self.stack.append(VALUES[name] if name in VALUES else _Global(name))
 
     def reduce(self) -> None:
         """Calls one of the functions of this module."""
-        arguments, function = _is(self.pop(), tuple), _is(self.pop(), _Global)
+        arguments, function = _expect(self.pop(), tuple), _expect(self.pop(), _Global)
         self.stack.append(CALLS[function.name](*arguments))
 
     def set_items(self, items: list[Any]) -> None:
-        """Puts key, value, key, value, ... into the dict on top."""
-        target = _is(self.stack[-1], dict)
+        """Adds items, given as key, value, key, value, ..., to the dict on top of the stack."""
+        target = _expect(self.stack[-1], dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[_key(key)] = value
 
     def storage(self, about: Any) -> None:
-        """Pushes the storage that a persistent id describes: ("storage", type, key, device, size[, view])."""
-        kind, dtype, key, _, size, *view = _is(about, tuple)
+        """Pushes the storage described by a persistent id: ("storage", type, key, device, size[, view])."""
+        kind, dtype, key, _, size, *view = _expect(about, tuple)
         if kind != "storage" or any(part is not None for part in view):
-            raise _refused(self.what, "a view of a storage, as only the first PyTorch wrote")
+            raise _unsupported(self.what, "a view of a storage, which only the first PyTorch releases wrote")
         if not (isinstance(dtype, np.dtype) and isinstance(key, str) and type(size) is int and 0 <= size < 2**48):
-            raise ValueError("a storage of impossible size")
+            raise ValueError("a storage has an invalid size")
         self.stack.append(Storage(key, dtype, size))
 
     def make_dict(self, items: list[Any]) -> None:
-        """Pushes the dict of key, value, key, value, ..."""
+        """Pushes a dict of items given as key, value, key, value, ..."""
         self.stack.append({})
         self.set_items(items)
 
     def extend(self, items: list[Any]) -> None:
-        """Puts items behind those of the list on top."""
-        _is(self.stack[-1], list).extend(items)
+        """Extends the list on top of the stack."""
+        _expect(self.stack[-1], list).extend(items)
 
     def drop(self, _: Any) -> None:
-        """Forgets what was popped."""
+        """Discards a popped value."""
 
     def build(self) -> None:
-        """An OrderedDict's attributes (`_metadata`), which nobody needs."""
+        """Discards an OrderedDict's attributes (`_metadata`), which are not needed."""
         self.pop()
-        _is(self.stack[-1], dict)
+        _expect(self.stack[-1], dict)
 
 
 _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
@@ -272,19 +274,19 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
 }
 
 
-def _is(value: Any, kind: Any) -> Any:
+def _expect(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"a {type(value).__name__} where it needs another value")
+        raise TypeError(f"unexpected {type(value).__name__}")
     return value
 
 
 def _key(key: Any) -> str | int:
-    # Hashing a tuple nested a million deep would overflow the stack of the process.
-    return _is(key, str | int)
+    # Hashing a tuple nested a million levels deep would overflow the C stack.
+    return _expect(key, str | int)
 
 
-def _refused(what: str, name: str) -> WeightsError:
+def _unsupported(what: str, name: str) -> WeightsError:
     return WeightsError(
-        f"{what} asks for {name!r}, which no plain checkpoint needs, so it was not read any further; save "
-        "model.state_dict() alone, or as safetensors, and give that file."
+        f"{what} contains {name!r}, which a plain checkpoint does not need, so it was not loaded for safety. Save "
+        "model.state_dict() alone, or as safetensors, and use that file."
     )

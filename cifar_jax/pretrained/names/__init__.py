@@ -1,1 +1,1 @@
-"""Tensor names of published ResNets, one family a module."""
+"""Tensor names of published ResNets, one module per family."""

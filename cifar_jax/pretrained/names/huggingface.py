@@ -1,6 +1,6 @@
-"""What Hugging Face's transformers call the tensors of their ResNets, as data.
+"""Tensor names of the ResNets in Hugging Face's transformers, as data.
 
-`ResNetModel` has them as they are here, `ResNetForImageClassification` behind `resnet.` and with a classifier.
+`ResNetModel` uses the names below; `ResNetForImageClassification` adds the prefix `resnet.` and a classifier.
 """
 
 import re
@@ -13,7 +13,7 @@ PREFIX = "resnet."
 TOP = ("classifier.1.weight", "classifier.1.bias")
 
 BLOCK = re.compile(r"encoder\.stages\.(\d{1,3})\.layers\.(\d{1,3})\.layer\.0\.convolution\.weight")
-BOTTLENECK = "encoder.stages.0.layers.0.layer.2.convolution.weight"  # which the blocks of ResNet18 do not have
+BOTTLENECK = "encoder.stages.0.layers.0.layer.2.convolution.weight"  # absent in the basic blocks of ResNet18
 
 _STEM = {"stem_conv": "embedder.embedder.convolution", "stem_bn": "embedder.embedder.normalization"}
 _BLOCK = {
@@ -29,12 +29,12 @@ _BLOCK = {
 
 
 def name_map(stage_sizes: tuple[int, ...]) -> dict[Path, str]:
-    """For each variable that the network may have the tensor that fills it."""
+    """Returns the tensor name by path, for every variable that the network may have."""
     return tensor_names(stage_sizes, _STEM, _BLOCK, lambda stage, block: f"encoder.stages.{stage}.layers.{block}")
 
 
 def known_names(names: Collection[str]) -> dict[str, str]:
-    """For each name of a file the one in this module: the prefix taken off, if all but the classifier's have it."""
+    """Maps a file's names to those of this module, without the prefix if all but the classifier's have it."""
     inside = [name for name in names if name not in TOP]
     if inside and all(name.startswith(PREFIX) for name in inside):
         return {name: name.removeprefix(PREFIX) for name in names}

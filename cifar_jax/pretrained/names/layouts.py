@@ -1,4 +1,4 @@
-"""In which order the axes of a tensor stand in a file, and in the network here."""
+"""Axis orders of tensors in files and in our network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,23 +8,23 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Layout:
-    """How tensors of a file become variables and back. Both ways are views: nothing is copied.
+    """A conversion between the axis orders of a file and of our network; both directions return views, not copies.
 
     Attributes:
-      to_network: (tensor of the file, number of axes that the variable has) -> the same as the variable has it.
-      from_network: a convolution's kernel of the network, dense ones of two axes included -> as the file has it.
+      to_network: (tensor in the file, number of axes of the variable) -> view in the network's axis order.
+      from_network: convolution kernel of the network, including dense ones with two axes -> view in the file's order.
     """
 
     to_network: Callable[[np.ndarray, int], np.ndarray]
     from_network: Callable[[np.ndarray], np.ndarray]
 
     def shape(self, tensor: np.ndarray) -> tuple[int, ...]:
-        """A variable's shape as the file would have it."""
+        """Returns the shape that a variable has in the file."""
         return self.from_network(tensor).shape if tensor.ndim > 1 else tensor.shape
 
 
 def _from_keras(tensor: np.ndarray, ndim: int) -> np.ndarray:
-    """A 1x1 convolution's kernel [1, 1, in, out] is this network's dense kernel [in, out]; all else is alike."""
+    """Converts a 1x1 convolution's kernel [1, 1, in, out] to a dense kernel [in, out]; the rest stays as it is."""
     return tensor[0, 0] if ndim == 2 and tensor.ndim == 4 and tensor.shape[:2] == (1, 1) else tensor
 
 
@@ -33,7 +33,7 @@ def _to_keras(kernel: np.ndarray) -> np.ndarray:
 
 
 def _from_torch(tensor: np.ndarray, ndim: int) -> np.ndarray:
-    """A convolution's kernel [out, in, h, w] is [h, w, in, out] here, and [in, out] if it is a 1x1."""
+    """Converts a convolution's kernel [out, in, h, w] to [h, w, in, out], or to [in, out] if it is 1x1."""
     return _from_keras(tensor.transpose(2, 3, 1, 0), ndim) if tensor.ndim == 4 else tensor
 
 

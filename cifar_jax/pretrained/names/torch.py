@@ -1,7 +1,7 @@
-"""What torchvision and timm call the tensors of their ResNets, as data.
+"""Tensor names of the ResNets in torchvision and timm, as data.
 
-A stage's first block has its shortcut as `downsample.0` (convolution) and `downsample.1` (BatchNorm), other blocks have
-none. BatchNorm's `num_batches_tracked` counts training steps; nothing that runs the network needs it.
+Only a stage's first block has a projection: `downsample.0` (convolution) and `downsample.1` (BatchNorm). BatchNorm's
+`num_batches_tracked` counts training steps and is not needed to run the network.
 """
 
 import re
@@ -17,11 +17,11 @@ NORM_TENSORS = {
     "running_mean": ("batch_stats", "mean"),
     "running_var": ("batch_stats", "var"),
 }
-IGNORED = "num_batches_tracked"  # how the names of tensors end that nothing needs
+IGNORED = "num_batches_tracked"  # name suffix of tensors that are not needed
 TOP = ("fc.weight", "fc.bias")
 
 BLOCK = re.compile(r"layer(\d{1,3})\.(\d{1,3})\.conv1\.weight")
-BOTTLENECK = "layer1.0.conv3.weight"  # which the blocks of ResNet18 and ResNet34 do not have
+BOTTLENECK = "layer1.0.conv3.weight"  # absent in the basic blocks of ResNet18 and ResNet34
 
 _STEM = {"stem_conv": "conv1", "stem_bn": "bn1"}
 _BLOCK = {
@@ -37,7 +37,7 @@ _BLOCK = {
 
 
 def name_map(stage_sizes: tuple[int, ...]) -> dict[Path, str]:
-    """For each variable that the network may have the tensor that fills it."""
+    """Returns the tensor name by path, for every variable that the network may have."""
     return tensor_names(stage_sizes, _STEM, _BLOCK, lambda stage, block: f"layer{stage + 1}.{block}")
 
 
@@ -47,13 +47,13 @@ def tensor_names(
     roles: Mapping[str, str],
     block_in_file: Callable[[int, int], str],
 ) -> dict[Path, str]:
-    """For each variable its tensor, which PyTorch calls the same in every library.
+    """Returns the tensor name by variable path; the names within a module are PyTorch's, the same in every library.
 
     Args:
-      stage_sizes: of the network.
-      stem: for each of our modules of the stem the library's name.
-      roles: the same for those of a block.
-      block_in_file: the library's name of a block, from stage and block counted from zero.
+      stage_sizes: blocks in each stage.
+      stem: the library's name for each of our stem modules.
+      roles: the library's name for each of our modules in a block.
+      block_in_file: returns the library's name of a block, given stage and block counted from zero.
     """
     return {
         (collection, *module, leaf): f"{name}.{tensor}"
@@ -78,5 +78,5 @@ def _modules(
 
 
 def known_names(names: Collection[str]) -> dict[str, str]:
-    """The names as this module has them; torchvision's need no change."""
+    """Maps a file's names to those of this module, which are the same."""
     return {name: name for name in names}

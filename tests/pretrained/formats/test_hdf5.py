@@ -1,4 +1,4 @@
-"""The HDF5 library reads a file of unknown origin in another process first, which may hang or crash instead of us."""
+"""Files of unknown origin are first read in a separate process, because the HDF5 library may hang or crash."""
 
 import subprocess
 import sys
@@ -35,19 +35,19 @@ def path(request, tmp_path):
 
 
 @pytest.mark.parametrize("fate", [HANGS, CRASHES])
-def test_a_hang_and_a_crash_of_the_library_become_a_sentence(path, monkeypatch, fate):
-    """No file is known that does either for certain, so the probe does it when it would begin to read."""
+def test_hang_or_crash_of_hdf5_becomes_an_error(path, monkeypatch, fate):
+    """No file is known to trigger either reliably, so a patched probe does instead of reading."""
     script = PROBE.read_text().replace("        visit(file, int(memory))", f"        {fate}")
     assert fate in script
     (path.parent / PROBE.name).write_text(script)
     monkeypatch.setattr(hdf5, "__file__", str(path.parent / "hdf5.py"))
     start = time.monotonic()
-    with pytest.raises(WeightsError, match=f"{path} is damaged: the HDF5 library hangs or crashes in it"):
+    with pytest.raises(WeightsError, match=f"{path} is corrupt: the HDF5 library hangs or crashes on it"):
         load_backbone(path)
-    assert time.monotonic() - start < 30, "it is bounded by the time of a processor, of which it had one second"
+    assert time.monotonic() - start < 30, "the probe is limited to one second of CPU time"
 
 
-def test_a_machine_that_is_busy_gets_a_minute_and_no_more(tmp_path, monkeypatch):
+def test_probe_has_a_wall_clock_timeout(tmp_path, monkeypatch):
     def slow(*_, timeout, **__):
         raise subprocess.TimeoutExpired("probe", timeout)
 
@@ -56,7 +56,7 @@ def test_a_machine_that_is_busy_gets_a_minute_and_no_more(tmp_path, monkeypatch)
         load_backbone(write_keras_h5(tmp_path / "weights.h5", keras_tensors()))
 
 
-def test_a_known_file_is_not_probed(tmp_path, monkeypatch):
+def test_known_file_is_not_probed(tmp_path, monkeypatch):
     path = write_keras_h5(tmp_path / "weights.h5", keras_tensors())
     monkeypatch.setattr(hdf5.subprocess, "run", lambda *_, **__: pytest.fail("probed"))
     monkeypatch.setattr("cifar_jax.pretrained.load._known_variant", lambda path, notes: "keras")
@@ -67,14 +67,14 @@ def probe(path, memory=10**9):
     return subprocess.run([sys.executable, "-I", PROBE, path, "1", str(memory)], capture_output=True, check=False)
 
 
-def test_links_in_circles_come_to_an_end(tmp_path):
+def test_probe_handles_link_cycles(tmp_path):
     with h5py.File(tmp_path / "circle.h5", "w") as file:
         file["here/there"] = file["/"]
         file["here/again"] = file["here"]
     assert probe(tmp_path / "circle.h5").returncode == 0
 
 
-def test_claims_cost_the_probe_no_memory(tmp_path):
+def test_probe_does_not_allocate_claimed_sizes(tmp_path):
     with h5py.File(tmp_path / "claims.h5", "w") as file:
         file.create_dataset("claim", (10**6, 10**6), "f4", chunks=(1000, 1000))
         file["one"] = np.zeros(1000)

@@ -1,4 +1,4 @@
-"""Files of Keras 3: weights by class and number, matched by the names beside them or by the archive's description."""
+"""Keras 3 files: weights by class and number, matched by their stored names or by the archive's config."""
 
 import json
 import zipfile
@@ -29,7 +29,7 @@ def layers_of(tensors):
 
 
 def shuffled(tensors, seed=0):
-    """Other layers first: whatever the order of a file, names decide."""
+    """Shuffles the layers: tensors must be matched by name, whatever their order in the file."""
     layers = layers_of(tensors)
     np.random.default_rng(seed).shuffle(layers)
     return {name: tensors[name] for layer in layers for name in tensors if name.rpartition("/")[0] == layer}
@@ -50,9 +50,9 @@ def archived(path, tensors, description, named=False, change=lambda file: None, 
 def refusal(path):
     with pytest.raises(WeightsError) as caught:
         load_backbone(path)
-    sentence = str(caught.value)
-    assert "\n" not in sentence and str(path) in sentence, sentence
-    return sentence
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message, message
+    return message
 
 
 def assert_filled(backbone, tensors):
@@ -67,7 +67,7 @@ def assert_filled(backbone, tensors):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_names_beside_the_weights(tmp_path, tensors, seed):
+def test_names_stored_with_the_weights(tmp_path, tensors, seed):
     backbone = load_backbone(write_keras3_h5(tmp_path / "x.weights.h5", shuffled(tensors, seed)))
     assert_filled(backbone, tensors)
     assert backbone.variant == "keras (by its tensor names)"
@@ -75,14 +75,14 @@ def test_names_beside_the_weights(tmp_path, tensors, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("named", [False, True])
-def test_an_archive_is_read_in_the_order_of_its_description(tmp_path, tensors, seed, named):
+def test_archive_is_read_in_the_order_of_its_config(tmp_path, tensors, seed, named):
     held = shuffled(tensors, seed)
     backbone = load_backbone(archived(tmp_path / "x.keras", held, keras_description(layers_of(held)), named))
     assert_filled(backbone, tensors)
     assert backbone.variant == "keras (by its description)"
 
 
-def test_a_model_inside_a_model(tmp_path, tensors):
+def test_nested_model(tmp_path, tensors):
     def nest(file):
         file.move("layers", "inner")
         file.create_group("layers/functional")
@@ -96,9 +96,9 @@ def test_a_model_inside_a_model(tmp_path, tensors):
     assert_filled(load_backbone(archived(tmp_path / "x.keras", tensors, outer, change=nest)), tensors)
 
 
-def test_without_names_nothing_is_guessed(tmp_path, tensors):
+def test_file_without_layer_names_is_refused(tmp_path, tensors):
     path = write_keras3_h5(tmp_path / "x.weights.h5", tensors, named=False)
-    assert "written by Keras 3's save_weights, which keeps no layer names" in refusal(path)
+    assert "written by Keras 3's save_weights, which stores no layer names" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -106,21 +106,27 @@ def test_without_names_nothing_is_guessed(tmp_path, tensors):
     [
         (
             lambda file: file["layers/conv2d/vars"].attrs.update(name="conv1_conv"),
-            "describes it as 'conv2_block1_1_conv'",
+            "but 'conv2_block1_1_conv' in the model config",
         ),
-        (lambda file: file.move("layers/conv2d_2", "layers/conv2d_77"), "of which its description says nothing"),
-        (lambda file: file.pop("layers/conv2d_1"), "it lacks conv2_block1_2_conv/bias"),
-        (lambda file: file.move("layers/conv2d/vars/1", "layers/conv2d/vars/7"), "has conv2_block1_1_conv/7 that"),
-        (lambda file: file.move("layers/conv2d/vars/1", "layers/conv2d/vars/x"), "has conv2_block1_1_conv/x that"),
+        (lambda file: file.move("layers/conv2d_2", "layers/conv2d_77"), "that its model config does not list"),
+        (lambda file: file.pop("layers/conv2d_1"), "missing tensors: conv2_block1_2_conv/bias"),
+        (
+            lambda file: file.move("layers/conv2d/vars/1", "layers/conv2d/vars/7"),
+            "unexpected tensors: conv2_block1_1_conv/7",
+        ),
+        (
+            lambda file: file.move("layers/conv2d/vars/1", "layers/conv2d/vars/x"),
+            "unexpected tensors: conv2_block1_1_conv/x",
+        ),
         (lambda file: file.pop("layers"), "it has no layer_names"),
     ],
 )
-def test_archives_that_contradict_themselves(tmp_path, tensors, change, part):
+def test_inconsistent_archives_are_refused(tmp_path, tensors, change, part):
     path = archived(tmp_path / "x.keras", tensors, keras_description(layers_of(tensors)), True, change)
     assert part in refusal(path)
 
 
-def test_two_layers_of_one_name(tmp_path, tensors):
+def test_duplicate_layer_names_are_refused(tmp_path, tensors):
     path = write_keras3_h5(tmp_path / "x.weights.h5", tensors)
     with h5py.File(path, "a") as file:
         file["layers/conv2d/vars"].attrs["name"] = "conv1_conv"
@@ -128,18 +134,18 @@ def test_two_layers_of_one_name(tmp_path, tensors):
 
 
 @pytest.mark.parametrize("description", ["{", "[]", "{}", '{"config": {"layers": [3]}}', '{"config": 3}', "[" * 10**5])
-def test_descriptions_that_describe_nothing(tmp_path, tensors, description):
-    sentence = refusal(archived(tmp_path / "x.keras", tensors, description))
-    assert "cannot be read" in sentence or "damaged" in sentence
+def test_invalid_configs_are_refused(tmp_path, tensors, description):
+    message = refusal(archived(tmp_path / "x.keras", tensors, description))
+    assert "cannot be parsed" in message or "corrupt" in message
 
 
-def test_a_compressed_archive_is_not_unpacked(tmp_path, tensors):
+def test_compressed_archive_is_refused(tmp_path, tensors):
     description = keras_description(layers_of(tensors))
     path = archived(tmp_path / "x.keras", tensors, description, compression=zipfile.ZIP_DEFLATED)
     assert "compressed or encrypted" in refusal(path)
 
 
-def test_classes_are_called_as_keras_calls_their_groups():
+def test_snake_case_matches_keras_group_names():
     names = {
         "Conv2D": "conv2d",
         "BatchNormalization": "batch_normalization",
