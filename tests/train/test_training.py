@@ -519,7 +519,7 @@ class Dropping(nn.Module):
 def test_a_flax_head_with_dropout_trains(make, small_backbone, mode):
     head = flax_head(Dropping())
     params = head.init(jax.random.key(3), small_backbone.num_features, 10)
-    assert set(params) == {"Dense_0", "Dense_1"} and head.name == "Dropping"
+    assert set(params) == {"Dense_0", "Dense_1"} and head.name == "Dropping()"
     task = make(mode, params, head.logits)
     state, rows = fitted(task, optax.sgd(0.1), ORDER, 4)
     again, same_rows = fitted(task, optax.sgd(0.1), ORDER, 4)
