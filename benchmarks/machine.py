@@ -14,7 +14,7 @@ PEERS = ("keras", "tensorflow-cpu", "torch", "torchvision", "onnxruntime")
 
 def describe() -> dict[str, Any]:
     """The machine and the versions of what runs; of a library that is not there nothing is said."""
-    from cifar_jax.runtime.environment import device_description, package_versions
+    from cifar_jax.runtime.machine_info import device_description, package_versions
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {

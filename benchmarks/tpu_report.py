@@ -37,7 +37,7 @@ from cifar_jax.models.backbone import extract
 from cifar_jax.models.folded import features_of, prepare
 from cifar_jax.models.head import dense_logits, init_head
 from cifar_jax.models.resnet import ResNetConfig
-from cifar_jax.runtime.environment import package_versions
+from cifar_jax.runtime.machine_info import package_versions
 from cifar_jax.runtime.sharding import mesh_of, rows_sharding
 from cifar_jax.train.finetune import make_network, trainable
 from cifar_jax.train.losses import cross_entropy

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     )
     from cifar_jax.models.preprocess import Preprocessing as Preprocessing, preprocess as preprocess
     from cifar_jax.models.resnet import ResNet as ResNet, ResNetConfig as ResNetConfig
-    from cifar_jax.pretrained.formats.native import save_backbone as save_backbone
+    from cifar_jax.pretrained.formats.safetensors_file import save_backbone as save_backbone
     from cifar_jax.pretrained.load import load_backbone as load_backbone
-    from cifar_jax.pretrained.untrained import random_backbone as random_backbone
+    from cifar_jax.pretrained.random_init import random_backbone as random_backbone
     from cifar_jax.runs.predict import predict_probs as predict_probs
     from cifar_jax.runs.reader import Run as Run, load_run as load_run
     from cifar_jax.train.evaluate import (
@@ -75,9 +75,9 @@ _MODULES = {
     "models.head": "Head dense_head dense_logits flax_head head_logits init_head",
     "models.preprocess": "Preprocessing preprocess",
     "models.resnet": "ResNet ResNetConfig",
-    "pretrained.formats.native": "save_backbone",
+    "pretrained.formats.safetensors_file": "save_backbone",
     "pretrained.load": "load_backbone",
-    "pretrained.untrained": "random_backbone",
+    "pretrained.random_init": "random_backbone",
     "runs.predict": "predict_probs",
     "runs.reader": "Run load_run",
     "train.evaluate": "EvalResult eval_step evaluate make_eval_step make_evaluate",

@@ -17,23 +17,23 @@ from cifar_jax.errors import RunError, UserError
 from cifar_jax.models.head import Head
 from cifar_jax.pretrained import AnyBackbone
 from cifar_jax.runs.checkpoint import Position
-from cifar_jax.runs.layout import CHECKPOINTS, RunInputs, claimed
+from cifar_jax.runs.directory import CHECKPOINTS, RunInputs, claimed
 from cifar_jax.runs.match import rates_of, require_same_inputs
 from cifar_jax.runs.resume import NO_PROGRESS, Progress, check_again, check_state, find_run, load_state, selected_epoch
 from cifar_jax.runs.writer import RunWriter
-from cifar_jax.runtime.environment import device_description
-from cifar_jax.runtime.processes import agreed, arrays_from_first, from_first, is_first
+from cifar_jax.runtime.machine_info import device_description
+from cifar_jax.runtime.multihost import agreed, arrays_from_first, from_first, is_first
 from cifar_jax.runtime.profiling import profiled
-from cifar_jax.runtime.reporter import EpochRow, Reporter, Silent
+from cifar_jax.runtime.progress import EpochRow, Reporter, Silent
 from cifar_jax.runtime.sharding import make_mesh, replicate
 from cifar_jax.runtime.signals import Signals, listening
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.train.evaluate import EvalResult
-from cifar_jax.train.inputs import Inputs, load_inputs, require_same_inputs_everywhere, warn_of_shared_images
+from cifar_jax.train.from_config import Parts, Training, check_parts, prepare
+from cifar_jax.train.load_inputs import Inputs, load_inputs, require_same_inputs_everywhere, warn_of_shared_images
 from cifar_jax.train.loop import Diverged, EpochPart, fit
 from cifar_jax.train.losses import LossFn
 from cifar_jax.train.optimizer import make_schedule
-from cifar_jax.train.prepare import Parts, Training, check_parts, prepare
 from cifar_jax.train.rehearsal import state_shapes
 from cifar_jax.train.step import TrainState
 from cifar_jax.train.task import Augment
@@ -106,7 +106,7 @@ def train(
         stopping = agreed(lambda: bool(signals.requested))
         with claimed(out) if writer else contextlib.nullcontext(), _ended(writer, out, signals):
             if writer:
-                from cifar_jax.report.pictures import write_pictures, write_samples  # matplotlib takes a second
+                from cifar_jax.report.run_figures import write_pictures, write_samples  # matplotlib takes a second
 
                 check_again(out, config, found["progress"], names)
                 with signals.held():

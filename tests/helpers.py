@@ -19,12 +19,12 @@ import pytest
 from cifar_jax.cli.main import main
 from cifar_jax.models import resnet
 from cifar_jax.models.resnet import ResNetConfig
-from cifar_jax.pretrained import UNTRAINED, variants
+from cifar_jax.pretrained import UNTRAINED, axis_order, variants
 from cifar_jax.pretrained.formats.keras3 import snake_case
 from cifar_jax.pretrained.from_torch import NAMES
 from cifar_jax.pretrained.merge import variable_shapes
-from cifar_jax.pretrained.names import keras as keras_names, layouts
-from cifar_jax.runtime.reporter import Silent
+from cifar_jax.pretrained.names import keras as keras_names
+from cifar_jax.runtime.progress import Silent
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -140,8 +140,8 @@ def full_disk(at: int) -> Iterator[None]:
 
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes runs skip their figures, which take longer than most tests."""
-    monkeypatch.setattr("cifar_jax.report.pictures.write_samples", lambda *_: None)
-    monkeypatch.setattr("cifar_jax.report.pictures.write_pictures", lambda *_: None)
+    monkeypatch.setattr("cifar_jax.report.run_figures.write_samples", lambda *_: None)
+    monkeypatch.setattr("cifar_jax.report.run_figures.write_pictures", lambda *_: None)
 
 
 def narrow_networks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def torch_tensors(config: ResNetConfig, family: str = "torchvision", classes: in
     tensors = {}
     for path, shape in variable_shapes(config).items():
         values = rng.uniform(0.5, 1.5, shape) if path[-1] in ("scale", "var") else rng.normal(0, 0.1, shape)
-        values = layouts.TORCH.from_network(values) if path[-1] == "kernel" else values
+        values = axis_order.TORCH.from_network(values) if path[-1] == "kernel" else values
         name = names.name_map(config.stage_sizes)[path]
         tensors[name] = np.ascontiguousarray(values, np.float32)
         if path[-1] == "var":

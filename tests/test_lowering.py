@@ -18,8 +18,8 @@ from cifar_jax.models.preprocess import CAFFE
 from cifar_jax.pretrained import Backbone
 from cifar_jax.pretrained.merge import variable_shapes
 from cifar_jax.train.finetune import make_network, trainable
+from cifar_jax.train.from_config import image_augmentation
 from cifar_jax.train.losses import cross_entropy
-from cifar_jax.train.prepare import image_augmentation
 from cifar_jax.train.step import make_train_step, scan_steps
 from cifar_jax.train.task import Batch, finetune_task
 

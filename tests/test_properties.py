@@ -19,7 +19,7 @@ from cifar_jax.models.head import dense_logits, init_head
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.runs.checkpoint import Position, position_of
 from cifar_jax.runs.resume import Progress, RateChange
-from cifar_jax.runtime.reporter import EpochRow
+from cifar_jax.runtime.progress import EpochRow
 from cifar_jax.runtime.sharding import make_mesh
 from cifar_jax.train.evaluate import eval_step, evaluate, make_evaluate
 from cifar_jax.train.loop import EpochOrder, EpochPart, fit, make_advance

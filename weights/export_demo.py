@@ -14,10 +14,10 @@ import numpy as np
 
 from cifar_jax import Backbone, Run, load_run, save_backbone
 from cifar_jax.config import preset
-from cifar_jax.config.groups import RUN_ONLY
+from cifar_jax.config.option_groups import RUN_ONLY
 from cifar_jax.files import write_json
 from cifar_jax.pretrained.registry import weights_dir
-from cifar_jax.runs.layout import METRICS
+from cifar_jax.runs.directory import METRICS
 from cifar_jax.version import __version__
 
 NAME, FILE = "demo", "demo-resnet50-w16.safetensors"

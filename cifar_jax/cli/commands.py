@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cifar_jax.cli.console import ConsoleReporter
+from cifar_jax.cli.escape import printable
 from cifar_jax.cli.options import (
     ConvertOptions,
     EvaluateOptions,
@@ -21,7 +22,6 @@ from cifar_jax.cli.options import (
     parse,
     parse_train,
 )
-from cifar_jax.cli.text import printable
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.files import without_nan
 
@@ -32,11 +32,11 @@ def train(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Trains a head. Returns 0, or after Ctrl-C or SIGTERM the exit code that shells use for that signal."""
     config = parse_train(arguments)
     from cifar_jax.experiment import Interrupted, train as run_job
-    from cifar_jax.runs.layout import SUMMARY, read_json
+    from cifar_jax.runs.directory import SUMMARY, read_json
     from cifar_jax.runs.resume import is_unfinished
     from cifar_jax.runtime.devices import use_deterministic_algorithms
-    from cifar_jax.runtime.environment import unused_accelerator
-    from cifar_jax.runtime.processes import from_first, is_first, join
+    from cifar_jax.runtime.machine_info import unused_accelerator
+    from cifar_jax.runtime.multihost import from_first, is_first, join
 
     if config.optim.deterministic:
         use_deterministic_algorithms()
@@ -122,7 +122,7 @@ def predict(arguments: list[str], reporter: ConsoleReporter) -> int:
 
 def _check_order(options: PredictOptions) -> None:
     """Raises UserError if the run directory is given after the images."""
-    from cifar_jax.runs.layout import is_run
+    from cifar_jax.runs.directory import is_run
 
     runs = [path for path in options.images if os.path.isdir(path) and is_run(Path(path))]
     if runs and not is_run(Path(options.run)):
@@ -138,7 +138,7 @@ def info(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Shows the versions, devices, weights and data sets of this machine, or the contents of the cache."""
     options = parse(InfoOptions, arguments, "info")
     from cifar_jax.cli.info import collect
-    from cifar_jax.runtime.environment import unused_accelerator
+    from cifar_jax.runtime.machine_info import unused_accelerator
 
     if options.clear:
         return _clear_cache(options, reporter)

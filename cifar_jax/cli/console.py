@@ -21,9 +21,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from cifar_jax.cli.escape import printable
 from cifar_jax.cli.tables import pair_lines, sentence_lines, table_lines
-from cifar_jax.cli.text import printable
-from cifar_jax.runtime.reporter import EpochRow
+from cifar_jax.runtime.progress import EpochRow
 
 if TYPE_CHECKING:
     from cifar_jax.pretrained.verify import TensorRow, Verification

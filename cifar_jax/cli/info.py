@@ -8,7 +8,7 @@ from cifar_jax.data.sources.tfds import data_root
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained import UNTRAINED, registry
 from cifar_jax.runtime.caches import contents
-from cifar_jax.runtime.environment import device_description, package_versions
+from cifar_jax.runtime.machine_info import device_description, package_versions
 from cifar_jax.runtime.sharding import device_rows
 
 

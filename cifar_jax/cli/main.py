@@ -10,9 +10,9 @@ from typing import NoReturn
 
 from cifar_jax.cli import commands
 from cifar_jax.cli.console import ConsoleReporter
+from cifar_jax.cli.escape import printable
 from cifar_jax.cli.parsing import program
-from cifar_jax.cli.streams import CLOSED, OutputLost, guarded, is_closed_pipe, open_missing
-from cifar_jax.cli.text import printable
+from cifar_jax.cli.stdio import CLOSED, OutputLost, guarded, is_closed_pipe, open_missing
 from cifar_jax.errors import RunError, UserError, no_such
 from cifar_jax.runtime.signals import Terminated, listening
 from cifar_jax.version import __version__

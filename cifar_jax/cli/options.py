@@ -13,7 +13,7 @@ import tyro
 
 from cifar_jax.cli.parsing import REGISTRY, program
 from cifar_jax.config import DECIDING, PRESETS, TrainConfig, preset, without_meaningless
-from cifar_jax.config.groups import DEFAULTS, GROUP_OF, HINTS, OF_THE_COMMAND
+from cifar_jax.config.option_groups import DEFAULTS, GROUP_OF, HINTS, OF_THE_COMMAND
 from cifar_jax.errors import UserError
 from cifar_jax.files import read_json_value
 
@@ -201,7 +201,7 @@ def _config_in(path: Path) -> TrainConfig:
 
 def _require_options_alone(file: Path) -> None:
     """Refuses to run again, without its parts, a run that was passed some from Python."""
-    from cifar_jax.runs.layout import read_inputs  # JAX takes a second
+    from cifar_jax.runs.directory import read_inputs  # JAX takes a second
 
     if (inputs := read_inputs(file.parent)) and inputs.parts:
         parts = ", ".join(f"{part} {name}" for part, name in inputs.parts.items())

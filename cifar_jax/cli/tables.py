@@ -7,7 +7,7 @@ from typing import Any
 from rich.cells import cell_len
 from rich.text import Text
 
-from cifar_jax.cli.text import printable
+from cifar_jax.cli.escape import printable
 
 GAP = "  "
 MIN_WIDTH = 20  # columns of a text, however narrow the terminal

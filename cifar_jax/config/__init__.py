@@ -1,6 +1,6 @@
 """Configuration of a run: frozen groups of options, their checks, and the named presets."""
 
-from cifar_jax.config.groups import (
+from cifar_jax.config.option_groups import (
     FINETUNE_ONLY,
     BackboneConfig,
     DataConfig,

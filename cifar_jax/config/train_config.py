@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from cifar_jax.config.groups import (
+from cifar_jax.config.option_groups import (
     DEFAULTS,
     FINETUNE_ONLY,
     GROUP_OF,

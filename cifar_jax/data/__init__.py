@@ -2,7 +2,7 @@
 
 from cifar_jax.data.dataset import Dataset, Splits, balanced_subset, epoch_batches, hold_out
 from cifar_jax.data.load import load_splits
-from cifar_jax.data.problem import Problem, load_problem
+from cifar_jax.data.splits import Problem, load_problem
 
 __all__ = [
     "Dataset",

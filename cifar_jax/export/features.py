@@ -12,14 +12,14 @@ import numpy as np
 from cifar_jax.config import TrainConfig
 from cifar_jax.data.sources.images import read_image
 from cifar_jax.errors import RunError, UserError
-from cifar_jax.features.dataset import dataset_features
+from cifar_jax.features.extraction import dataset_features
 from cifar_jax.features.extractor import make_extractor
 from cifar_jax.files import replacing
 from cifar_jax.pretrained import UNTRAINED, AnyBackbone, load_backbone
 from cifar_jax.runs.predict import TRAINED_SIDE
-from cifar_jax.runtime.reporter import Reporter, Silent
+from cifar_jax.runtime.progress import Reporter, Silent
 from cifar_jax.runtime.timing import Clock
-from cifar_jax.train.inputs import load_inputs, network_image_size
+from cifar_jax.train.load_inputs import load_inputs, network_image_size
 
 BATCH_SIZE = 1024  # image files in memory at a time
 

@@ -2,9 +2,9 @@
 
 from cifar_jax.errors import WeightsError
 from cifar_jax.models.backbone import AnyBackbone, Backbone, FunctionBackbone
-from cifar_jax.pretrained.formats.native import save_backbone
+from cifar_jax.pretrained.formats.safetensors_file import save_backbone
 from cifar_jax.pretrained.load import load_backbone
-from cifar_jax.pretrained.untrained import UNTRAINED, random_backbone
+from cifar_jax.pretrained.random_init import UNTRAINED, random_backbone
 
 __all__ = [
     "UNTRAINED",

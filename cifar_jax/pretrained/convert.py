@@ -22,11 +22,12 @@ from cifar_jax.errors import RunError, UserError, WeightsError
 from cifar_jax.files import replacing, sha256_of_file
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.resnet import ResNetConfig
+from cifar_jax.pretrained import axis_order
 from cifar_jax.pretrained.formats.keras_h5 import read_keras_h5
-from cifar_jax.pretrained.formats.native import read_safetensors, to_bytes
+from cifar_jax.pretrained.formats.safetensors_file import read_safetensors, to_bytes
 from cifar_jax.pretrained.from_torch import NAMES
 from cifar_jax.pretrained.load import load_backbone
-from cifar_jax.pretrained.names import huggingface as hf_names, keras as keras_names, layouts, torch as torch_names
+from cifar_jax.pretrained.names import huggingface as hf_names, keras as keras_names, torch as torch_names
 from cifar_jax.pretrained.variants import VARIANTS, Variant
 
 logger = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ def keras_tensors(backbone: Backbone, family: str) -> Tensors:
     named = {name: at for at, name in keras_names.name_map(backbone.config.stage_sizes, family).items() if at in leaves}
     layers = keras_names.layer_order(backbone.config.stage_sizes, family)
     tensors = {
-        f"{layer}/{tensor}": _to_layout(leaves[named[f"{layer}/{tensor}"]], layouts.KERAS)
+        f"{layer}/{tensor}": _to_layout(leaves[named[f"{layer}/{tensor}"]], axis_order.KERAS)
         for layer in layers
         for tensor in (keras_names.CONV_TENSORS | keras_names.NORM_TENSORS)
         if f"{layer}/{tensor}" in named
@@ -226,7 +227,7 @@ def torch_tensors(backbone: Backbone, family: str) -> Tensors:
     names = NAMES[family]
     leaves = flatten_dict(backbone.variables)
     named = {at: name for at, name in names.name_map(backbone.config.stage_sizes).items() if at in leaves}
-    tensors = {name: _to_layout(leaves[at], layouts.TORCH) for at, name in named.items()}
+    tensors = {name: _to_layout(leaves[at], axis_order.TORCH) for at, name in named.items()}
     norms = [name.removesuffix(".running_var") for name in tensors if name.endswith(".running_var")]
     tensors |= {f"{name}.{torch_names.IGNORED}": np.zeros((), np.int64) for name in norms}
     if backbone.top is None:
@@ -237,6 +238,6 @@ def torch_tensors(backbone: Backbone, family: str) -> Tensors:
     return tensors | {names.TOP[0]: np.ascontiguousarray(kernel.T), names.TOP[1]: bias}
 
 
-def _to_layout(leaf: Any, layout: layouts.Layout) -> np.ndarray:
+def _to_layout(leaf: Any, layout: axis_order.Layout) -> np.ndarray:
     array = np.asarray(leaf, np.float32)
     return np.ascontiguousarray(layout.from_network(array) if array.ndim > 1 else array)

@@ -6,7 +6,7 @@ from pathlib import Path
 from cifar_jax.errors import WeightsError
 from cifar_jax.pretrained.formats.keras_h5 import KerasFile
 from cifar_jax.pretrained.names import keras as keras_names
-from cifar_jax.pretrained.reading import ParsedWeights
+from cifar_jax.pretrained.parsed_weights import ParsedWeights
 from cifar_jax.pretrained.variants import check_depth, choose_variant, parse_keras_config
 
 

@@ -8,10 +8,11 @@ from types import ModuleType
 import numpy as np
 
 from cifar_jax.errors import WeightsError
-from cifar_jax.pretrained.configs import CONFIG, PREPROCESSOR, Description, read_description
-from cifar_jax.pretrained.names import huggingface as hf_names, layouts, torch as torch_names
+from cifar_jax.pretrained import axis_order
+from cifar_jax.pretrained.config_json import CONFIG, PREPROCESSOR, Description, read_description
+from cifar_jax.pretrained.names import huggingface as hf_names, torch as torch_names
 from cifar_jax.pretrained.names.keras import count_blocks
-from cifar_jax.pretrained.reading import ParsedWeights
+from cifar_jax.pretrained.parsed_weights import ParsedWeights
 from cifar_jax.pretrained.variants import Variant, check_depth, choose_variant
 
 NAMES: dict[str, ModuleType] = {"torchvision": torch_names, "huggingface": hf_names}  # by family
@@ -74,7 +75,7 @@ def parse_torch(
         variant.image_size,
         f"{variant.name} (by {reason})",
         ignored=dict.fromkeys(counts, "number of training steps"),
-        layout=layouts.TORCH,
+        layout=axis_order.TORCH,
         refusal=description.other if description else "",
         notes=(f"{path} does not specify {assumed}",) if assumed else (),
     )

@@ -9,14 +9,14 @@ from pathlib import Path
 from cifar_jax.errors import WeightsError, did_you_mean
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.pretrained import registry
-from cifar_jax.pretrained.formats import native
+from cifar_jax.pretrained.formats import safetensors_file
 from cifar_jax.pretrained.formats.detect import detect_format, find_weights
 from cifar_jax.pretrained.formats.keras_h5 import read_keras_archive, read_keras_h5
 from cifar_jax.pretrained.formats.torch_file import read_torch, without_prefixes
 from cifar_jax.pretrained.from_keras import parse_keras
 from cifar_jax.pretrained.from_torch import detect_family, parse_torch
-from cifar_jax.pretrained.reading import ParsedWeights, backbone_of
-from cifar_jax.pretrained.untrained import UNTRAINED
+from cifar_jax.pretrained.parsed_weights import ParsedWeights, backbone_of
+from cifar_jax.pretrained.random_init import UNTRAINED
 from cifar_jax.pretrained.variants import VARIANTS, check_variant
 
 logger = logging.getLogger(__name__)
@@ -101,14 +101,14 @@ def _parse(path: Path, asked: str | None, notes: list[str]) -> ParsedWeights:
     """Parses a file; appends to `notes` the findings that hold even if parsing fails later."""
     file_format = detect_format(path)
     if file_format == "safetensors":
-        safe = native.read_safetensors(path)
+        safe = safetensors_file.read_safetensors(path)
         tensors = without_prefixes(safe.tensors)
-        if native.KEY in safe.metadata or detect_family(tensors) is None:
+        if safetensors_file.KEY in safe.metadata or detect_family(tensors) is None:
             if asked is not None:
                 raise WeightsError(
                     f"--variant {asked} does not apply to {path}, which records its own variant. Omit it."
                 )
-            return native.parse_native(path, safe)
+            return safetensors_file.parse_native(path, safe)
         return parse_torch(path, tensors, _known_variant(path, notes), asked)
     by_hash = _known_variant(path, notes)
     if file_format == "hdf5":

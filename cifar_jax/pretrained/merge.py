@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cifar_jax.errors import WeightsError
 from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables
-from cifar_jax.pretrained.names import layouts
+from cifar_jax.pretrained import axis_order
 
 Path = tuple[str, ...]  # path of a variable, such as ("params", "stage1_block1", "conv1", "kernel")
 
@@ -50,7 +50,7 @@ def match(
     names: Mapping[Path, str],
     config: ResNetConfig,
     ignored: Collection[str],
-    layout: layouts.Layout,
+    layout: axis_order.Layout,
 ) -> Match:
     """Matches a file's tensors against a network; takes the same arguments as `merge`."""
     shapes = variable_shapes(config)
@@ -73,7 +73,7 @@ def merge(
     config: ResNetConfig,
     ignored: Collection[str] = (),
     what: str = "the weights",
-    layout: layouts.Layout = layouts.KERAS,
+    layout: axis_order.Layout = axis_order.KERAS,
 ) -> Variables:
     """Builds a network's variables from the tensors of a file, by name.
 
@@ -149,9 +149,9 @@ def read_classifier(
     return {"kernel": kernel, "bias": bias}
 
 
-def _file_shape(shape: tuple[int, ...], layout: layouts.Layout) -> tuple[int, ...]:
+def _file_shape(shape: tuple[int, ...], layout: axis_order.Layout) -> tuple[int, ...]:
     """Returns a variable's shape in the file's axis order."""
-    return shape if layout is layouts.KERAS else layout.shape(np.broadcast_to(np.float32(0), shape))
+    return shape if layout is axis_order.KERAS else layout.shape(np.broadcast_to(np.float32(0), shape))
 
 
 def _join_few(items: list[str], most: int = 6) -> str:

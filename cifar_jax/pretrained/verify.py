@@ -13,10 +13,10 @@ from cifar_jax.errors import WeightsError
 from cifar_jax.files import sha256_of_file, without_nan
 from cifar_jax.models.backbone import Backbone, extract
 from cifar_jax.models.resnet import ResNetConfig, network_name
-from cifar_jax.pretrained import references, registry
+from cifar_jax.pretrained import reference_libraries, registry
 from cifar_jax.pretrained.load import read_weights
 from cifar_jax.pretrained.merge import Match, Path as VariablePath, match
-from cifar_jax.pretrained.reading import ParsedWeights, backbone_of
+from cifar_jax.pretrained.parsed_weights import ParsedWeights, backbone_of
 
 IMAGE_SIDE = 32  # of synthetic images; the network's input size must be a multiple of it
 FINGERPRINT_IMAGES = 4
@@ -78,7 +78,7 @@ def verify(
     Args:
       path_or_name: any path or name that `load_backbone` accepts.
       variant: the variant, for files that leave it open.
-      against: a key of `references.FAMILIES`, the library to compare outputs with.
+      against: a key of `reference_libraries.FAMILIES`, the library to compare outputs with.
       load_kwargs: passed to `load_backbone`.
 
     Raises:
@@ -103,7 +103,7 @@ def verify(
         side = max(IMAGE_SIDE, backbone.image_size // IMAGE_SIDE * IMAGE_SIDE)
         fingerprint = compute_fingerprint(backbone.replace(image_size=side))
         if against is not None:
-            differences = references.differences(against, parsed, backbone.replace(image_size=side))
+            differences = reference_libraries.differences(against, parsed, backbone.replace(image_size=side))
         problems += _check_features(fingerprint, against, differences)
     return Verification(_about(parsed, registered), rows, fingerprint, differences, problems)
 
@@ -111,9 +111,9 @@ def verify(
 def _check_features(fingerprint: dict[str, Any], against: str | None, differences: dict[str, float]) -> list[str]:
     """Returns the problems of the network's outputs."""
     dead = ["The network is dead: all synthetic images have the same features."] if not fingerprint["std"] > 0 else []
-    too_large = {name: value for name, value in differences.items() if not value <= references.TOLERANCE}
+    too_large = {name: value for name, value in differences.items() if not value <= reference_libraries.TOLERANCE}
     return dead + [
-        f"{name} differs from that of {against} by {value:.2g}, more than {references.TOLERANCE:g}."
+        f"{name} differs from that of {against} by {value:.2g}, more than {reference_libraries.TOLERANCE:g}."
         for name, value in too_large.items()
     ]
 

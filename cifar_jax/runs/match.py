@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.config.groups import RUN_ONLY
+from cifar_jax.config.option_groups import RUN_ONLY
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import UNTRAINED
-from cifar_jax.runs.layout import CONFIG, INPUTS, SUMMARY, RunInputs, read_json, recorded
+from cifar_jax.runs.directory import CONFIG, INPUTS, SUMMARY, RunInputs, read_json, recorded
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from cifar_jax.features.extractor import extraction_batch_size, make_extractor
 from cifar_jax.models.backbone import AnyBackbone, extract
 from cifar_jax.models.head import Head, dense_logits
 from cifar_jax.runs.reader import Run, load_run
-from cifar_jax.runtime.reporter import Reporter, Silent
+from cifar_jax.runtime.progress import Reporter, Silent
 from cifar_jax.train.evaluate import evaluate, make_eval_step, wilson_interval
 from cifar_jax.train.losses import LossFn, smoothed_cross_entropy
 from cifar_jax.train.task import HeadFn, head_forward

@@ -15,9 +15,9 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.errors import UserError
 from cifar_jax.files import without_nan
 from cifar_jax.runs.checkpoint import Position, check_checkpoint, list_checkpoints, load_checkpoint, newest_whole
-from cifar_jax.runs.layout import CHECKPOINTS, INPUTS, METRICS, check_run_dir, default_run_dir, is_run, read_inputs
+from cifar_jax.runs.directory import CHECKPOINTS, INPUTS, METRICS, check_run_dir, default_run_dir, is_run, read_inputs
 from cifar_jax.runs.match import differing, require_lower_rate, require_same_options, require_same_parts, status
-from cifar_jax.runtime.reporter import EpochRow
+from cifar_jax.runtime.progress import EpochRow
 from cifar_jax.train.loop import EpochPart
 from cifar_jax.train.step import StepMetrics, TrainState
 

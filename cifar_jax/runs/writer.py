@@ -12,7 +12,7 @@ from cifar_jax.errors import RunError
 from cifar_jax.files import without_nan, write_json
 from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
 from cifar_jax.runs.checkpoint import Position, list_checkpoints, load_checkpoint, position_of, prune, save_checkpoint
-from cifar_jax.runs.layout import (
+from cifar_jax.runs.directory import (
     BACKBONE,
     CHECKPOINTS,
     FORMAT_VERSION,
@@ -25,12 +25,12 @@ from cifar_jax.runs.layout import (
 )
 from cifar_jax.runs.match import rates_of
 from cifar_jax.runs.resume import NO_PROGRESS, Progress, checkpoint_tree, selected_epoch
-from cifar_jax.runtime.environment import device_description, package_versions, settings
-from cifar_jax.runtime.reporter import EpochRow
+from cifar_jax.runtime.machine_info import device_description, package_versions, settings
+from cifar_jax.runtime.progress import EpochRow
 from cifar_jax.runtime.sharding import make_mesh
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.train.evaluate import EvalResult, wilson_interval
-from cifar_jax.train.inputs import Inputs
+from cifar_jax.train.load_inputs import Inputs
 from cifar_jax.train.loop import EpochPart
 from cifar_jax.train.step import TrainState
 

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from cifar_jax.runtime.reporter import Reporter, Watched
+from cifar_jax.runtime.progress import Reporter, Watched
 
 
 class Clock:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Int32, PyTree
 
 from cifar_jax.models.head import dense_logits
-from cifar_jax.runtime.reporter import Reporter, Silent
+from cifar_jax.runtime.progress import Reporter, Silent
 from cifar_jax.runtime.sharding import make_mesh, replicate, replicated_sharding, round_up, shard
 from cifar_jax.train.losses import LossFn, cross_entropy, losses_of
 from cifar_jax.train.step import TrainState, classes_of

@@ -13,7 +13,7 @@ from jaxtyping import Int32, PRNGKeyArray, PyTree
 
 from cifar_jax.data import epoch_batches
 from cifar_jax.errors import RunError
-from cifar_jax.runtime.reporter import EpochRow, Reporter, Silent
+from cifar_jax.runtime.progress import EpochRow, Reporter, Silent
 from cifar_jax.runtime.sharding import make_mesh, replicate, round_up, shard
 from cifar_jax.train.evaluate import EvalResult
 from cifar_jax.train.step import StepMetrics, TrainState, TrainStep, is_finite, scan_steps

@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.features.dataset import Extracted
+from cifar_jax.features.extraction import Extracted
 from cifar_jax.runtime.sharding import round_up
-from cifar_jax.train.inputs import Inputs
-from cifar_jax.train.prepare import Parts, compose
+from cifar_jax.train.from_config import Parts, compose
+from cifar_jax.train.load_inputs import Inputs
 from cifar_jax.train.step import TrainState
 from cifar_jax.train.task import Batch
 

@@ -9,11 +9,11 @@ from rich.console import Console
 
 from cifar_jax.cli import console as console_module
 from cifar_jax.cli.console import ConsoleReporter
+from cifar_jax.cli.escape import printable
 from cifar_jax.cli.info import collect
 from cifar_jax.cli.tables import table_lines, wrapped
-from cifar_jax.cli.text import printable
 from cifar_jax.pretrained import registry
-from cifar_jax.runtime.reporter import EpochRow
+from cifar_jax.runtime.progress import EpochRow
 
 WIDTH = 80
 logger = logging.getLogger("cifar_jax.anything")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cifar_jax.data import load_splits
 from cifar_jax.data.sources.images import read_image
-from cifar_jax.features import dataset as extraction
+from cifar_jax.features import extraction as extraction
 from cifar_jax.features.extractor import make_extractor
 from cifar_jax.pretrained import load_backbone, random_backbone, save_backbone
 from cifar_jax.runtime.profiling import profiled

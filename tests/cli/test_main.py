@@ -26,7 +26,7 @@ from cifar_jax.models.head import init_head
 from cifar_jax.pretrained import UNTRAINED, download, registry
 from cifar_jax.runs.checkpoint import load_checkpoint
 from cifar_jax.runtime.devices import missing_platform
-from cifar_jax.train import inputs
+from cifar_jax.train import load_inputs
 
 
 @pytest.fixture(scope="session")
@@ -392,7 +392,7 @@ def test_errors_before_the_run_directory_exists(tmp_path, capsys, monkeypatch, e
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(inputs, "load_problem", fail)
+    monkeypatch.setattr(load_inputs, "load_problem", fail)
     result = command(capsys, "train", *TINY, "--out", tmp_path / "out")
     assert result.code == code and len(result.err.splitlines()) == 1, result
     assert all(part in result.err for part in parts) and not (tmp_path / "out").exists()
@@ -402,7 +402,7 @@ def test_unexpected_error_propagates(monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(inputs, "load_problem", fail)
+    monkeypatch.setattr(load_inputs, "load_problem", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         main(["train", *TINY])
 

@@ -20,9 +20,9 @@ from cifar_jax.config import (
     TrainConfig,
     preset,
 )
-from cifar_jax.config.groups import FIELDS, GROUP_OF, GROUPS, OF_A_PROCESS, OF_THE_COMMAND, PATHS, RUN_ONLY
+from cifar_jax.config.option_groups import FIELDS, GROUP_OF, GROUPS, OF_A_PROCESS, OF_THE_COMMAND, PATHS, RUN_ONLY
 from cifar_jax.errors import UserError
-from cifar_jax.runs.layout import recorded
+from cifar_jax.runs.directory import recorded
 
 CONFIGS = Path(__file__).parent / "configs"  # written before options had groups
 FINETUNE = FinetuneConfig(2, 0.01, "batch", 0.8, False, 16, True)

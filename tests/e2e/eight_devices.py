@@ -21,10 +21,10 @@ from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.runtime.sharding import make_mesh, replicate, shard
 from cifar_jax.train.evaluate import eval_step, evaluate
+from cifar_jax.train.from_config import image_augmentation
 from cifar_jax.train.loop import EpochOrder
 from cifar_jax.train.losses import cross_entropy
 from cifar_jax.train.optimizer import make_optimizer
-from cifar_jax.train.prepare import image_augmentation
 from cifar_jax.train.step import make_train_step, scan_steps
 from cifar_jax.train.task import Batch
 

@@ -17,7 +17,7 @@ from helpers import ROOT, TESTS, command, is_one_error, narrow_networks, without
 from cifar_jax import load_run
 from cifar_jax.cli.main import main
 from cifar_jax.runs.checkpoint import list_checkpoints
-from cifar_jax.runs.layout import CHECKPOINTS, CONTENTS
+from cifar_jax.runs.directory import CHECKPOINTS, CONTENTS
 
 
 def free_port():

@@ -31,7 +31,7 @@ from cifar_jax.experiment import train
 from cifar_jax.models import resnet
 from cifar_jax.pretrained import UNTRAINED
 from cifar_jax.runs.checkpoint import load_checkpoint
-from cifar_jax.runs.layout import CHECKPOINTS, CONTENTS
+from cifar_jax.runs.directory import CHECKPOINTS, CONTENTS
 from cifar_jax.runs.predict import evaluate_run, predict_files
 from examples import another_augmentation, another_loss, another_network, another_optimizer, dropout_head
 

@@ -12,7 +12,7 @@ from helpers import TINY, narrow_networks
 from cifar_jax import experiment
 from cifar_jax.cli.main import main
 from cifar_jax.errors import UserError
-from cifar_jax.runtime import processes
+from cifar_jax.runtime import multihost
 
 JOB = (*TINY, "--schedule", "constant", "--train-examples", "127", "--cache-dir")
 
@@ -32,15 +32,15 @@ def exchange():
     """What the first says, all know; what they differ in, all are told; shares make a whole."""
     own = jax.process_index()
     rows = np.arange(14, dtype=np.float32).reshape(7, 2)
-    share = rows[processes.own_rows(7)]
+    share = rows[multihost.own_rows(7)]
     return {
         "count": jax.process_count(),
-        "value": processes.from_first(lambda: {"process": own}),
-        "error": sentence(lambda: processes.from_first(refuse)),
-        "differ": sentence(lambda: processes.require_same({"data": "a", "weights": str(own)})),
+        "value": multihost.from_first(lambda: {"process": own}),
+        "error": sentence(lambda: multihost.from_first(refuse)),
+        "differ": sentence(lambda: multihost.require_same({"data": "a", "weights": str(own)})),
         "share": len(share),
-        "gathered": np.array_equal(processes.gather(share, 7), rows),
-        "arrays": processes.arrays_from_first([np.full(2, own, np.int32)])[0].tolist(),
+        "gathered": np.array_equal(multihost.gather(share, 7), rows),
+        "arrays": multihost.arrays_from_first([np.full(2, own, np.int32)])[0].tolist(),
     }
 
 
@@ -58,12 +58,12 @@ def run(directory):
     with pytest.MonkeyPatch.context() as patch:
         narrow_networks(patch)
         patch.setattr(experiment, "fit", kept)
-        patch.setattr("cifar_jax.report.pictures.write_samples", lambda *_: None)
+        patch.setattr("cifar_jax.report.run_figures.write_samples", lambda *_: None)
         commands = (["--epochs", "1"], ["--epochs", "2", "--resume"], [])
         found["codes"] = [main([*train, *more]) for more in commands]
     out.with_suffix(".json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    processes.join()
+    multihost.join()
     run(Path(sys.argv[1]))

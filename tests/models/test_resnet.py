@@ -11,7 +11,7 @@ import pytest
 
 from cifar_jax.models.resnet import Conv, ResNet, ResNetConfig
 from cifar_jax.pretrained.merge import variable_shapes
-from cifar_jax.pretrained.untrained import init_variables
+from cifar_jax.pretrained.random_init import init_variables
 
 NARROW = ResNetConfig(stage_sizes=(1, 2), width=4)
 

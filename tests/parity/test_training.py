@@ -23,7 +23,7 @@ from cifar_jax import Backbone, EpochOrder, init_head, load_backbone, make_extra
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.dataset import balanced_subset
 from cifar_jax.models.head import HeadParams
-from cifar_jax.runtime.reporter import EpochRow
+from cifar_jax.runtime.progress import EpochRow
 from parity.networks import WRITERS, Case, Reference, Written, teach
 
 pytestmark = [

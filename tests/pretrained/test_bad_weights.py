@@ -25,8 +25,8 @@ from helpers import (
 from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.files import sha256_of_file
 from cifar_jax.pretrained import WeightsError, load_backbone, random_backbone, save_backbone
-from cifar_jax.pretrained.formats import detect, native
-from cifar_jax.pretrained.formats.native import read_backbone
+from cifar_jax.pretrained.formats import detect, safetensors_file
+from cifar_jax.pretrained.formats.safetensors_file import read_backbone
 
 KERNEL, SHORTCUT, VARIANCE = "conv2_block1_2_conv/kernel", "conv2_block1_0_conv/kernel", "conv1_bn/moving_variance"
 
@@ -400,11 +400,11 @@ def jax_key():
 def rewritten(backbone_file: Path, path: Path, metadata=None, **tensors) -> Path:
     """Copies a file with some metadata or tensors replaced, or removed if the new value is None."""
     with safetensors.safe_open(backbone_file, framework="numpy") as file:
-        old = json.loads(file.metadata()[native.KEY])
+        old = json.loads(file.metadata()[safetensors_file.KEY])
         kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     kept = {name: value for name, value in (kept | tensors).items() if value is not None}
     new = {name: value for name, value in (old | (metadata or {})).items() if value is not None}
-    safetensors.numpy.save_file(kept, path, {native.KEY: json.dumps(new)})
+    safetensors.numpy.save_file(kept, path, {safetensors_file.KEY: json.dumps(new)})
     return path
 
 

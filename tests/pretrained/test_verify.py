@@ -12,7 +12,7 @@ from torch_files import write_torch
 
 from cifar_jax import UserError, load_backbone, save_backbone
 from cifar_jax.files import sha256_of_file
-from cifar_jax.pretrained import references, registry
+from cifar_jax.pretrained import reference_libraries, registry
 from cifar_jax.pretrained.verify import verify
 
 
@@ -186,10 +186,10 @@ def test_difference_from_reference_is_reported(tmp_path, monkeypatch):
     path = torch_file(tmp_path)
 
     def fake_library(parsed, backbone, images):
-        ours = references.our_outputs(backbone, images)
+        ours = reference_libraries.our_outputs(backbone, images)
         return ours | {"stage2": ours["stage2"] * np.float32(1.001), "logits": np.zeros(3)}
 
-    monkeypatch.setitem(references._RUNNERS, "timm", fake_library)
+    monkeypatch.setitem(reference_libraries._RUNNERS, "timm", fake_library)
     found = verify(path, against="timm")
     assert found.differences["stage1"] == found.differences["pooled"] == 0
     assert found.differences["stage2"] == pytest.approx(1e-3, rel=0.01) and found.differences["logits"] == np.inf
@@ -203,7 +203,7 @@ def test_missing_reference_library_is_reported(tmp_path, monkeypatch):
     def not_installed(name):
         raise ImportError(f"no {name}")
 
-    monkeypatch.setattr(references.importlib, "import_module", not_installed)
+    monkeypatch.setattr(reference_libraries.importlib, "import_module", not_installed)
     for make, library, needs in ((torch_file, "torchvision", "torch and torchvision"), (keras_file, "keras", "keras")):
         with pytest.raises(UserError, match=f"--against needs {needs}, which cannot be imported"):
             verify(make(tmp_path), against=library)

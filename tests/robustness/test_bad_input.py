@@ -17,22 +17,22 @@ from safetensors import SafetensorError, safe_open
 
 from cifar_jax import experiment, files
 from cifar_jax.config import PRESETS, TrainConfig
-from cifar_jax.config.groups import GROUP_OF
+from cifar_jax.config.option_groups import GROUP_OF
 from cifar_jax.data import balanced_subset, epoch_batches, hold_out
 from cifar_jax.errors import UserError
 from cifar_jax.experiment import Interrupted, train
-from cifar_jax.features import dataset as extraction
+from cifar_jax.features import extraction as extraction
 from cifar_jax.files import load_arrays, save_arrays, write_json
 from cifar_jax.pretrained import load_backbone
-from cifar_jax.report import pictures
-from cifar_jax.runs import checkpoint, layout as run_dir
+from cifar_jax.report import run_figures
+from cifar_jax.runs import checkpoint, directory as run_dir
 from cifar_jax.runs.checkpoint import newest_whole
-from cifar_jax.runs.layout import CHECKPOINTS, CONFIG, INPUTS, METRICS, SUMMARY
+from cifar_jax.runs.directory import CHECKPOINTS, CONFIG, INPUTS, METRICS, SUMMARY
 from cifar_jax.runs.reader import load_run
-from cifar_jax.runtime.reporter import EpochRow
-from cifar_jax.train import inputs
+from cifar_jax.runtime.progress import EpochRow
+from cifar_jax.train import load_inputs
 
-PICTURES = pictures.write_pictures
+PICTURES = run_figures.write_pictures
 FAST = settings(max_examples=30, deadline=None)
 
 
@@ -57,7 +57,7 @@ def picture(tmp_path):
 def quick(monkeypatch, finished, narrow):
     """A job that computes next to nothing: where its files go has nothing to do with what is in them."""
     backbone = load_backbone(finished / "backbone.safetensors").replace(source="random-w16 (seed 0)")
-    monkeypatch.setattr(inputs, "make_untrained", lambda *_: backbone)
+    monkeypatch.setattr(load_inputs, "make_untrained", lambda *_: backbone)
     monkeypatch.setattr(extraction, "make_extractor", lambda *_, **__: cheap_features)
     monkeypatch.setattr(experiment, "fit", one_epoch)
 
@@ -227,7 +227,7 @@ def test_a_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, capsys, qui
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint.json", SUMMARY, "curves.png"])
 def test_any_file_of_a_run_may_fail(tmp_path, capsys, quick, monkeypatch, name):
     if name == "curves.png":
-        monkeypatch.setattr("cifar_jax.report.pictures.write_pictures", PICTURES)
+        monkeypatch.setattr("cifar_jax.report.run_figures.write_pictures", PICTURES)
     replace = os.replace
 
     def fail(source, target):

@@ -17,16 +17,16 @@ from helpers import ROOT, TINY, command, files_below, flip_bit, full_disk, is_on
 from cifar_jax import experiment, load_run
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Splits
-from cifar_jax.data.problem import make_problem
+from cifar_jax.data.splits import make_problem
 from cifar_jax.errors import RunError
 from cifar_jax.experiment import train
-from cifar_jax.features import dataset as extraction, extractor as features
+from cifar_jax.features import extraction as extraction, extractor as features
 from cifar_jax.features.extractor import make_extractor
 from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import random_backbone
-from cifar_jax.runs.layout import CHECKPOINTS, METRICS, SUMMARY, claimed
+from cifar_jax.runs.directory import CHECKPOINTS, METRICS, SUMMARY, claimed
 from cifar_jax.runs.writer import RunWriter
-from cifar_jax.train.inputs import warn_of_shared_images
+from cifar_jax.train.load_inputs import warn_of_shared_images
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -70,7 +70,7 @@ def test_a_second_run_in_the_same_directory_is_refused_while_the_first_one_write
     out, ready = tmp_path / "run", tmp_path / "ready"
     code = f"""
 import sys, time, pathlib
-from cifar_jax.runs.layout import claimed
+from cifar_jax.runs.directory import claimed
 with claimed(pathlib.Path({str(out)!r})):
     pathlib.Path({str(ready)!r}).touch()
     sys.stdin.read()

@@ -21,7 +21,7 @@ from cifar_jax import FunctionBackbone, UserError, files, load_run
 from cifar_jax.config import TrainConfig
 from cifar_jax.experiment import Interrupted, train
 from cifar_jax.models.head import dense_logits, init_head
-from cifar_jax.runs.layout import CHECKPOINTS, CONFIG, SUMMARY
+from cifar_jax.runs.directory import CHECKPOINTS, CONFIG, SUMMARY
 from cifar_jax.runs.writer import RunWriter
 from cifar_jax.runtime.sharding import make_mesh
 from cifar_jax.train.evaluate import EvalResult

@@ -19,7 +19,7 @@ from cifar_jax.cli.options import (
     PredictOptions,
     VerifyOptions,
 )
-from cifar_jax.config.groups import GROUP_OF
+from cifar_jax.config.option_groups import GROUP_OF
 
 SECONDS = 60  # nothing that is refused may take as long
 HUGE = 2**40  # bytes, none of which is on the disk

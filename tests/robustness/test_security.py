@@ -8,7 +8,7 @@ import re
 import pytest
 from helpers import ROOT, TINY, command, files_below
 
-from cifar_jax.runs.layout import CHECKPOINTS
+from cifar_jax.runs.directory import CHECKPOINTS
 from cifar_jax.runs.writer import RunWriter
 
 SOURCES = [*sorted((ROOT / "cifar_jax").rglob("*.py")), ROOT / "train.py"]

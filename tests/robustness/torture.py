@@ -31,16 +31,16 @@ import tensorstore
 
 from cifar_jax.cli.main import main as command_line
 from cifar_jax.files import sha256_of_file
-from cifar_jax.report import figures
+from cifar_jax.report import plots
 from cifar_jax.runs.checkpoint import list_checkpoints, newest_whole
-from cifar_jax.runs.layout import BACKBONE, CHECKPOINTS, METRICS, SUMMARY
+from cifar_jax.runs.directory import BACKBONE, CHECKPOINTS, METRICS, SUMMARY
 from cifar_jax.runs.writer import RunWriter
 from cifar_jax.runtime.timing import Clock
 from tests.helpers import hearing, narrow_networks
 
 # Imported for the processes that are forked from this one, none of which then takes seconds to begin. JAX itself is not
 # begun in this one: its threads would not be there in the others.
-IMPORTED = (jax, safetensors.numpy, tensorstore, figures)
+IMPORTED = (jax, safetensors.numpy, tensorstore, plots)
 
 JOB = (
     *("--dataset", "shapes", "--weights", "random-w16", "--image-size", "32", "--hidden", "8", "--batch-size", "32"),

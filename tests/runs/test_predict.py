@@ -11,7 +11,7 @@ from helpers import command, is_one_error, tiny_run
 from PIL import Image
 
 from cifar_jax import Head, head_logits, load_run
-from cifar_jax.runs.layout import SUMMARY
+from cifar_jax.runs.directory import SUMMARY
 from cifar_jax.runs.predict import predict_files, predict_probs
 
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT, TINY, command, is_one_error
 
 from cifar_jax.errors import UserError
-from cifar_jax.runtime.environment import device_description
+from cifar_jax.runtime.machine_info import device_description
 from cifar_jax.runtime.sharding import device_rows, make_mesh
 
 

@@ -13,7 +13,7 @@ import pytest
 from helpers import ROOT, TESTS, TINY
 
 from cifar_jax import load_run
-from cifar_jax.runs.layout import SUMMARY
+from cifar_jax.runs.directory import SUMMARY
 from cifar_jax.runtime.signals import Terminated, listening
 
 # Long enough to be interrupted, short enough to finish soon.

@@ -227,7 +227,9 @@ def test_a_run_that_diverges_names_the_tensor_the_rate_and_how_to_continue(tmp_p
     run = tmp_path / "a run"
     arguments = ("--mode", "finetune", "--learning-rate", "1e30", "--schedule", "constant", "--out", run)
     result = command(capsys, "train", *TINY, *arguments)
-    is_one_error(result, 1, " (first the ", "The learning rate was 1e+30.", f"--resume --out '{run}'")
+    is_one_error(
+        result, 1, " (first the ", "The learning rate was 1e+30, that of the backbone 1e+30.", f"--resume --out '{run}'"
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from cifar_jax import (
 )
 from cifar_jax.config import TrainConfig
 from cifar_jax.experiment import train
-from cifar_jax.runtime.reporter import Silent
+from cifar_jax.runtime.progress import Silent
 from cifar_jax.train.evaluate import EvalSums
 
 WIDTH, NUM_TEST = 37, 50

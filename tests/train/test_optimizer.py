@@ -11,7 +11,7 @@ import pytest
 from cifar_jax.config import TrainConfig
 from cifar_jax.models.head import init_head
 from cifar_jax.models.resnet import ResNetConfig
-from cifar_jax.pretrained.untrained import init_variables
+from cifar_jax.pretrained.random_init import init_variables
 from cifar_jax.train.optimizer import is_kernel, make_optimizer, make_schedule, param_labels
 
 

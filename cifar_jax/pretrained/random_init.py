@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, UInt8
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.preprocess import TORCH, preprocess
 from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables
-from cifar_jax.pretrained.formats.native import to_bytes
+from cifar_jax.pretrained.formats.safetensors_file import to_bytes
 from cifar_jax.pretrained.merge import Path, variable_shapes
 
 # Names accepted by `--weights`: a full ResNet50 at ImageNet's image size, and one of a quarter of the width at 64x64.

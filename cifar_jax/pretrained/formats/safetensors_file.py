@@ -18,7 +18,7 @@ from cifar_jax.files import replacing, sha256_of_arrays
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.preprocess import Preprocessing
 from cifar_jax.models.resnet import ResNetConfig
-from cifar_jax.pretrained.reading import ParsedWeights, backbone_of
+from cifar_jax.pretrained.parsed_weights import ParsedWeights, backbone_of
 
 # The only metadata key: safetensors writes several keys in random order, and equal networks must make equal files.
 KEY, FORMAT = "cifar_jax", "backbone 1"

@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT, TESTS, TINY, tiny_run
 from PIL import Image
 
-from cifar_jax.cli.streams import Output, OutputLost
+from cifar_jax.cli.stdio import Output, OutputLost
 
 
 def ended(arguments, stdout="pipe", stderr="pipe"):

@@ -23,9 +23,9 @@ from cifar_jax.errors import UserError, WeightsError
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.preprocess import preprocess
 from cifar_jax.models.resnet import DEPTHS, ResNet, ResNetConfig
-from cifar_jax.pretrained.configs import CONFIG, PREPROCESSOR, read_json
+from cifar_jax.pretrained.config_json import CONFIG, PREPROCESSOR, read_json
 from cifar_jax.pretrained.convert import keras_tensors, matching_variant, torch_tensors, write_keras_h5
-from cifar_jax.pretrained.reading import ParsedWeights
+from cifar_jax.pretrained.parsed_weights import ParsedWeights
 
 # Family of tensor names that each reference library loads.
 FAMILIES = {"keras": "keras", "torchvision": "torchvision", "timm": "torchvision", "transformers": "huggingface"}

@@ -11,24 +11,24 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.config.groups import DEFAULTS, OF_A_RESNET
+from cifar_jax.config.option_groups import DEFAULTS, OF_A_RESNET
 from cifar_jax.data import Dataset
 from cifar_jax.data.augment import augment as augment_images
 from cifar_jax.errors import UserError
-from cifar_jax.features.dataset import Extracted, dataset_features
+from cifar_jax.features.extraction import Extracted, dataset_features
 from cifar_jax.features.extractor import default_batch_size
-from cifar_jax.features.forecast import Forecast, faster_ways
+from cifar_jax.features.time_estimate import Forecast, faster_ways
 from cifar_jax.models.backbone import extract
 from cifar_jax.models.head import Head, dense_head
 from cifar_jax.pretrained import AnyBackbone, Backbone, FunctionBackbone
 from cifar_jax.rng import stream_key
-from cifar_jax.runtime.processes import gather, own_rows
-from cifar_jax.runtime.reporter import Reporter
+from cifar_jax.runtime.multihost import gather, own_rows
+from cifar_jax.runtime.progress import Reporter
 from cifar_jax.runtime.sharding import replicate
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.train.evaluate import Evaluate, make_evaluate
 from cifar_jax.train.finetune import trainable_backbone
-from cifar_jax.train.inputs import Inputs
+from cifar_jax.train.load_inputs import Inputs
 from cifar_jax.train.loop import Advance, EpochOrder, make_advance
 from cifar_jax.train.losses import LossFn, smoothed_cross_entropy
 from cifar_jax.train.optimizer import make_optimizer

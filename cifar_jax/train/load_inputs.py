@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.config.groups import OF_A_PROCESS
+from cifar_jax.config.option_groups import OF_A_PROCESS
 from cifar_jax.data import Dataset, Problem, load_problem
 from cifar_jax.data.dataset import IMAGE_SHAPE
-from cifar_jax.data.problem import images_in_both
+from cifar_jax.data.splits import images_in_both
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import (
     UNTRAINED,
@@ -23,11 +23,11 @@ from cifar_jax.pretrained import (
     load_backbone,
     random_backbone,
 )
-from cifar_jax.pretrained.formats.native import to_bytes
-from cifar_jax.pretrained.untrained import calibration_images
+from cifar_jax.pretrained.formats.safetensors_file import to_bytes
+from cifar_jax.pretrained.random_init import calibration_images
 from cifar_jax.rng import stream_key
-from cifar_jax.runtime.processes import require_same
-from cifar_jax.runtime.reporter import Progress
+from cifar_jax.runtime.multihost import require_same
+from cifar_jax.runtime.progress import Progress
 from cifar_jax.runtime.timing import Clock
 
 logger = logging.getLogger(__name__)

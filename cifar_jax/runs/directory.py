@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cifar_jax.config import TrainConfig
-from cifar_jax.config.groups import PATHS
+from cifar_jax.config.option_groups import PATHS
 from cifar_jax.errors import UserError
 from cifar_jax.files import (
     locked_directory,

@@ -12,11 +12,11 @@ from cifar_jax.data import Dataset
 from cifar_jax.errors import RunError
 from cifar_jax.features.cache import cached_features, features_key, num_absent
 from cifar_jax.features.extractor import make_extractor
-from cifar_jax.features.forecast import Forecast, faster_ways
+from cifar_jax.features.time_estimate import Forecast, faster_ways
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained import AnyBackbone
 from cifar_jax.runtime.caches import FEATURES, limit_features
-from cifar_jax.runtime.reporter import Reporter, Silent
+from cifar_jax.runtime.progress import Reporter, Silent
 
 
 class Extracted(NamedTuple):

@@ -11,8 +11,8 @@ from cifar_jax.files import sha256_of_file
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.preprocess import Preprocessing
 from cifar_jax.models.resnet import ResNetConfig
+from cifar_jax.pretrained import axis_order
 from cifar_jax.pretrained.merge import Path as VariablePath, merge, read_classifier
-from cifar_jax.pretrained.names import layouts
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ParsedWeights:
     image_size: int
     variant: str
     ignored: Mapping[str, str] = field(default_factory=dict)
-    layout: layouts.Layout = layouts.KERAS
+    layout: axis_order.Layout = axis_order.KERAS
     refusal: str = ""
     notes: tuple[str, ...] = ()
 
@@ -57,7 +57,7 @@ def backbone_of(parsed: ParsedWeights) -> Backbone:
       WeightsError: if the tensors do not fit the network, or the file must not be used.
     """
     path, config = parsed.path, parsed.config
-    top = read_classifier(parsed.tensors, parsed.top, config, str(path), transposed=parsed.layout is layouts.TORCH)
+    top = read_classifier(parsed.tensors, parsed.top, config, str(path), transposed=parsed.layout is axis_order.TORCH)
     known = [*parsed.ignored, *parsed.top]
     variables = merge(parsed.tensors, parsed.names, config, known, str(path), parsed.layout)
     if parsed.refusal:  # raised last, because a mismatch of the tensors tells the user more

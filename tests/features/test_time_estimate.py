@@ -8,12 +8,12 @@ from helpers import hearing
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
 from cifar_jax.data.sources.shapes import draw_shapes
-from cifar_jax.features.dataset import dataset_features
-from cifar_jax.features.forecast import Forecast, faster_ways, in_words
+from cifar_jax.features.extraction import dataset_features
+from cifar_jax.features.time_estimate import Forecast, faster_ways, in_words
 from cifar_jax.models.preprocess import CAFFE
 from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import Backbone, load_backbone
-from cifar_jax.runtime.reporter import Silent
+from cifar_jax.runtime.progress import Silent
 
 
 def said_of(num, per_batch, seconds, compiling=20.0):

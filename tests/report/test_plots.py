@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
-from cifar_jax.report import figures
+from cifar_jax.report import plots
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -66,35 +66,35 @@ def make_confusion(classes: int, examples: int = 10_000) -> Int[np.ndarray, "cla
 
 def draw_samples() -> Figure:
     """Draw samples of ten classes."""
-    return figures.plot_samples(make_images(90), make_labels(90), make_images(80), make_labels(80), NAMES)
+    return plots.plot_samples(make_images(90), make_labels(90), make_images(80), make_labels(80), NAMES)
 
 
 def draw_predictions() -> Figure:
     """Draw a full grid of predictions."""
-    return figures.plot_predictions(make_images(40), make_labels(40), make_probs(40), NAMES)
+    return plots.plot_predictions(make_images(40), make_labels(40), make_probs(40), NAMES)
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "samples": draw_samples,
-    "samples of one image": lambda: figures.plot_samples(
+    "samples of one image": lambda: plots.plot_samples(
         make_images(1), np.array([1]), make_images(1), np.array([1]), NAMES
     ),
-    "curves of 1 epoch": lambda: figures.plot_curves(make_history(1)),
-    "curves of 4 epochs": lambda: figures.plot_curves(make_history(4), "test"),
-    "curves of 90 epochs": lambda: figures.plot_curves(make_history(90)),
-    "curves with a long name": lambda: figures.plot_curves(make_history(4), "the CIFAR-10 test split"),
+    "curves of 1 epoch": lambda: plots.plot_curves(make_history(1)),
+    "curves of 4 epochs": lambda: plots.plot_curves(make_history(4), "test"),
+    "curves of 90 epochs": lambda: plots.plot_curves(make_history(90)),
+    "curves with a long name": lambda: plots.plot_curves(make_history(4), "the CIFAR-10 test split"),
     "predictions": draw_predictions,
-    "one prediction": lambda: figures.plot_predictions(
+    "one prediction": lambda: plots.plot_predictions(
         make_images(1), np.array([0]), np.eye(10, dtype=np.float32)[[1]], NAMES
     ),
-    "predictions with long names": lambda: figures.plot_predictions(
+    "predictions with long names": lambda: plots.plot_predictions(
         make_images(9), make_labels(9), make_probs(9), [f"an elaborate $name$ for a {name}" for name in NAMES]
     ),
-    "confusion of 1 class": lambda: figures.plot_confusion(np.array([[3]]), ["all"]),
-    "confusion of 2 classes": lambda: figures.plot_confusion(make_confusion(2), ["circle", "square"]),
-    "confusion of 10 classes": lambda: figures.plot_confusion(make_confusion(10), NAMES),
-    "confusion of 20 classes": lambda: figures.plot_confusion(make_confusion(20), NAMES + NAMES),
-    "confusion of 100 classes": lambda: figures.plot_confusion(
+    "confusion of 1 class": lambda: plots.plot_confusion(np.array([[3]]), ["all"]),
+    "confusion of 2 classes": lambda: plots.plot_confusion(make_confusion(2), ["circle", "square"]),
+    "confusion of 10 classes": lambda: plots.plot_confusion(make_confusion(10), NAMES),
+    "confusion of 20 classes": lambda: plots.plot_confusion(make_confusion(20), NAMES + NAMES),
+    "confusion of 100 classes": lambda: plots.plot_confusion(
         make_confusion(100), [f"{name} number {i}" for i in range(10) for name in NAMES]
     ),
 }
@@ -183,12 +183,12 @@ def test_texts_do_not_overlap(name: str) -> None:
 def test_same_figure_gives_same_bytes(name: str, folder: Path) -> None:
     """Saving again, drawing again and the user's own settings do not change a byte."""
     figure = FIGURES[name]()
-    figures.save_figure(figure, folder / "first.png")
-    figures.save_figure(figure, folder / "again.png")
+    plots.save_figure(figure, folder / "first.png")
+    plots.save_figure(figure, folder / "again.png")
     with matplotlib.rc_context():
         matplotlib.rcParams.update({"font.size": 20, "font.family": "serif", "axes.grid": True})
         matplotlib.rcParams.update({"savefig.bbox": "tight", "savefig.facecolor": "black", "figure.dpi": 50})
-        figures.save_figure(FIGURES[name](), folder / "configured.png")
+        plots.save_figure(FIGURES[name](), folder / "configured.png")
     assert len({path.read_bytes() for path in folder.iterdir()}) == 1
 
 
@@ -197,7 +197,7 @@ def test_global_settings_are_unchanged(name: str, folder: Path) -> None:
     """Drawing and saving leave matplotlib's settings alone."""
     # Reading the backend would select one, which the test below checks.
     before = {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
-    figures.save_figure(FIGURES[name](), folder / "figure.png")
+    plots.save_figure(FIGURES[name](), folder / "figure.png")
     assert {key: matplotlib.rcParams[key] for key in before} == before
 
 
@@ -205,8 +205,8 @@ def test_pyplot_is_not_imported(folder: Path) -> None:
     """Importing, drawing and saving do not import pyplot, which selects a backend for the whole program."""
     code = """
 import sys, numpy as np
-from cifar_jax.report import figures
-figures.save_figure(figures.plot_confusion(np.eye(2, dtype=int), ["circle", "square"]), sys.argv[1])
+from cifar_jax.report import plots
+plots.save_figure(plots.plot_confusion(np.eye(2, dtype=int), ["circle", "square"]), sys.argv[1])
 sys.exit("matplotlib.pyplot" in sys.modules)
 """
     command = [sys.executable, "-c", code, str(folder / "figure.png")]
@@ -218,7 +218,7 @@ def test_images_are_enlarged_by_whole_pixels(size: tuple[int, int]) -> None:
     """Each pixel of an image becomes a square of its exact colour."""
     images = make_images(12, *size)
     zoom = max(1, 128 // max(size))
-    figure = figures.plot_predictions(images, make_labels(12), make_probs(12), NAMES, columns=5)
+    figure = plots.plot_predictions(images, make_labels(12), make_probs(12), NAMES, columns=5)
     pixels = render(figure)[::-1, :, :3]
     for axes, image in zip(figure.axes, images, strict=True):
         x0, y0, x1, y1 = np.round(axes.get_window_extent().extents).astype(int)
@@ -232,7 +232,7 @@ def test_samples_are_ordered_class_by_class() -> None:
     val_labels = np.array([1, 1, 0, 1], np.int32)
     train, val = make_images(9), make_images(4)[:, ::-1]
     names = ["a", "b", "c"]
-    figure = figures.plot_samples(train, train_labels, val, val_labels, names, columns=3, val_name="test")
+    figure = plots.plot_samples(train, train_labels, val, val_labels, names, columns=3, val_name="test")
     assert texts_of(figure) == ["a", "b", "c", "a", "b", "c", "a", "b", "b", "b"]
     expected = [*train[[2, 3, 0, 4, 6, 1]], *val[[2, 0, 1, 3]]]
     for axes, image in zip(figure.axes, expected, strict=True):
@@ -251,7 +251,7 @@ def test_samples_fill_two_rows_of_many_classes() -> None:
     """With more classes than cells, each class is seen at most once."""
     labels = np.repeat(np.arange(100), 3)
     names = [f"class {i}" for i in range(100)]
-    figure = figures.plot_samples(make_images(300), labels, make_images(300), labels, names, columns=7)
+    figure = plots.plot_samples(make_images(300), labels, make_images(300), labels, names, columns=7)
     assert texts_of(figure) == 2 * names[:14]
 
 
@@ -259,7 +259,7 @@ def test_samples_fill_two_rows_of_many_classes() -> None:
 def test_curves_plot_the_history(epochs: int) -> None:
     """The lines are losses and percentages over epochs, and the legend shows the last values."""
     history = make_history(epochs)
-    figure = figures.plot_curves(history, "test")
+    figure = plots.plot_curves(history, "test")
     expected = {"Loss": ("loss", 1, "{:.3f}"), "Accuracy (%)": ("accuracy", 100, "{:.1f}%")}
     assert [axes.get_ylabel() for axes in figure.axes] == list(expected)
     for axes, (key, scale, form) in zip(figure.axes, expected.values(), strict=True):
@@ -280,7 +280,7 @@ def test_curves_plot_the_history(epochs: int) -> None:
 def test_epoch_ticks_are_epochs(epochs: int, first: int) -> None:
     """The visible ticks are whole numbers of epochs that were run."""
     history = [{**row, "epoch": row["epoch"] + first - 1} for row in make_history(epochs)]
-    for axes in figures.plot_curves(history).axes:
+    for axes in plots.plot_curves(history).axes:
         low, high = axes.get_xlim()
         ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
         assert ticks and set(ticks) <= {row["epoch"] for row in history}
@@ -291,28 +291,28 @@ def test_diverged_history_is_drawn(folder: Path) -> None:
     """Losses that are not finite leave a gap, and the legend says so."""
     history = make_history(4)
     history[-1].update(train_loss=np.nan, val_loss=np.inf)
-    figure = figures.plot_curves(history)
-    figures.save_figure(figure, folder / "figure.png")
+    figure = plots.plot_curves(history)
+    plots.save_figure(figure, folder / "figure.png")
     assert [line.get_label() for line in figure.axes[0].get_lines()] == ["training nan", "validation inf"]
 
 
 def test_predictions_mark_right_and_wrong() -> None:
     """Correct predictions are green and ticked, wrong ones red and crossed with the true class."""
     probs = np.array([[0.1, 0.9, 0], [0.25, 0.5, 0.25], [0.004, 0, 0.996]], np.float32)
-    figure = figures.plot_predictions(make_images(3), np.array([1, 0, 2]), probs, ["cat", "dog", "emu"])
+    figure = plots.plot_predictions(make_images(3), np.array([1, 0, 2]), probs, ["cat", "dog", "emu"])
     assert texts_of(figure) == ["✓ dog 90%", "✗ dog 50%\ntrue: cat", "✓ emu 100%"]
-    for axes, colour in zip(figure.axes, (figures.RIGHT, figures.WRONG, figures.RIGHT), strict=True):
+    for axes, colour in zip(figure.axes, (plots.RIGHT, plots.WRONG, plots.RIGHT), strict=True):
         assert same_color(axes.title.get_color(), colour)
     assert [text.get_text() for text in figure.texts] == ["2 of 3 images right"]
-    green, red = (matplotlib.colors.to_rgb(colour) for colour in (figures.RIGHT, figures.WRONG))
+    green, red = (matplotlib.colors.to_rgb(colour) for colour in (plots.RIGHT, plots.WRONG))
     assert max(green) == green[1] and max(red) == red[0]
 
 
 def test_names_are_not_parsed_as_formulas() -> None:
     """Dollars in class names are drawn as dollars."""
     names = ["$10 notes", "$20 notes"]
-    predictions = figures.plot_predictions(make_images(2), np.array([0, 1]), np.eye(2, dtype=np.float32), names)
-    confusion = figures.plot_confusion(np.eye(2, dtype=int), names)
+    predictions = plots.plot_predictions(make_images(2), np.array([0, 1]), np.eye(2, dtype=np.float32), names)
+    confusion = plots.plot_confusion(np.eye(2, dtype=int), names)
     matrix = next(axes for axes in confusion.axes if axes.images)
     named = [*(axes.title for axes in predictions.axes), *matrix.get_xticklabels(), *matrix.get_yticklabels()]
     assert len(named) == 6
@@ -322,21 +322,21 @@ def test_names_are_not_parsed_as_formulas() -> None:
 def test_predictions_match_their_arrays() -> None:
     """Every tile of a full grid shows its own image, class, confidence and colour."""
     images, labels, probs = make_images(40), make_labels(40), make_probs(40)
-    figure = figures.plot_predictions(images, labels, probs, NAMES, rows=4, columns=8)
+    figure = plots.plot_predictions(images, labels, probs, NAMES, rows=4, columns=8)
     right = probs.argmax(axis=1) == labels
     assert len(figure.axes) == 32 and 0 < right[:32].sum() < 32
     for i, axes in enumerate(figure.axes):
         np.testing.assert_array_equal(axes.images[0].get_array(), images[i])
         assert axes.get_title().split("\n")[0][2:] == f"{NAMES[probs[i].argmax()]} {probs[i].max():.0%}"
         assert ("true: " in axes.get_title()) == (not right[i])
-        assert same_color(axes.title.get_color(), figures.RIGHT if right[i] else figures.WRONG)
+        assert same_color(axes.title.get_color(), plots.RIGHT if right[i] else plots.WRONG)
     assert figure.texts[0].get_text() == f"{right[:32].sum()} of 32 images right"
 
 
 def test_confusion_shows_counts() -> None:
     """Cells show the counts, with true classes as rows, and the axes the classes and accuracies."""
     confusion = np.array([[90, 10, 0], [5, 15, 0], [0, 0, 0]])
-    figure = figures.plot_confusion(confusion, ["cat", "dog", "emu"])
+    figure = plots.plot_confusion(confusion, ["cat", "dog", "emu"])
     matrix = next(axes for axes in figure.axes if axes.images)
     written = {text.get_position(): text.get_text() for text in matrix.texts}
     assert written == {(column, row): str(confusion[row, column]) for row in range(3) for column in range(3)}
@@ -356,7 +356,7 @@ def test_counts_contrast_with_their_cells() -> None:
     shares = np.arange(0, 101, 10)
     confusion = np.zeros((11, 11), int)
     confusion[:, 0], confusion[:, 1] = shares, 100 - shares
-    figure = figures.plot_confusion(confusion, [str(share) for share in shares])
+    figure = plots.plot_confusion(confusion, [str(share) for share in shares])
     matrix = next(axes for axes in figure.axes if axes.images)
     shading = matrix.images[0]
     colours = shading.to_rgba(np.asarray(shading.get_array()))
@@ -371,7 +371,7 @@ def test_many_classes_drop_counts_and_thin_ticks() -> None:
     """With 100 classes no counts are written and few ticks labelled, but each class has its bar."""
     names = [f"class {i}" for i in range(100)]
     confusion = make_confusion(100)
-    figure = figures.plot_confusion(confusion, names)
+    figure = plots.plot_confusion(confusion, names)
     matrix = next(axes for axes in figure.axes if axes.images)
     assert not matrix.texts
     shown = [label.get_text() for label in matrix.get_yticklabels()]
@@ -398,7 +398,7 @@ def test_samples_reject_inconsistent_arguments(change: dict[str, object], messag
     arguments: dict[str, object] = {"train_images": make_images(3), "train_labels": make_labels(3)}
     arguments |= {"val_images": make_images(3), "val_labels": make_labels(3), "class_names": NAMES}
     with pytest.raises(ValueError, match=message):
-        figures.plot_samples(**(arguments | change))  # type: ignore[arg-type]
+        plots.plot_samples(**(arguments | change))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_predictions_reject_inconsistent_arguments(change: dict[str, object], me
         "probs": make_probs(3),
     }
     with pytest.raises(ValueError, match=message):
-        figures.plot_predictions(**(arguments | {"class_names": NAMES} | change))  # type: ignore[arg-type]
+        plots.plot_predictions(**(arguments | {"class_names": NAMES} | change))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_predictions_reject_inconsistent_arguments(change: dict[str, object], me
 def test_curves_reject_an_invalid_history(history: list[dict[str, float]], message: str) -> None:
     """An empty, incomplete or unordered history raises ValueError."""
     with pytest.raises(ValueError, match=message):
-        figures.plot_curves(history)
+        plots.plot_curves(history)
 
 
 @pytest.mark.parametrize(
@@ -451,14 +451,14 @@ def test_curves_reject_an_invalid_history(history: list[dict[str, float]], messa
 def test_confusion_rejects_invalid_matrices(confusion: Int[np.ndarray, "..."]) -> None:
     """A matrix of the wrong shape or without valid counts raises ValueError."""
     with pytest.raises(ValueError, match=r"must be .* counts"):
-        figures.plot_confusion(confusion, ["circle", "square"])
+        plots.plot_confusion(confusion, ["circle", "square"])
 
 
 def test_save_writes_a_plain_png(folder: Path) -> None:
     """The file is a PNG of the requested size without a software tag, and replaces an old one."""
     path = folder / "figure.png"
     path.write_bytes(b"old")
-    figures.save_figure(figures.plot_curves(make_history(2)), str(path), dpi=80)
+    plots.save_figure(plots.plot_curves(make_history(2)), str(path), dpi=80)
     assert list(folder.iterdir()) == [path]
     with Image.open(path) as image:
         image.load()
@@ -479,7 +479,7 @@ def test_save_leaves_nothing_behind_when_writing_fails(
     (folder / "figure.png").write_bytes(b"old")
     monkeypatch.setattr(os, step, fail)
     with pytest.raises(OSError, match="No space"):
-        figures.save_figure(figures.plot_curves(make_history(1)), folder / "figure.png")
+        plots.save_figure(plots.plot_curves(make_history(1)), folder / "figure.png")
     assert_only_the_old_figure(folder)
 
 
@@ -493,15 +493,15 @@ def test_save_keeps_the_old_file_when_drawing_fails(folder: Path, monkeypatch: p
     (folder / "figure.png").write_bytes(b"old")
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(RuntimeError, match="drawing failed"):
-        figures.save_figure(Figure(), folder / "figure.png")
+        plots.save_figure(Figure(), folder / "figure.png")
     assert_only_the_old_figure(folder)
 
 
 def test_save_fails_in_missing_and_read_only_directories(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing or read-only directory is an error, and the old file stays."""
-    figure = figures.plot_curves(make_history(1))
+    figure = plots.plot_curves(make_history(1))
     with pytest.raises(FileNotFoundError):
-        figures.save_figure(figure, folder / "missing" / "figure.png")
+        plots.save_figure(figure, folder / "missing" / "figure.png")
     assert not list(folder.iterdir())
 
     def forbid(*_: object, **__: object) -> None:
@@ -511,7 +511,7 @@ def test_save_fails_in_missing_and_read_only_directories(folder: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", forbid)  # file permissions do not stop root, the user of test containers
         with pytest.raises(PermissionError):
-            figures.save_figure(figure, folder / "figure.png")
+            plots.save_figure(figure, folder / "figure.png")
     assert_only_the_old_figure(folder)
 
 
@@ -533,6 +533,6 @@ def test_save_flushes_before_it_replaces(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "replace", watch_replace)
     # Seven bytes stay in Python's buffer until it is flushed.
     monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: file.write(b"picture"))
-    figures.save_figure(Figure(), folder / "figure.png")
+    plots.save_figure(Figure(), folder / "figure.png")
     assert steps == ["fsync 7", "replace 7"]
     assert (folder / "figure.png").read_bytes() == b"picture"

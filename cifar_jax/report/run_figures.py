@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from cifar_jax.data import Problem
-from cifar_jax.report.figures import plot_confusion, plot_curves, plot_predictions, plot_samples, save_figure
+from cifar_jax.report.plots import plot_confusion, plot_curves, plot_predictions, plot_samples, save_figure
 from cifar_jax.rng import stream_key
-from cifar_jax.runtime.reporter import EpochRow
+from cifar_jax.runtime.progress import EpochRow
 from cifar_jax.train.evaluate import EvalResult
 
 NUM_PREDICTIONS = 32

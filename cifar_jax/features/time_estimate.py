@@ -8,7 +8,7 @@ import jax
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.models.backbone import AnyBackbone, Backbone
-from cifar_jax.runtime.reporter import Reporter, Watched
+from cifar_jax.runtime.progress import Reporter, Watched
 
 logger = logging.getLogger(__name__)
 
