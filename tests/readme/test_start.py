@@ -8,6 +8,7 @@ from readme.documents import blocks, commands
 from readme.newcomer import Newcomer, make_environment
 
 README = (supplies.ROOT / "README.md").read_text(encoding="utf-8")
+USAGE = (supplies.ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +39,11 @@ def test_python_blocks_run_one_after_the_other(newcomer, tmp_path_factory):
     (typed,) = newcomer.type("python blocks.py", clone)
     assert typed.code == 0, typed
     assert float(typed.out.split()[0]) > 0.8 and (clone / "runs" / "notebook" / "summary.json").exists()
+
+
+def test_python_blocks_of_usage_run(newcomer, tmp_path_factory):
+    clone = supplies.clone(tmp_path_factory.mktemp("clone"))
+    program = "\n".join(block.text for block in blocks(USAGE) if block.language == "python")
+    (clone / "blocks.py").write_text(program + "\nprint(rows[-1].train_loss < rows[0].train_loss)\n", encoding="utf-8")
+    (typed,) = newcomer.type("python blocks.py", clone)
+    assert (typed.code, typed.out) == (0, "True\n"), typed
