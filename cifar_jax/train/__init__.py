@@ -1,1 +1,1 @@
-"""Training: a task says what trains and how logits come of it; one step, evaluation and loop serve every task."""
+"""Training: a task defines what trains and how logits are computed; all tasks share one step, evaluation and loop."""

@@ -1,4 +1,4 @@
-"""Evaluation over all examples: sums and counts, divided once at the end, so the batch size cannot matter."""
+"""Evaluation over all examples: sums are divided by counts once, at the end, so the batch size does not matter."""
 
 import math
 from collections import deque
@@ -18,12 +18,12 @@ from cifar_jax.train.losses import LossFn, cross_entropy, losses_of
 from cifar_jax.train.step import TrainState, classes_of
 from cifar_jax.train.task import Batch, Forward, Task, head_forward
 
-# Batches that the devices are given before the host waits for the first of them.
+# Batches dispatched to the devices before the host waits for the first of them.
 AHEAD = 2
 
 
 class EvalSums(NamedTuple):
-    """Sums over a batch, and its logits."""
+    """Sums over a batch, and the logits of the batch."""
 
     loss_sum: Float[Array, ""]
     confusion: Int32[Array, "classes classes"]  # rows true, columns predicted
@@ -34,10 +34,10 @@ class EvalResult(NamedTuple):
     """Scores on a split.
 
     Attributes:
-      loss: mean over the examples.
-      accuracy: share of the examples that were classified rightly.
-      confusion: counts, rows true, columns predicted.
-      logits: of every example, in the order of the split.
+      loss: mean loss over the examples.
+      accuracy: fraction of the examples that were classified correctly.
+      confusion: confusion matrix of counts; rows are true classes, columns predicted ones.
+      logits: logits of every example, in the order of the split.
     """
 
     loss: float
@@ -52,7 +52,7 @@ class EvalResult(NamedTuple):
 
     @property
     def class_accuracy(self) -> Float[np.ndarray, "classes"]:
-        """Share of each class's examples that were classified rightly; NaN for a class without examples."""
+        """Fraction of each class's examples that were classified correctly; NaN for a class without examples."""
         totals = self.confusion.sum(axis=1)
         return np.where(totals > 0, np.diag(self.confusion) / np.maximum(totals, 1), np.nan)
 
@@ -61,11 +61,11 @@ EvalStep = Callable[[PyTree, PyTree, PyTree, Batch], EvalSums]
 
 
 def make_eval_step(forward: Forward, loss_fn: LossFn) -> EvalStep:
-    """Makes the evaluation of a batch, a pure function that serves validation, test and figures.
+    """Makes the pure function that evaluates one batch, for validation, test and figures.
 
     Args:
-      forward: of a `Task`.
-      loss_fn: the loss that the task trains on, so that training and validation losses can be compared.
+      forward: the forward function of a `Task`.
+      loss_fn: the loss that the task trains on, so that training and validation losses are comparable.
 
     Returns:
       `eval_step(params, batch_stats, frozen, batch) -> EvalSums`.
@@ -87,7 +87,7 @@ _head_eval_step = make_eval_step(head_forward(dense_logits), cross_entropy)
 
 @jax.jit
 def eval_step(params: PyTree, batch: Batch) -> EvalSums:
-    """Evaluates the dense head, {"head": params of `init_head`}, on a batch of features."""
+    """Evaluates the dense head on a batch of features; `params` is {"head": params of `init_head`}."""
     return _head_eval_step(params, {}, {}, batch)
 
 
@@ -95,7 +95,7 @@ class Evaluate(Protocol):
     """Scores a state on a split of a task."""
 
     def __call__(self, state: TrainState, frozen: PyTree = None, split: str | None = None) -> EvalResult:
-        """Scores; `frozen` is the task's if None, and the split `val`, or where there is none `test`."""
+        """Returns the scores. `frozen` defaults to the task's, `split` to `val`, or to `test` if there is no `val`."""
         ...
 
 
@@ -107,22 +107,22 @@ def make_evaluate(
     reporter: Reporter | None = None,
     stopping: Callable[[], bool] | None = None,
 ) -> Evaluate:
-    """Makes the evaluation of a task's splits, which is compiled once for all of them.
+    """Makes the function that evaluates a task's splits, compiled once for all of them.
 
     Args:
-      task: whose splits are scored, all but `train`.
-      loss_fn: the loss that it trains on.
-      mesh: the devices that a batch is divided between; `make_mesh(None)` if None.
-      batch_size: examples at a time; the result does not depend on it but for rounding of the loss.
-      reporter: shown a bar of images, if these do not lie on the devices.
-      stopping: whether to stop, asked after each batch.
+      task: the task whose splits are scored, all but `train`.
+      loss_fn: the loss that the task trains on.
+      mesh: the devices that a batch is sharded over; `make_mesh(None)` if None.
+      batch_size: examples per batch; affects the result only by rounding of the loss.
+      reporter: shows a progress bar if the inputs do not reside on the devices.
+      stopping: polled for each batch; returns whether to stop.
 
     Returns:
-      `evaluate(state, frozen, split) -> EvalResult`, which raises KeyboardInterrupt when asked to stop. For `fit`
-      `evaluate(state)` will do.
+      `evaluate(state, frozen, split) -> EvalResult`, which raises KeyboardInterrupt if `stopping` returns True. `fit`
+      calls it as `evaluate(state)`.
 
     Raises:
-      ValueError: when there is no split to score.
+      ValueError: if there is no split to score.
     """
     mesh = mesh or make_mesh(None)
     step = jax.jit(make_eval_step(task.forward, loss_fn), out_shardings=replicated_sharding(mesh))
@@ -130,7 +130,7 @@ def make_evaluate(
     if not scored:
         raise ValueError("the task has no split to evaluate on: give it `val` or `test` beside `train`")
     batch_size = min(batch_size, max(len(split.labels) for split in scored.values()))
-    # Features lie on the devices; images go there batch by batch, each time.
+    # Features stay on the devices; images are transferred batch by batch at every evaluation.
     kept = {
         name: list(eval_batches(split.inputs, split.labels, batch_size, mesh))
         for name, split in scored.items()
@@ -166,19 +166,19 @@ def evaluate(
     on_examples: Callable[[int], None] | None = None,
     mesh: Mesh | None = None,
 ) -> EvalResult:
-    """Loss, accuracy, confusion matrix and logits over all examples.
+    """Computes loss, accuracy, confusion matrix and logits over all examples.
 
     Args:
       step: `eval_step`, or another `(params, batch) -> EvalSums`.
-      params: its first argument.
-      inputs: what the step takes, [n, ...].
-      labels: in 0..classes - 1.
-      batch_size: examples at a time; the result does not depend on it but for rounding of the loss.
-      on_examples: is called with the number done after each batch.
-      mesh: the devices that a batch is divided between; one if None.
+      params: the first argument of `step`.
+      inputs: inputs of `step`, [n, ...].
+      labels: labels in 0..classes - 1.
+      batch_size: examples per batch; affects the result only by rounding of the loss.
+      on_examples: called after each batch with the number of examples evaluated so far.
+      mesh: the devices that a batch is sharded over; one device if None.
 
     Raises:
-      ValueError: when there are no examples.
+      ValueError: if there are no examples.
     """
     mesh = mesh or make_mesh()
     tally, params = _Tally(len(labels), on_examples), replicate(mesh, params)
@@ -190,7 +190,7 @@ def evaluate(
 def eval_batches(
     inputs: Array | np.ndarray, labels: Int32[np.ndarray, "n"], batch_size: int, mesh: Mesh
 ) -> Iterator[Batch]:
-    """All examples in batches of one shape, divided between the devices, the last one padded."""
+    """Yields all examples in batches of one shape, sharded over the devices; the last batch is padded."""
     batch_size = round_up(mesh, batch_size)
     for start in range(0, len(labels), batch_size):
         rows = np.arange(start, start + batch_size)
@@ -200,7 +200,7 @@ def eval_batches(
 
 
 class _Tally:
-    """Adds up batches that the devices are still working on, a few of them behind the newest."""
+    """Accumulates the sums of batches, reading results a few batches late so that the devices stay busy."""
 
     def __init__(self, num_examples: int, on_examples: Callable[[int], None] | None = None) -> None:
         if not num_examples:
@@ -212,7 +212,7 @@ class _Tally:
         self._logits: list[np.ndarray] = []
 
     def add(self, sums: EvalSums) -> None:
-        """Takes the next batch."""
+        """Adds the sums of the next batch."""
         self._running.append(sums)
         self._wait_for(AHEAD)
 
@@ -227,7 +227,7 @@ class _Tally:
                 self._on_examples(self._done)
 
     def result(self) -> EvalResult:
-        """Waits for the last batch."""
+        """Waits for the last batch and returns the scores."""
         self._wait_for(0)
         confusion = np.stack(self._confusions).astype(np.int64).sum(axis=0)
         assert confusion.sum() == self._num, "every example is counted once"
@@ -236,7 +236,7 @@ class _Tally:
 
 
 def wilson_interval(accuracy: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of an accuracy measured on `count` examples.
+    """The Wilson score interval, 95 % by default, of an accuracy measured on `count` examples.
 
     Reference:
       Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22.

@@ -1,4 +1,4 @@
-"""The backbone as a function that trains: BatchNorm's statistics, frozen stages, what goes on a CPU."""
+"""The backbone as a trainable function: BatchNorm statistics, frozen stages, and convolutions that are fast on CPUs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,12 +20,12 @@ from cifar_jax.train.task import TrainableFn
 
 
 def make_network(config: TrainConfig, network: ResNetConfig, platform: str | None = None) -> ResNet:
-    """The network as it is trained, on a platform of JAX's; on the one that is here if None."""
+    """The network configured for training on a JAX platform, the default backend's if None."""
     return ResNet(
         network,
         dtype=jnp.dtype(config.backbone.precision),
         bn_momentum=config.finetune.bn_momentum,
-        # As matrix products the gradients of 3x3 convolutions are three to four times faster on a CPU.
+        # On a CPU, gradients of 3x3 convolutions are three to four times faster as matrix products.
         convs_as_dots=(platform or jax.default_backend()) == "cpu",
         frozen_stages=config.finetune.freeze_stages,
         remat=config.finetune.remat,
@@ -40,17 +40,19 @@ def trainable(
     mesh: Mesh | None = None,
     has_padding: bool = False,
 ) -> TrainableFn:
-    """A backbone as a function for `finetune_task`. Evaluated, it is what `extract` is, with the variables as they are.
+    """Makes the trainable backbone function of a `finetune_task`.
+
+    In evaluation (`train=False`) it computes what `extract` does, with the current variables.
 
     Args:
       network: from `make_network`; its frozen stages get no gradient and keep their statistics.
-      backbone: how images are preprocessed and the network is evaluated.
+      backbone: defines the preprocessing and the network used in evaluation.
       image_size: side in pixels that images are upsampled to.
-      bn_statistics: `batch`: BatchNorm normalises by the batch, and the running statistics become
-        `momentum * old + (1 - momentum) * batch's`, the variance being the biased one, as in Keras 3. `frozen`:
-        BatchNorm uses its running statistics and keeps them.
-      mesh: the devices that each piece of a batch is divided between; None leaves it where it lies.
-      has_padding: whether batches may hold padding, which is then left out of BatchNorm's statistics.
+      bn_statistics: `batch`: BatchNorm normalises by the batch statistics and updates the running ones to
+        `momentum * old + (1 - momentum) * batch`, with the biased variance, as in Keras 3. `frozen`: BatchNorm uses
+        its running statistics and does not update them.
+      mesh: the devices that each micro-batch is sharded over; None leaves its placement unchanged.
+      has_padding: whether batches may contain padding, which is then excluded from the BatchNorm statistics.
     """
 
     def features(
@@ -79,10 +81,10 @@ def trainable(
 def trainable_backbone(
     config: TrainConfig, backbone: AnyBackbone, image_size: int, mesh: Mesh | None = None, has_padding: bool = False
 ) -> tuple[dict[str, PyTree], TrainableFn]:
-    """Variables {"params", "batch_stats"} and function of a backbone that trains as a configuration says.
+    """The variables {"params", "batch_stats"} and the function of the trainable backbone of a configuration.
 
     Raises:
-      UserError: for a `FunctionBackbone` with a variable that has no gradient.
+      UserError: if a variable of a `FunctionBackbone` is not floating-point and so has no gradient.
     """
     if isinstance(backbone, FunctionBackbone):
         for path, leaf in jax.tree_util.tree_leaves_with_path(backbone.variables):
@@ -106,15 +108,15 @@ def trainable_backbone(
 
 
 def _stop_frozen(params: PyTree, frozen_stages: int) -> PyTree:
-    """Without a gradient for what is frozen, nothing is computed for it on the way back either."""
+    """Stops the gradient at frozen parameters, so that the backward pass skips them."""
     labels = param_labels({"backbone": params}, frozen_stages)["backbone"]
     return jax.tree.map(lambda p, label: jax.lax.stop_gradient(p) if label == "frozen" else p, params, labels)
 
 
 def with_zero_gamma(variables: Mapping[str, PyTree], frozen_stages: int = 0) -> dict[str, PyTree]:
-    """Variables with zero scale in each block's last BatchNorm, so that every block begins as its shortcut.
+    """Zeroes the scale of each block's last BatchNorm, so that every block starts as its shortcut.
 
-    Those of frozen stages stay as they are: they would never become anything else.
+    Frozen stages keep their scales, as training could not change a zero there.
 
     Reference:
       Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 5.1

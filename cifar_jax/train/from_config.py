@@ -1,4 +1,4 @@
-"""From a configuration and its inputs to a training that is ready to go: task, optimiser, steps and evaluation."""
+"""Builds everything that training needs from a configuration and its inputs: task, optimiser, steps and evaluation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,12 +35,12 @@ from cifar_jax.train.optimizer import make_optimizer
 from cifar_jax.train.step import TrainState, TrainStep, first_not_finite, init_state, make_train_step
 from cifar_jax.train.task import Augment, Split, Task, cached_task, finetune_task, live_task
 
-FORWARD_SHARE = 1 / 3  # of a step that trains all layers; its backward pass takes about twice as long
-FEATURES_AT_ONCE = 2048  # in evaluation
+FORWARD_SHARE = 1 / 3  # of a step that trains all layers; the backward pass takes about twice as long as the forward
+FEATURES_AT_ONCE = 2048  # batch size of evaluation on features
 
 
 class Parts(NamedTuple):
-    """Functions in the place of those that a configuration stands for; None keeps those."""
+    """User-supplied replacements for the components that a configuration describes; None keeps the default."""
 
     loss_fn: LossFn | None = None
     head: Head | None = None
@@ -49,7 +49,7 @@ class Parts(NamedTuple):
     augment: Augment | None = None
 
     def names(self) -> dict[str, str]:
-        """The replaced parts by name, for the record of a run, which has the digest of a backbone beside it."""
+        """Names of the replaced components, recorded with a run; a backbone is also recorded by its digest."""
         return {
             name: part.name if isinstance(part, Head) else str(getattr(part, "__qualname__", type(part).__name__))
             for name, part in self._asdict().items()
@@ -58,13 +58,13 @@ class Parts(NamedTuple):
 
 
 class Composed(NamedTuple):
-    """What the steps of a training are made of.
+    """The components of a training step.
 
     Attributes:
-      task: with what is frozen on the devices.
+      task: the task, its frozen variables on the devices.
       loss_fn: `(logits, labels) -> [batch]`.
       tx: the optimiser.
-      how: further arguments of `make_train_step`.
+      how: keyword arguments of `make_train_step`.
     """
 
     task: Task
@@ -73,7 +73,7 @@ class Composed(NamedTuple):
     how: dict[str, Any]
 
     def train_step(self) -> TrainStep:
-        """One step, not compiled."""
+        """The training step, not compiled."""
         return make_train_step(self.task.forward, self.loss_fn, self.tx, **self.how)
 
     def state(self) -> TrainState:
@@ -82,7 +82,7 @@ class Composed(NamedTuple):
 
 
 def compose(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, extracted: Extracted | None) -> Composed:
-    """Task, loss and optimiser of a configuration, with `parts` in the place of its own; see `prepare`."""
+    """Builds the task, loss and optimiser of a configuration, with `parts` replacing its own; see `prepare`."""
     task = make_task(config, inputs, mesh, extracted, parts.head or dense_head(config.optim.hidden), parts.augment)
     tx = make_optimizer(config, -(-len(inputs.problem.train.labels) // config.optim.batch_size), parts.tx)
     loss_fn = parts.loss_fn or smoothed_cross_entropy(config.optim.label_smoothing)
@@ -90,10 +90,10 @@ def compose(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, extra
 
 
 def check_parts(config: TrainConfig, parts: Parts) -> None:
-    """Refuses parts that are of another kind, or do not go with the options.
+    """Checks that the replacements have the right types and are compatible with the options.
 
     Raises:
-      UserError: naming it.
+      UserError: if one is not, naming it.
     """
     if parts.augment and config.optim.mode == "cached":
         raise UserError(
@@ -114,10 +114,10 @@ def check_parts(config: TrainConfig, parts: Parts) -> None:
 
 
 def _check_backbone(config: TrainConfig, backbone: AnyBackbone) -> None:
-    """Refuses what is no backbone, and options that say nothing to a function.
+    """Checks the type of a backbone, and for a function that no options specific to a ResNet are set.
 
     Raises:
-      UserError: naming it.
+      UserError: naming the type or the options.
     """
     if isinstance(backbone, Backbone):
         return
@@ -132,22 +132,22 @@ def _check_backbone(config: TrainConfig, backbone: AnyBackbone) -> None:
         values = ("" if options[name] is True else f" {options[name]}" for name in ignored)
         named = ", ".join(f"--{name.replace('_', '-')}{value}" for name, value in zip(ignored, values, strict=True))
         raise UserError(f"Options of a ResNet do not apply to {backbone!r}: leave out {named}.")
-    _ = backbone.num_features  # which looks at the shape that the function returns
+    _ = backbone.num_features  # raises if the function returns the wrong shape
     if config.optim.mode == "finetune":
         trainable_backbone(config, backbone, backbone.image_size)
 
 
 class Training(NamedTuple):
-    """All that `fit` takes.
+    """Everything that `fit` needs.
 
     Attributes:
-      task: with what is frozen on the devices.
-      state: before the first step.
-      advance: the steps.
+      task: the task, its frozen variables on the devices.
+      state: the state before the first step.
+      advance: runs the steps.
       evaluate: scores a state on a split.
-      extracted: in the mode cached the features, and how fast they were computed.
-      reporter: shown the bars of training.
-      fault: `(state, epoch, step) -> str`, the first tensor of a step that is not finite.
+      extracted: the features and how long they took to compute, in `cached` mode; otherwise None.
+      reporter: shows the progress bars of training.
+      fault: `(state, epoch, step) -> str`, names the first tensor of a step that is not finite.
     """
 
     task: Task
@@ -169,20 +169,20 @@ def prepare(
     first_epoch: int = 0,
     stopping: Callable[[], bool] | None = None,
 ) -> Training:
-    """Makes the training of a configuration. In the mode cached this extracts the features.
+    """Builds the training of a configuration. In `cached` mode this extracts the features.
 
     Args:
-      config: what to do.
+      config: the configuration.
       inputs: images and backbone.
-      parts: in the place of its own.
+      parts: replacements for the components that the configuration describes.
       mesh: the devices.
-      clock: gets the seconds of the phase `features`, and the first step.
-      reporter: shown bars of extraction, training and evaluation.
-      first_epoch: that training begins with, for the forecast.
-      stopping: whether to stop, asked after each batch of an evaluation.
+      clock: records the seconds of the phase `features`, and the time of the first step.
+      reporter: shows progress bars of extraction, training and evaluation.
+      first_epoch: the epoch that training starts at, for the time estimate.
+      stopping: polled for each batch of an evaluation; returns whether to stop.
 
     Raises:
-      UserError: when a part does not fit the inputs.
+      UserError: if a replacement does not fit the inputs.
     """
     extracted, bars = None, clock.watch(reporter)
     if config.optim.mode == "cached":
@@ -212,10 +212,10 @@ def prepare(
 
 
 def init_params(config: TrainConfig, inputs: Inputs, head: Head) -> PyTree:
-    """Draws the parameters of a head.
+    """Initialises the parameters of a head.
 
     Raises:
-      UserError: unless its logits are as many as there are classes.
+      UserError: if the number of logits differs from the number of classes.
     """
     num_features, num_classes = inputs.backbone.num_features, len(inputs.problem.splits.class_names)
     params = head.init(stream_key(config.optim.seed, "init"), num_features, num_classes)
@@ -237,10 +237,10 @@ def make_task(
     head: Head,
     augment: Augment | None = None,
 ) -> Task:
-    """The task of a configuration, with what is frozen on the devices of the mesh.
+    """Builds the task of a configuration, with its frozen variables replicated over the mesh.
 
     Raises:
-      UserError: unless the logits of the head are as many as there are classes.
+      UserError: if the head's number of logits differs from the number of classes.
     """
     problem, backbone, image_size = inputs
     head_params = init_params(config, inputs, head)
@@ -259,14 +259,14 @@ def make_task(
 
 
 def image_augmentation(names: tuple[str, ...]) -> Augment | None:
-    """The named changes to images, as a `Task` has them; None without any."""
+    """The named image augmentations as the `augment` function of a `Task`; None if there are none."""
     if not names:
         return None
     return lambda key, batch: batch._replace(inputs=augment_images(key, batch.inputs, names))
 
 
 def extract_features(config: TrainConfig, inputs: Inputs, reporter: Reporter, clock: Clock) -> Extracted:
-    """Features of all images by split. Each process extracts a share, and keeps it in a cache of its own."""
+    """Extracts the features of all images by split. Each process extracts a share into its own cache."""
     problem, backbone, image_size = inputs
     names = {"train": "training images", "val": f"{problem.val_name} images", "test": "test images"}
     own, digests = {}, None
@@ -283,14 +283,14 @@ def extract_features(config: TrainConfig, inputs: Inputs, reporter: Reporter, cl
 
 
 def _images_at_once(config: TrainConfig, inputs: Inputs, mesh: Mesh) -> int:
-    """Images of a batch of evaluation: as many as suit the devices, unless the user says."""
+    """Batch size of evaluation on images: the user's, or one that suits the devices."""
     return config.backbone.extract_batch_size or default_batch_size(inputs.image_size) * mesh.size
 
 
 def _forecast(
     config: TrainConfig, inputs: Inputs, first_epoch: int, clock: Clock, reporter: Reporter
 ) -> tuple[Reporter, Reporter]:
-    """Reporters of training and evaluation, watched for a forecast where every image passes the network many times."""
+    """Reporters of training and evaluation; unless features are cached, they also drive the time estimate."""
     if config.optim.mode == "cached":
         return reporter, reporter  # an epoch takes seconds
     share = FORWARD_SHARE if config.optim.mode == "finetune" else 1.0

@@ -1,4 +1,4 @@
-"""The inputs of a job: the images, the backbone, and the size at which they meet."""
+"""The inputs of a training job: the images, the backbone, and the size that images are upsampled to."""
 
 import hashlib
 import json
@@ -34,14 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
-    """The inputs of a job."""
+    """The inputs of a training job."""
 
     problem: Problem
     backbone: AnyBackbone
     image_size: int  # side in pixels that images are upsampled to
 
     def digests(self) -> dict[str, str]:
-        """Digests by name of what decides the results."""
+        """Digests, by name, of the inputs that determine the results."""
         names = {"train": "training images", "test": "test images", "val": "validation images"}
         images = {names[split]: digests.examples for split, digests in self.problem.digests.items()}
         found = images | {"weights": self.backbone.sha256}
@@ -53,16 +53,16 @@ class Inputs(NamedTuple):
 def load_inputs(
     config: TrainConfig, clock: Clock, progress: Progress | None = None, backbone: AnyBackbone | None = None
 ) -> Inputs:
-    """Loads the images and the backbone of a configuration; an untrained one is made from the images.
+    """Loads the images and the backbone of a configuration; an untrained backbone is calibrated on the images.
 
     Args:
-      config: names both.
-      clock: gets the seconds of the phases `weights` and `data`.
-      progress: makes the bar of a download.
-      backbone: in the place of the one that the configuration names.
+      config: the configuration.
+      clock: records the seconds of the phases `weights` and `data`.
+      progress: makes the progress bar of a download.
+      backbone: replaces the backbone that the configuration names.
 
     Raises:
-      UserError: when either cannot be had, or they do not fit together.
+      UserError: if either cannot be loaded, or they are incompatible.
     """
     untrained = backbone is None and config.backbone.weights in UNTRAINED
     if untrained and config.backbone.variant is not None:
@@ -70,7 +70,7 @@ def load_inputs(
             f"--variant {config.backbone.variant} is for pretrained weights; leave it out with --weights "
             f"{config.backbone.weights}."
         )
-    # Weights first: a name typed wrong should not cost the download of a data set.
+    # Weights first, so that a misspelt name fails before a data set is downloaded.
     with clock("weights"):
         if backbone is None and not untrained:
             more = {"progress": progress} if progress else {}
@@ -85,14 +85,14 @@ def load_inputs(
 
 
 def with_digest(backbone: AnyBackbone) -> AnyBackbone:
-    """The backbone with its SHA-256: one that belongs to no file gets that of the file `save_backbone` would make."""
+    """The backbone with its SHA-256; if it has no file, that of the file that `save_backbone` would write."""
     if backbone.sha256 or isinstance(backbone, FunctionBackbone):
         return backbone
     return backbone.replace(sha256=hashlib.sha256(to_bytes(backbone)).hexdigest())
 
 
 def make_untrained(config: TrainConfig, train: Dataset) -> Backbone:
-    """A random backbone calibrated on the training images, which is logged as a warning."""
+    """Makes a random backbone calibrated on the training images, and logs a warning that it is untrained."""
     logger.warning(
         f"--weights {config.backbone.weights} is an UNTRAINED network: random kernels, BatchNorm statistics calibrated "
         "on training images. Its accuracy is a baseline, not transfer learning."
@@ -108,7 +108,7 @@ def network_image_size(config: TrainConfig, backbone: AnyBackbone) -> int:
     """The side in pixels that images are upsampled to.
 
     Raises:
-      UserError: when the weights ask for one that 32 pixels cannot be upsampled to.
+      UserError: if the size is not a multiple of the images' 32 pixels.
     """
     if isinstance(backbone, FunctionBackbone):
         return backbone.image_size
@@ -122,10 +122,10 @@ def network_image_size(config: TrainConfig, backbone: AnyBackbone) -> int:
 
 
 def require_same_inputs_everywhere(config: TrainConfig, inputs: Inputs, parts: Mapping[str, str]) -> None:
-    """Checks that processes which train together do the same; where files lie may differ.
+    """Checks that all processes of a run have the same options, data and weights; file paths may differ.
 
     Raises:
-      UserError: in all of them, naming what differs.
+      UserError: in all processes, naming the differences.
     """
     if (processes := jax.process_count()) == 1:
         return
@@ -139,7 +139,7 @@ def require_same_inputs_everywhere(config: TrainConfig, inputs: Inputs, parts: M
 
 
 def warn_of_shared_images(problem: Problem) -> None:
-    """Logs a warning if validation images are training images too."""
+    """Logs a warning if any validation images are also training images."""
     if shared := images_in_both(problem.train, problem.val):
         of = f"{shared:,} of {len(problem.val.labels):,} {problem.val_name} images"
         logger.warning(f"{of} are training images too, bit by bit: the accuracy on them says little.")

@@ -1,4 +1,4 @@
-"""The training loop: how the steps of an epoch are run, and one loop over epochs for every task."""
+"""The training loop: compiled execution of an epoch's steps, and one loop over epochs for every task."""
 
 import functools
 import time
@@ -19,13 +19,13 @@ from cifar_jax.train.evaluate import EvalResult
 from cifar_jax.train.step import StepMetrics, TrainState, TrainStep, is_finite, scan_steps
 from cifar_jax.train.task import Batch, Task
 
-# Steps that the devices are given before the host waits for the first of them, so that it never waits for the one that
-# runs, and what is queued stays within bounds.
+# Steps dispatched to the devices before the host waits for the oldest of them: enough to keep the devices busy, few
+# enough to bound the queue.
 AHEAD = 8
 
 
 class EpochOrder(NamedTuple):
-    """The order of the training examples, and the key that steps draw from."""
+    """The order of the training examples, and the key of the steps' randomness."""
 
     order_key: PRNGKeyArray
     step_key: PRNGKeyArray
@@ -35,25 +35,25 @@ class EpochOrder(NamedTuple):
     def batches(
         self, epoch: int, num_examples: int
     ) -> tuple[Int32[np.ndarray, "steps batch"], Int32[np.ndarray, "steps"]]:
-        """Indices and counts of an epoch's steps; see `epoch_batches`."""
+        """Example indices and example counts of an epoch's steps; see `epoch_batches`."""
         return epoch_batches(self.order_key, epoch, num_examples, self.batch_size, self.shuffle)
 
     def steps(self, num_examples: int) -> int:
-        """Steps of an epoch, a short last one included."""
+        """Number of steps per epoch, including a short last one."""
         return -(-num_examples // self.batch_size)
 
 
 class Advance(NamedTuple):
-    """Runs steps of an epoch, compiled; from `make_advance`.
+    """Runs compiled steps of an epoch; made by `make_advance`.
 
     Attributes:
-      run: `(state, frozen, *arguments) -> (state, metrics)`, compiled; the state is donated, and the metrics, an entry
-        a step, need not be there yet.
+      run: `(state, frozen, *arguments) -> (state, metrics)`, compiled; the state is donated. The metrics have one entry
+        per step and may still be being computed.
       arguments: `(epoch, steps) -> arguments` of `run` for these steps.
       batch: `(epoch, step) -> Batch`, the examples of a step.
-      order: of the examples.
-      num_examples: how many there are.
-      at_once: how many steps one call runs; any number if None.
+      order: order of the examples.
+      num_examples: number of training examples.
+      at_once: steps per call of `run`; any number if None.
       mesh: the devices.
     """
 
@@ -67,11 +67,11 @@ class Advance(NamedTuple):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch, a short last one included."""
+        """Number of steps per epoch, including a short last one."""
         return self.order.steps(self.num_examples)
 
     def __call__(self, state: TrainState, frozen: PyTree, epoch: int, steps: range) -> tuple[TrainState, StepMetrics]:
-        """Runs consecutive steps of an epoch, which may be none. Epochs and steps count from zero."""
+        """Runs consecutive steps of an epoch; `steps` may be empty. Epochs and steps count from zero."""
         (state, frozen), metrics = replicate(self.mesh, (state, frozen)), []
         for start in range(steps.start, steps.stop, self.at_once or max(1, len(steps))):
             piece = range(start, min(steps.stop, start + (self.at_once or len(steps))))
@@ -81,11 +81,11 @@ class Advance(NamedTuple):
 
 
 def make_advance(task: Task, train_step: TrainStep, order: EpochOrder, mesh: Mesh | None = None) -> Advance:
-    """Compiles the steps of a task: one scan where its inputs lie on the devices, else step by step.
+    """Compiles the steps of a task: one scan if its inputs reside on the devices, otherwise one call per step.
 
-    Batches are divided between the devices of the mesh, `make_mesh(None)` if None. The short last one of an epoch is
-    padded to the shape of the others, unless the task carries batch_stats: then it is a step of its own shape, padded
-    only to be divided.
+    Batches are sharded over the mesh, `make_mesh(None)` if None. The short last batch of an epoch is padded to the
+    shape of the others, unless the task has batch_stats: then it keeps its own shape and is padded only as far as
+    sharding requires.
     """
     mesh = mesh or make_mesh(None)
     inputs, labels, resident = task.splits["train"]
@@ -95,7 +95,7 @@ def make_advance(task: Task, train_step: TrainStep, order: EpochOrder, mesh: Mes
         size = round_up(mesh, order.batch_size if pads else count)
         return np.pad(index, [(0, 0)] * (index.ndim - 1) + [(0, size - index.shape[-1])])
 
-    # Drawn once an epoch, not at every step.
+    # Cached, so that the order is drawn once per epoch instead of at every step.
     rows_of = functools.lru_cache(maxsize=1)(lambda epoch: order.batches(epoch, num))
 
     def batch(epoch: int, step: int) -> Batch:
@@ -121,34 +121,34 @@ def make_advance(task: Task, train_step: TrainStep, order: EpochOrder, mesh: Mes
 
 
 def joined(parts: list[StepMetrics]) -> StepMetrics:
-    """Metrics on the host, one entry a step."""
+    """Concatenates metrics on the host, one entry per step."""
     empty: Any = (np.zeros(0, dtype) for dtype in (np.float32, np.int32, np.int32, np.bool_))
     one_each = [jax.tree.map(np.atleast_1d, part) for part in jax.device_get(parts)]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), StepMetrics(*empty), *one_each)
 
 
 class EpochPart(NamedTuple):
-    """The steps of an epoch that are done, when not all of it is, evaluation included."""
+    """The completed steps of an epoch that is unfinished; an epoch ends with its evaluation."""
 
-    metrics: StepMetrics  # one entry a step
+    metrics: StepMetrics  # one entry per step
     seconds: float
 
 
 class Diverged(RunError):
-    """A loss, gradient or parameter that is not finite.
+    """Raised when a loss, gradient or parameter is not finite.
 
-    `state` is that after the last good step; where an update was not finite, it is the state that the update spoilt.
+    `state` is the state after the last good step, or if an update was not finite, the state after that update.
     """
 
     def __init__(self, state: TrainState, epoch: int, step: int, fault: str = "", more: str = "") -> None:
-        """Takes where it happened and what is known of its cause.
+        """Builds the message from the position and the cause.
 
         Args:
-          state: after the last good step, or spoilt by an update.
-          epoch: counted from one.
-          step: within the epoch, counted from one.
+          state: the state after the last good step, or after an update that was not finite.
+          epoch: the epoch, counted from one.
+          step: the step within the epoch, counted from one.
           fault: the first tensor of the step that was not finite.
-          more: further sentences.
+          more: sentences to append to the message.
         """
         self.state, self.epoch, self.step, self.fault = state, epoch, step, fault
         first = f" (first {fault})" if fault else ""
@@ -174,22 +174,23 @@ def fit(
 
     Args:
       state: from `init_state`; donated.
-      frozen: of the task.
+      frozen: the frozen variables of the task.
       advance: from `make_advance`.
       evaluate: scores a state on the validation split; from `make_evaluate`.
-      num_epochs: how many in all.
-      first_epoch: how many of them `state` has behind it already.
-      part: of the next epoch, that `state` has behind it too.
-      checkpoint_every: steps of an epoch after which `on_part` is called.
-      on_epoch: is called after each epoch with its metrics, its scores and the state, which the next step takes over.
-      on_part: is called with the steps of an epoch that are done and the state, there and before a stop.
-      stopping: whether to stop; asked after each step, or where an epoch is one compiled call after that.
-      reporter: shown a bar of examples.
+      num_epochs: total number of epochs.
+      first_epoch: number of epochs that `state` has already completed.
+      part: the steps of the next epoch that `state` has already completed.
+      checkpoint_every: number of steps between calls of `on_part` within an epoch.
+      on_epoch: called after each epoch with its metrics, its scores and the state, which the next step donates.
+      on_part: called with the completed steps of an epoch and the state, every `checkpoint_every` steps and before a
+        stop.
+      stopping: returns whether to stop; polled after each step, or after the epoch if that is one compiled call.
+      reporter: shows a progress bar of examples.
 
     Raises:
-      Diverged: when a loss, gradient or update was not finite. No state was handed out whose params or batch_stats are
-        not finite; opt_state is not looked at.
-      KeyboardInterrupt: when it was asked to stop, all that was done having been handed out.
+      Diverged: if a loss, gradient or update was not finite. States passed to the callbacks always have finite params
+        and batch_stats; opt_state is not checked.
+      KeyboardInterrupt: if `stopping` returned True; all completed steps have been passed to the callbacks.
     """
     state, frozen = replicate(advance.mesh, (state, frozen))
     rows: list[EpochRow] = []
@@ -211,7 +212,7 @@ def fit(
             keep(state, metrics)
             raise
         _require_finite(state, epoch, advance.steps_per_epoch)
-        if not np.isfinite(result.loss):  # as of statistics that grew out of bounds: no state to save or continue from
+        if not np.isfinite(result.loss):  # e.g. running statistics overflowed: not a state to save or continue from
             raise Diverged(state, epoch + 1, advance.steps_per_epoch, "the loss after the epoch")
         count = metrics.num.sum()
         row = EpochRow(
@@ -242,13 +243,13 @@ def _run_epoch(
     stopping: Callable[[], bool] | None,
     bar: Callable[[int], None],
 ) -> tuple[TrainState, StepMetrics]:
-    """The steps of an epoch that are left, and the metrics of all of them."""
+    """Runs the remaining steps of an epoch; returns the state and the metrics of all its steps."""
     metrics, running = [before] if before else [], deque[tuple[int, StepMetrics]]()
     total, done = advance.steps_per_epoch, len(before.num) if before else 0
     every = checkpoint_every or total
 
     def wait_for(left: int) -> None:
-        """Waits until that many steps at most are under way."""
+        """Waits until at most `left` calls are still running."""
         while len(running) > left:
             first, sums = running.popleft()
             metrics.append(joined([sums]))
@@ -274,6 +275,6 @@ def _run_epoch(
 
 
 def _require_finite(state: TrainState, epoch: int, steps: int) -> None:
-    """Looks at what the optimiser made of finite gradients, before a state is saved."""
+    """Checks params and batch_stats before a state is saved: finite gradients can still give a non-finite update."""
     if not is_finite((state.params, state.batch_stats)):
         raise Diverged(state, epoch + 1, steps, "an update")

@@ -1,4 +1,4 @@
-"""Loss functions: `(logits, labels) -> float32 [batch]`, a loss an example. The step masks, sums and divides."""
+"""Loss functions: `(logits, labels) -> float32 [batch]`, one loss per example. The step masks and averages them."""
 
 from collections.abc import Callable
 
@@ -9,16 +9,17 @@ from jaxtyping import Array, Float, Int32
 
 from cifar_jax.errors import UserError
 
-# Integer labels, or a distribution over the classes for each example, as mixup makes.
+# Integer labels, or a distribution over the classes for each example, such as mixup produces.
 Labels = Int32[Array, "batch"] | Float[Array, "batch classes"]
 LossFn = Callable[[Float[Array, "batch classes"], Labels], Float[Array, "batch"]]
 
 
 def losses_of(loss_fn: LossFn, logits: Float[Array, "batch classes"], labels: Labels) -> Float[Array, "batch"]:
-    """The losses of a batch.
+    """Computes the losses of a batch.
 
     Raises:
-      UserError: unless there is one an example. Others would be broadcast against the mask, or count padding.
+      UserError: unless there is one loss per example. Any other shape would broadcast against the mask, or include
+        padding.
     """
     losses, expected = loss_fn(logits, labels), labels.shape[:1]
     if jnp.shape(losses) != expected:
@@ -32,7 +33,7 @@ def losses_of(loss_fn: LossFn, logits: Float[Array, "batch classes"], labels: La
 def cross_entropy(logits: Float[Array, "batch classes"], labels: Labels) -> Float[Array, "batch"]:
     """Softmax cross-entropy of logits.
 
-    Keras's `SparseCategoricalCrossentropy` on softmax probabilities is the same number, computed with fewer digits.
+    Mathematically equal to Keras's `SparseCategoricalCrossentropy` of softmax probabilities, but more accurate.
     """
     if labels.ndim == 1:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -40,7 +41,7 @@ def cross_entropy(logits: Float[Array, "batch classes"], labels: Labels) -> Floa
 
 
 def smoothed_cross_entropy(label_smoothing: float) -> LossFn:
-    """Cross-entropy of labels of which a share is spread evenly over all classes; `cross_entropy` itself at 0.
+    """Cross-entropy with label smoothing; `cross_entropy` itself if `label_smoothing` is 0.
 
     Reference:
       Szegedy et al. 2015, https://arxiv.org/abs/1512.00567, section 7

@@ -1,4 +1,4 @@
-"""The optimiser of a run, composed from Optax, and the names of what it trains."""
+"""The optimiser of a run, composed from Optax transformations, and the labels of its parameter groups."""
 
 import re
 
@@ -11,7 +11,7 @@ from cifar_jax.config import TrainConfig
 
 
 def make_schedule(config: TrainConfig, peak: float, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate by step: constant, or a linear warm-up to `peak` and from there a cosine that ends at zero.
+    """Learning rate by step: constant, or a linear warm-up to `peak` followed by cosine decay to zero.
 
     Reference:
       Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983; warm-up: Goyal et al. 2017,
@@ -20,36 +20,36 @@ def make_schedule(config: TrainConfig, peak: float, steps_per_epoch: int) -> opt
     if config.optim.schedule == "constant":
         return optax.constant_schedule(peak)
     steps = config.optim.epochs * steps_per_epoch
-    # The last step lies below `epochs`, so at least one is left to the cosine.
+    # Leave at least one step to the cosine.
     warmup = min(round(config.optim.warmup_epochs * steps_per_epoch), steps - 1)
     if warmup:
         schedule = optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, steps)
     else:
         schedule = optax.cosine_decay_schedule(peak, steps)
-    # Optax divides the count as it comes, which strict dtype promotion does not let it do with an integer.
+    # Optax divides the count without converting it, which strict dtype promotion forbids for an integer.
     return lambda count: schedule(jnp.asarray(count, jnp.float32))
 
 
 def make_optimizer(
     config: TrainConfig, steps_per_epoch: int, instead: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformation:
-    """SGD as Keras has it, with what the configuration adds: clipping, weight decay, momentum, a schedule, groups.
+    """Makes Keras's SGD with the configured clipping, weight decay, momentum, schedule and parameter groups.
 
-    Keras folds the learning rate into its velocity and Optax multiplies by it afterwards; with a constant rate both
-    take the same steps.
+    Keras folds the learning rate into its velocity, whereas Optax multiplies by it afterwards; with a constant rate
+    both take the same steps.
 
     Args:
-      config: its options. The parameters are {"head"}, or in the mode finetune {"backbone", "head"}, each group with a
-        rate of its own, and what is frozen is left alone.
-      steps_per_epoch: what the schedule counts in.
-      instead: an optimiser in the place of SGD and of all that is added to it; what is frozen stays so.
+      config: the configuration. The parameters are {"head"}, or in `finetune` mode {"backbone", "head"}, each group
+        with its own learning rate; frozen parameters are not updated.
+      steps_per_epoch: number of steps per epoch, for the schedule.
+      instead: an optimiser that replaces SGD and everything added to it; frozen parameters remain frozen.
     """
     optim = config.optim
     if instead is not None:
         if not config.finetune.freeze_stages:
             return instead
 
-        # As one group: what it does over all parameters, as clipping by their norm, it does over all that train.
+        # One group, so that an operation over all parameters, such as clipping by global norm, covers all trained ones.
         def labels(params: PyTree) -> PyTree:
             groups = param_labels(params, config.finetune.freeze_stages)
             return jax.tree.map(lambda group: group if group == "frozen" else "trained", groups)
@@ -73,24 +73,24 @@ def make_optimizer(
             "frozen": optax.set_to_zero(),
         }
         tx = optax.partition(groups, lambda params: param_labels(params, config.finetune.freeze_stages))
-    # Over all groups at once: the norm of a step does not depend on how it is divided.
+    # Clip outside the partition: the global norm covers all groups.
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx) if optim.clip_norm else tx
 
 
 def is_kernel(params: PyTree) -> PyTree:
-    """Which parameters weight decay is for: kernels, neither biases nor BatchNorm's scales."""
+    """Mask of the parameters that weight decay applies to: kernels, but not biases or BatchNorm scales."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _name(path[-1]) == "kernel", params)
 
 
 def param_labels(params: PyTree, freeze_stages: int) -> PyTree:
-    """The group of each parameter of {"backbone", "head"}, by its name: `backbone`, `head` or `frozen`.
+    """Labels each parameter of {"backbone", "head"} with its group: `backbone`, `head` or `frozen`.
 
     Args:
       params: the parameters.
-      freeze_stages: the stem and that many stages are frozen; at 0 nothing is.
+      freeze_stages: number of frozen stages, in addition to the stem; 0 freezes nothing.
 
     Raises:
-      ValueError: for a parameter whose name belongs to no part of the network.
+      ValueError: if the name of a parameter belongs to no part of the network.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: _label([_name(key) for key in path], freeze_stages), params)
 
@@ -101,7 +101,7 @@ def _label(path: list[str], freeze_stages: int) -> str:
     part = re.match(r"stem_|stage(\d+)_block", path[1]) if path[0] == "backbone" and len(path) > 1 else None
     if part is None:
         raise ValueError(f"the parameter {'/'.join(path)} belongs to no part of the network")
-    # The stem goes with the first stage: below a trained stem no frozen stage makes sense.
+    # The stem is frozen with the first stage: a frozen stage above a trained stem makes no sense.
     return "frozen" if int(part[1] or 1) <= freeze_stages else "backbone"
 
 

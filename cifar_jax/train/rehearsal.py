@@ -1,4 +1,4 @@
-"""A training traced without computing anything: what would fail at its first step fails before a file is written."""
+"""Tracing a training without computing it, so that errors of its first step appear before any file is written."""
 
 from typing import Any
 
@@ -18,15 +18,15 @@ from cifar_jax.train.task import Batch
 
 
 def state_shapes(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, steps: bool = False) -> TrainState:
-    """Shapes of the state that `prepare` would begin with; nothing is computed, and no image is looked at.
+    """Shapes of the initial state that `prepare` would make, without computing anything or reading image data.
 
     Args:
-      config: of the training.
+      config: the configuration.
       inputs: images and backbone.
-      parts: in the place of what the configuration stands for.
+      parts: replacements for the components that the configuration describes.
       mesh: the devices.
-      steps: whether a step is traced too, which takes seconds where it includes a large network. The user's functions
-        then raise what they would raise there.
+      steps: whether to trace a step as well, so that errors in user-supplied functions are raised here. Takes seconds
+        if the step includes a large network.
     """
     features = np.zeros((1, inputs.backbone.num_features), np.float32)
     is_cached = config.optim.mode == "cached"
@@ -41,7 +41,7 @@ def state_shapes(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, 
 
     size = round_up(mesh, config.optim.batch_size)
     example = features[0] if is_cached else inputs.problem.train.images[0]
-    of: Any = jax.ShapeDtypeStruct  # stands for an array
+    of: Any = jax.ShapeDtypeStruct
     labels = of((size,), inputs.problem.train.labels.dtype)
     batch = Batch(of((size, *example.shape), example.dtype), labels, of((size,), jnp.float32))
     shapes: TrainState = jax.eval_shape(begin, batch, jax.eval_shape(lambda: jax.random.key(0)))

@@ -15,33 +15,31 @@ from cifar_jax.train.task import Augment, Batch, Forward
 
 
 class TrainState(NamedTuple):
-    """All that training changes."""
+    """All arrays that training updates."""
 
     params: PyTree
-    batch_stats: PyTree  # {} where the backbone is frozen
+    batch_stats: PyTree  # {} if the backbone is frozen
     opt_state: optax.OptState
     step: Int32[Array, ""]
-    halted: Bool[Array, ""] | np.bool_ = (
-        np.False_
-    )  # whether a step was not finite, after which nothing changes any more
+    halted: Bool[Array, ""] | np.bool_ = np.False_  # True after a non-finite step: later steps change nothing
 
 
 class StepMetrics(NamedTuple):
-    """Sums over the examples of a step, as seen before its update; means are taken once, at the end."""
+    """Sums over the examples of a step, computed before its update; means are taken once, at the end."""
 
     loss_sum: Float[Array, ""]
     correct: Int32[Array, ""]
     num: Int32[Array, ""]
-    finite: Bool[Array, ""]  # whether this step and all before it were
+    finite: Bool[Array, ""]  # whether this step and all steps before it were finite
 
 
 TrainStep = Callable[[TrainState, PyTree, Batch, PRNGKeyArray], tuple[TrainState, StepMetrics]]
 
 
 def init_state(params: PyTree, tx: optax.GradientTransformation, batch_stats: PyTree | None = None) -> TrainState:
-    """The state before the first step. Its arrays are copies, as compiled steps donate the state they are given."""
+    """Returns the state before the first step. Its arrays are copies, as compiled steps donate their state."""
     params, batch_stats = jax.tree.map(jnp.array, (params, {} if batch_stats is None else batch_stats))
-    opt_state = jax.tree.map(jnp.array, tx.init(params))  # which may hold arrays of the optimiser itself, as a key
+    opt_state = jax.tree.map(jnp.array, tx.init(params))  # init may return arrays that tx itself holds, such as a key
     return TrainState(params, batch_stats, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
 
 
@@ -53,25 +51,26 @@ def make_train_step(
     augment: Augment | None = None,
     micro_batch: int | None = None,
 ) -> TrainStep:
-    """One step of an optimiser, as a pure function: not compiled, and nothing is donated.
+    """Makes the training step as a pure function: not compiled, and without donation.
 
     Args:
       forward: `(params, batch_stats, frozen, inputs, *, train, key, mask) -> (logits, batch_stats)`, of a `Task`.
-      loss_fn: `(logits, labels) -> [batch]`, a loss an example.
-      tx: the optimiser. Its update is given the loss of the step as `value`, which some take beside the gradient.
-      augment: `(key, batch) -> batch`, applied first: that of a `Task` too, which `forward` does not include.
-      micro_batch: examples at a time, their gradients added up, which takes the memory of one piece; all at once if
-        None. Pieces count by their examples, so loss and gradient are those of the whole batch, but for BatchNorm: a
-        piece is normalised by its own statistics, and the running ones are updated piece after piece.
+      loss_fn: `(logits, labels) -> [batch]`, one loss per example.
+      tx: the optimiser. Its update receives the loss of the step as the extra argument `value`.
+      augment: `(key, batch) -> batch`, applied first. Pass `task.augment` here, as `forward` does not include it.
+      micro_batch: number of examples per micro-batch; their gradients are accumulated, using the memory of one
+        micro-batch. None processes the whole batch at once. Micro-batches are weighted by their number of examples, so
+        loss and gradient are those of the whole batch, except for BatchNorm: each micro-batch is normalised by its own
+        statistics and updates the running ones in turn.
 
     Returns:
-      `train_step(state, frozen, batch, key) -> (state, metrics)`. Give it the same key at every step: what augmentation
-      and forward draw depends on it and on `state.step`. A step whose loss, gradients or statistics are not finite
-      sets `state.halted` and leaves the rest of the state as it was, and so does every step after it.
+      `train_step(state, frozen, batch, key) -> (state, metrics)`. Pass the same key at every step: the randomness of
+      augmentation and forward depends on it and on `state.step`. A step whose loss, gradients or statistics are not
+      finite sets `state.halted` and leaves the rest of the state unchanged, and so does every step after it.
 
-      On a CPU this guard takes 4 % of an epoch on cached features (medians of ten pairs 1.03 to 1.05; ResNet50's head,
-      batch 64, two cores). To look at what the optimiser makes of the gradients as well would take 13 to 19 %:
-      whoever saves a state looks at it once, by `is_finite`.
+      On a CPU this check takes 4 % of an epoch on cached features (medians of ten pairs 1.03 to 1.05; ResNet50's head,
+      batch 64, two cores). Checking the optimiser's updates as well would take 13 to 19 %; instead, callers check a
+      state with `is_finite` once, before they save it.
 
     Example:
       >>> head, tx = dense_head(), optax.sgd(0.01)
@@ -87,7 +86,7 @@ def make_train_step(
     ) -> tuple[TrainState, StepMetrics]:
         batch, key = _prepared(state, batch, key, augment)
         params, batch_stats, total, count = state.params, state.batch_stats, None, batch.mask.sum()
-        # Unrolled: inside `jax.lax.scan` XLA:CPU runs convolutions many times slower.
+        # Unrolled, as XLA:CPU runs convolutions many times slower inside `jax.lax.scan`.
         for piece, piece_key in _pieces(batch, key, micro_batch):
             (loss, (metrics, batch_stats)), grads = grad_fn(params, batch_stats, frozen, piece, piece_key)
             if micro_batch is not None:
@@ -96,13 +95,13 @@ def make_train_step(
             part = (loss, grads, metrics)
             total = part if total is None else jax.tree.map(jnp.add, total, part)
             if micro_batch is not None:
-                # Nothing else keeps XLA from running all pieces side by side, in the memory of them all.
+                # Without the barrier XLA may run all micro-batches concurrently, using the memory of all of them.
                 params, batch_stats, total = jax.lax.optimization_barrier((params, batch_stats, total))
         assert total is not None, "a batch has examples"
         loss, grads, (loss_sum, correct, num) = total
         updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
-        # The statistics are looked at as well: compiled for a CPU, a relu behind them makes 0 of NaN.
+        # Check the statistics as well: compiled for a CPU, a relu after BatchNorm turns NaN into 0.
         finite = ~state.halted & jnp.isfinite(loss) & _all_finite((grads, batch_stats))
         stepped = TrainState(params, batch_stats, opt_state, state.step + 1, state.halted)
         kept: TrainState = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
@@ -112,11 +111,12 @@ def make_train_step(
 
 
 def scan_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Steps over inputs that lie on the devices, as one scan.
+    """Makes a scan of a training step over inputs that reside on the devices.
 
     Returns:
       `(state, frozen, inputs [n, ...], labels [n], indices [steps, batch], counts [steps], key) -> (state, metrics)`, a
-      pure function whose metrics have an entry a step. `counts` says how many of a step's indices are no padding.
+      pure function whose metrics have one entry per step. `counts` is the number of indices of each step that are not
+      padding.
     """
 
     def run(
@@ -139,7 +139,7 @@ def scan_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, StepMet
 
 
 def is_finite(tree: PyTree) -> bool:
-    """Whether all values of a tree are finite, for the host to know."""
+    """Returns whether all values of a tree are finite, as a Python bool."""
     return bool(_all_finite_compiled(tree))
 
 
@@ -154,9 +154,9 @@ def first_not_finite(
     augment: Augment | None = None,
     micro_batch: int | None = None,
 ) -> str:
-    """Names the first tensor of a step that is not finite, by running the step once more.
+    """Names the first tensor of a step that is not finite, by running the step again.
 
-    Takes the arguments of `make_train_step` and of the step that it made, and the state before that step.
+    Takes the arguments of `make_train_step` and those of the step, with the state before it.
     """
     batch, key = _prepared(state, batch, key, augment)
     grad_fn = jax.value_and_grad(_make_loss(forward, loss_fn), has_aux=True)
@@ -180,7 +180,7 @@ def first_not_finite(
 
 
 def _make_loss(forward: Forward, loss_fn: LossFn) -> Callable[..., Any]:
-    """Mean loss over the examples of a batch, `(loss, ((loss_sum, correct, num), batch_stats))`."""
+    """Makes the mean loss over the examples of a batch: `(loss, ((loss_sum, correct, num), batch_stats))`."""
 
     def loss(
         params: PyTree, batch_stats: PyTree, frozen: PyTree, batch: Batch, key: PRNGKeyArray
@@ -189,27 +189,27 @@ def _make_loss(forward: Forward, loss_fn: LossFn) -> Callable[..., Any]:
         loss_sum, count = (losses_of(loss_fn, logits, batch.labels) * batch.mask).sum(), batch.mask.sum()
         correct = (jnp.argmax(logits, axis=-1) == classes_of(batch.labels)) & (batch.mask > 0)
         sums = (loss_sum, correct.sum(dtype=jnp.int32), count.astype(jnp.int32))
-        return loss_sum / jnp.maximum(count, 1), (sums, batch_stats)  # a piece may hold nothing but padding
+        return loss_sum / jnp.maximum(count, 1), (sums, batch_stats)  # a micro-batch may be all padding
 
     return loss
 
 
 def classes_of(labels: Array) -> Int32[Array, "batch"]:
-    """The class of each example; of a distribution over classes the likeliest."""
+    """The class of each example, or the most likely class if the labels are distributions."""
     return labels if labels.ndim == 1 else jnp.argmax(labels, axis=-1).astype(jnp.int32)
 
 
 def _prepared(
     state: TrainState, batch: Batch, key: PRNGKeyArray, augment: Augment | None
 ) -> tuple[Batch, PRNGKeyArray]:
-    """The augmented batch of a step and the key that it draws from."""
+    """The augmented batch of a step, and the key of the step's randomness."""
     if augment:
         batch = augment(jax.random.fold_in(stream_of(key, "augment"), state.step), batch)
     return batch, jax.random.fold_in(stream_of(key, "step"), state.step)
 
 
 def _pieces(batch: Batch, key: PRNGKeyArray, micro_batch: int | None) -> list[tuple[Batch, PRNGKeyArray]]:
-    """A batch piece by piece, the last one shorter, each with a key; whole if `micro_batch` is None."""
+    """Splits a batch into micro-batches, each with its own key; the last may be shorter. None leaves it whole."""
     if micro_batch is None:
         return [(batch, key)]
     starts = enumerate(range(0, batch.labels.shape[0], micro_batch))
@@ -220,7 +220,8 @@ def _pieces(batch: Batch, key: PRNGKeyArray, micro_batch: int | None) -> list[tu
 
 
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:
-    # A sum is finite only if all it adds up is, and reads each value once. In 16 bits it would overflow.
+    # A sum is finite only if all its terms are, and reads each value once. 16-bit types are summed in float32, as they
+    # would overflow.
     sums = [leaf.sum(dtype=jnp.float32 if leaf.dtype.itemsize < 4 else None) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.array([jnp.isfinite(total) for total in sums] or [True]))
 

@@ -1,4 +1,4 @@
-"""Many heads on the same cached features in one compiled call: seeds or learning rates compared in seconds."""
+"""Training of many heads on the same cached features in one compiled call, to compare seeds or learning rates."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,28 +32,30 @@ def train_heads(
     label_smoothing: float = 0.0,
     at_once: int | None = None,
 ) -> tuple[HeadParams, StepMetrics]:
-    """Trains heads, each as if it were alone, and compiles once for all of them.
+    """Trains heads independently of each other, compiled once for all of them.
 
     Args:
-      keys: draw the heads' parameters; one of them, or one each.
-      learning_rates: one, or one each; among keys and rates at least one is one each.
-      features: from `make_extractor`; they go to the device once.
-      labels: in 0..num_classes - 1.
-      order: how the examples are gone through: the same for all, or one each, of one batch size.
-      epochs: how often.
-      hidden: widths of the hidden layers, as `init_head` takes them.
+      keys: keys that initialise the heads' parameters; one for all heads, or one per head.
+      learning_rates: one for all heads, or one per head; `keys` or `learning_rates` must be given per head.
+      features: from `make_extractor`; transferred to the device once.
+      labels: labels in 0..num_classes - 1.
+      order: order of the examples; one for all heads, or one per head, all with the same batch size.
+      epochs: number of epochs.
+      hidden: widths of the hidden layers, as in `init_head`.
       num_classes: width of the logits.
-      make_tx: the optimiser for a learning rate. Another function, even an equal one, is compiled anew.
+      make_tx: makes the optimiser for a learning rate. A different function object is compiled again, even if it is
+        equal.
       label_smoothing: see `smoothed_cross_entropy`.
-      at_once: heads that step side by side, as products over a stack of them. None is one on a CPU, where a single
-        head fills the cores and its parameters should stay in their caches, and all of them elsewhere.
+      at_once: number of heads trained in parallel, batched with `vmap`. None means one on a CPU, where a single head
+        uses all cores and its parameters should stay in their caches, and all of them elsewhere.
 
     Returns:
       Parameters whose leaves have the heads as their first axis, and metrics [heads, epochs, steps]. A head whose loss
-      or gradients are not finite stays as it was before, and says so in `finite`; the others go on.
+      or gradients are not finite keeps its last good parameters, and its metric `finite` becomes False; the others
+      continue.
 
     Raises:
-      ValueError: when the orders are of several batch sizes, or as many as there are neither heads nor one.
+      ValueError: if the orders have different batch sizes, or their number is neither one nor the number of heads.
 
     Example:
       >>> keys = jax.random.split(jax.random.key(0), 16)
@@ -87,14 +89,14 @@ def train_heads(
 
 
 def unstacked(params: HeadParams) -> list[HeadParams]:
-    """The heads of `train_heads` one by one."""
+    """Splits the stacked parameters of `train_heads` into a list of heads."""
     num_heads = jax.tree.leaves(params)[0].shape[0]
     return [jax.tree.map(lambda leaf, at=at: leaf[at], params) for at in range(num_heads)]
 
 
 @partial(jax.jit, static_argnames=("hidden", "num_classes", "make_tx", "label_smoothing", "at_once"))
 def _train(
-    heads: tuple[PRNGKeyArray, Float[Array, "heads"], Int32[Array, "heads"]],  # key, learning rate, number of its order
+    heads: tuple[PRNGKeyArray, Float[Array, "heads"], Int32[Array, "heads"]],  # key, learning rate, index of the order
     data: tuple[Float[Array, "n features"], Int32[Array, "n"]],
     orders: tuple[Int32[Array, "orders steps batch"], Int32[Array, "steps"], PRNGKeyArray],
     hidden: tuple[int, ...],
@@ -111,7 +113,7 @@ def _train(
         tx = make_tx(learning_rate)
         state = init_state({"head": init_head(key, features.shape[1], hidden, num_classes)}, tx)
         train_step = make_train_step(head_forward(dense_logits), smoothed_cross_entropy(label_smoothing), tx)
-        # All epochs as one, so that a head that has come to its end in one of them stays there in the others.
+        # One scan over all epochs, so that a head that halts in one epoch stays halted in the later ones.
         epochs = scan_steps(train_step)
         state, metrics = epochs(state, {}, features, labels, indices[number], counts, step_keys[number])
         return state.params["head"], metrics

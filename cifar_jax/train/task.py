@@ -1,7 +1,7 @@
-"""A task: what trains, what goes in, and how logits come of it. The ways to train differ in nothing else.
+"""Tasks: the trained variables, the inputs and the forward function, which are all that the training modes differ in.
 
-A head is a `Head` or a function `(params, features, *, train, key) -> logits`, a frozen backbone one of
-`(variables, images) -> features`, and one that trains one of
+A head is a `Head` or a function `(params, features, *, train, key) -> logits`, a frozen backbone a function
+`(variables, images) -> features`, and a trainable backbone a function
 `(params, batch_stats, images, *, train, mask) -> (features, batch_stats)`.
 """
 
@@ -17,7 +17,7 @@ from cifar_jax.train.losses import Labels
 
 
 class Batch(NamedTuple):
-    """Examples of one step."""
+    """The examples of one step."""
 
     inputs: Array  # features [batch, features], or uint8 images [batch, height, width, 3]
     labels: Labels
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
 
 class Forward(Protocol):
-    """Logits of a batch, and what BatchNorm carries along."""
+    """Computes the logits of a batch and the new BatchNorm statistics."""
 
     def __call__(
         self,
@@ -38,22 +38,22 @@ class Forward(Protocol):
         key: PRNGKeyArray | None,
         mask: Float[Array, "batch"],
     ) -> tuple[Float[Array, "batch classes"], PyTree]:
-        """Logits and new batch_stats. `key` is None where `train` is False."""
+        """Returns the logits and the new batch_stats. `key` is None if `train` is False."""
         ...
 
 
 class HeadFn(Protocol):
-    """Logits of features; a `Head` is one too."""
+    """Computes logits from features; a `Head` is one."""
 
     def __call__(
         self, params: Any, features: Any, /, *, train: bool, key: PRNGKeyArray | None
     ) -> Float[Array, "batch classes"]:
-        """Logits [batch, classes] of features [batch, features]. `key` is None where `train` is False."""
+        """Returns the logits [batch, classes] of features [batch, features]. `key` is None if `train` is False."""
         ...
 
 
-# `(key, batch) -> batch` inside the compiled step. Rows whose mask is 0 are padding: copies of the first example of the
-# training set, which an augmentation that mixes examples may meet.
+# `(key, batch) -> batch` inside the compiled step. Rows whose mask is 0 are padding: copies of the first training
+# example, which an augmentation that mixes examples may mix in.
 Augment = Callable[[PRNGKeyArray, Batch], Batch]
 FrozenFn = Callable[[PyTree, Array], Float[Array, "batch features"]]
 TrainableFn = Callable[..., tuple[Float[Array, "batch features"], PyTree]]
@@ -64,20 +64,21 @@ class Split(NamedTuple):
 
     inputs: Any  # float32 [n, features] or uint8 [n, height, width, 3]
     labels: Int32[np.ndarray, "n"]
-    resident: bool = False  # whether the inputs lie on the devices, whole, for as long as the task
+    resident: bool = False  # whether all inputs stay on the devices for the lifetime of the task
 
 
 class Task(NamedTuple):
-    """A way to train.
+    """The definition of a training mode.
 
     Attributes:
-      params: what trains: {"head": ...} or {"backbone": ..., "head": ...}.
-      batch_stats: what BatchNorm carries along; {} where the backbone is frozen.
-      frozen: what does not train: the variables of the backbone, or {}. On the devices, and an argument of every step.
-      forward: logits of inputs.
-      splits: by name: `train`, `test`, and `val` where images are held out.
-      augment: `(key, batch) -> batch`, for training only, before a batch is cut into pieces; or None. Steps are made
-        of functions and know no task, so pass it on: `make_train_step(task.forward, ..., augment=task.augment)`.
+      params: the trained parameters: {"head": ...} or {"backbone": ..., "head": ...}.
+      batch_stats: the running BatchNorm statistics; {} if the backbone is frozen.
+      frozen: the variables of a frozen backbone, or {}. They reside on the devices and are an argument of every step.
+      forward: computes logits from inputs.
+      splits: inputs and labels by name: `train`, `test`, and `val` if images are held out.
+      augment: `(key, batch) -> batch`, applied in training only, before a batch is split into micro-batches; or None.
+        Steps are built from functions, not from a task, so pass it on explicitly:
+        `make_train_step(task.forward, ..., augment=task.augment)`.
     """
 
     params: dict[str, PyTree]
@@ -97,7 +98,7 @@ def head_forward(head: HeadFn) -> Forward:
 
 
 def cached_task(head_params: PyTree, head: HeadFn, features: Mapping[str, Split]) -> Task:
-    """Trains a head on features, which every image was turned into once."""
+    """Makes the task that trains a head on precomputed features."""
     splits = {name: split._replace(resident=True) for name, split in features.items()}
     return Task({"head": head_params}, {}, {}, head_forward(head), splits)
 
@@ -110,12 +111,12 @@ def live_task(
     images: Mapping[str, Split],
     augment: Augment | None = None,
 ) -> Task:
-    """Trains a head through a frozen backbone, which every image passes at every step.
+    """Makes the task that trains a head through a frozen backbone, which runs on the images at every step.
 
-    Variables that are NumPy arrays are put on a device, where they would else go at every step anew.
+    NumPy variables are put on a device once; otherwise every step would transfer them again.
     """
     variables = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, variables)
-    # The gradient goes through the whole network on paper; `stop_gradient` at its end is why it costs nothing.
+    # `stop_gradient` on the features keeps the backward pass out of the backbone.
     forward: Forward = lambda params, batch_stats, frozen, inputs, *, train, key, mask: (  # noqa: E731
         head(params["head"], jax.lax.stop_gradient(backbone(frozen, inputs)), train=train, key=key),
         batch_stats,
@@ -131,7 +132,7 @@ def finetune_task(
     images: Mapping[str, Split],
     augment: Augment | None = None,
 ) -> Task:
-    """Trains backbone and head together; `variables` of the backbone are {"params": ..., "batch_stats": ...}."""
+    """Makes the task that trains backbone and head; `variables` are {"params": ..., "batch_stats": ...}."""
 
     def forward(
         params: PyTree, batch_stats: PyTree, frozen: PyTree, inputs: Array, *, train: bool, key: Any, mask: Array
