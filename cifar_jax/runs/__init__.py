@@ -1,1 +1,1 @@
-"""The run directory: its layout, writer, reader and checkpoints, resuming, and prediction with what it holds."""
+"""Run directories: layout, writer, reader, checkpoints, resuming, and prediction with a trained run."""

@@ -3,8 +3,8 @@
     checkpoints/0003/arrays.safetensors   params/head/..., params/backbone/..., batch_stats/..., opt_state/..., step
     checkpoints/0003/checkpoint.json      format, epoch, step, progress of the run, dtype, shape and SHA-256 by name
 
-A checkpoint is written beside its final place, read back and compared with what is in memory, and only then renamed: if
-its directory exists, it is complete. Any subset of its arrays can be read without the others.
+A checkpoint is written to a temporary directory, read back and compared with the arrays in memory, and only then
+renamed: if its directory exists, it is complete. Any subset of its arrays can be read without the others.
 """
 
 import logging
@@ -45,13 +45,13 @@ class Position(NamedTuple):
 
     @property
     def words(self) -> str:
-        """The position for people: `1 epoch`, or `3 epochs and 250 steps`."""
+        """Human-readable position: `1 epoch`, or `3 epochs and 250 steps`."""
         epochs = f"{self.epoch} epoch{'s' * (self.epoch != 1)}"
         return epochs + (f" and {self.step} step{'s' * (self.step != 1)}" if self.step else "")
 
 
 def position_of(checkpoint: Path) -> Position:
-    """The position that a checkpoint's directory name stands for."""
+    """Parses the position from a checkpoint's directory name."""
     epoch, _, step = checkpoint.name.partition(".")
     return Position(int(epoch), int(step or 0))
 
@@ -70,13 +70,13 @@ def save_checkpoint(
     keep: Collection[Position] = (),
     keep_last: int = 1,
 ) -> Path:
-    """Writes a checkpoint, whole or not at all, and removes older ones.
+    """Writes a checkpoint atomically, and removes older ones.
 
     Args:
-      directory: the run's checkpoints; created if necessary, its parent is not.
-      position: where in the run the checkpoint was made.
-      tree: arrays on the host; see `named_leaves` for the names they get.
-      progress: JSON values to store beside them.
+      directory: the run's checkpoint directory; created if necessary, but its parent is not.
+      position: position of the run.
+      tree: arrays on the host; `named_leaves` defines their names.
+      progress: JSON values to store with the arrays.
       keep: positions of other checkpoints to keep.
       keep_last: number of newest checkpoints to keep, this one included.
 
@@ -87,7 +87,7 @@ def save_checkpoint(
       RunError: if it cannot be written, or reads back differently.
     """
     target = directory / position.name
-    # np.asarray, unlike np.ascontiguousarray, leaves a scalar a scalar.
+    # np.asarray, unlike np.ascontiguousarray, keeps scalars zero-dimensional.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(dict(tree)).items()}
     described = {name: _describe(array) for name, array in arrays.items()}
     about = {
@@ -118,12 +118,12 @@ def save_checkpoint(
 
 
 def prune(directory: Path, newest: Position, keep: Collection[Position], keep_last: int) -> None:
-    """Removes all checkpoints but the last few, and those that are ahead of the run.
+    """Removes checkpoints that are ahead of the run, and all others but the newest few.
 
     Args:
-      directory: the run's checkpoints.
-      newest: position of the run. Later checkpoints were corrupt, or are about to be made again.
-      keep: positions of checkpoints to keep.
+      directory: the run's checkpoint directory.
+      newest: position of the run. Later checkpoints were corrupt, or are about to be written again.
+      keep: positions of checkpoints to keep in addition.
       keep_last: number of newest checkpoints to keep.
     """
     found = list_checkpoints(directory)
@@ -134,7 +134,7 @@ def prune(directory: Path, newest: Position, keep: Collection[Position], keep_la
 
 
 def _remove(checkpoint: Path) -> None:
-    """Renames first, so that a kill meanwhile leaves no partial checkpoint under its name."""
+    """Removes a checkpoint, renaming it first so that a kill leaves no partial checkpoint under its name."""
     if checkpoint.exists():
         going = checkpoint.with_name(f".{checkpoint.name}.removed")
         shutil.rmtree(going, ignore_errors=True)
@@ -142,7 +142,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Directories of a run's checkpoints, oldest first. Those of older formats are among them."""
+    """Directories of a run's checkpoints, oldest first, including those of older formats."""
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted((path for path in found if _NAME.fullmatch(path.name) and path.is_dir()), key=position_of)
 
@@ -152,12 +152,12 @@ def newest_whole(
     needed: Callable[[dict[str, Any]], Iterable[Position]] = lambda _: (),
     level: int = logging.INFO,
 ) -> tuple[Position, dict[str, Any]] | None:
-    """The newest checkpoint that is not corrupt, and the progress stored in it; None if there is no checkpoint at all.
+    """The newest checkpoint that is not corrupt, and the progress stored in it; None if there are no checkpoints.
 
     Args:
-      directory: the run's checkpoints.
-      needed: from a checkpoint's progress to the positions of other checkpoints without which it is of no use.
-      level: at which corrupt ones are logged.
+      directory: the run's checkpoint directory.
+      needed: maps a checkpoint's progress to the positions of other checkpoints that it depends on.
+      level: log level of the messages on corrupt checkpoints.
 
     Raises:
       UserError: if all of them are corrupt, or the newest has another format.
@@ -178,20 +178,20 @@ def newest_whole(
 
 
 def load_checkpoint(directory: Path, like: PyTree, at: Position | None = None, whole: bool = False) -> Any:
-    """Reads arrays of a run's checkpoint, each compared with its digest.
+    """Reads arrays of a run's checkpoint and verifies their digests.
 
     Args:
-      directory: the run's checkpoints.
+      directory: the run's checkpoint directory.
       like: the part of the checkpoint's tree to read, with arrays or shapes as leaves.
       at: position of the checkpoint; the newest one if None.
-      whole: whether that must be all of it.
+      whole: whether `like` must be the checkpoint's whole tree.
 
     Returns:
-      A tree like `like`, of NumPy arrays.
+      A tree of NumPy arrays with the structure of `like`.
 
     Raises:
-      UserError: if there is no such checkpoint, it lacks an array or has another shape, or it is corrupt; with `whole`
-        also if it has other arrays.
+      UserError: if there is no such checkpoint, an array is missing or has another shape, or it is corrupt; with
+        `whole` also if it has other arrays.
     """
     chosen, described = _fitting(directory, like, at, whole)
     try:
@@ -213,7 +213,7 @@ def check_checkpoint(directory: Path, like: PyTree, at: Position) -> None:
 def _fitting(
     directory: Path, like: PyTree, at: Position | None, whole: bool
 ) -> tuple[Path, dict[str, Mapping[str, Any]]]:
-    """A checkpoint that fits a tree, and the descriptions of the tree's arrays by name."""
+    """Finds a checkpoint and checks that it fits a tree; returns it and the descriptions of the tree's arrays."""
     checkpoints = [path for path in list_checkpoints(directory) if at in (None, position_of(path))]
     if not checkpoints:
         which = f"no checkpoint {at.name}" if at and list_checkpoints(directory) else "no checkpoint"
@@ -223,7 +223,7 @@ def _fitting(
         described = _read_about(chosen)["arrays"]
     except Corrupt as error:
         raise UserError(f"{error}. Train again.") from error
-    # Whoever reads a part, to predict with it, had better not start again.
+    # A caller that reads a part only, e.g. to predict, must not be told to overwrite the run.
     hint = f"Give what the run was trained with{', or start again with --overwrite' if whole else ''}."
     if missing := sorted(set(wanted) - set(described)):
         raise UserError(
@@ -245,7 +245,7 @@ def _fitting(
 
 
 def _checked(checkpoint: Path) -> dict[str, Any]:
-    """The progress stored in a checkpoint, all of whose arrays are as they were written."""
+    """Verifies all arrays of a checkpoint, and returns the progress stored in it."""
     about = _read_about(checkpoint)
     _read(checkpoint, about["arrays"])
     progress: dict[str, Any] = about["progress"]
@@ -253,11 +253,11 @@ def _checked(checkpoint: Path) -> dict[str, Any]:
 
 
 class Corrupt(Exception):
-    """A checkpoint is not what was written; the message is a sentence without its full stop."""
+    """Raised if a checkpoint differs from what was written; the message is a sentence without its full stop."""
 
 
 def _read_about(checkpoint: Path) -> dict[str, Any]:
-    """Contents of checkpoint.json."""
+    """Reads the contents of checkpoint.json."""
     if not (checkpoint / ABOUT).exists() and (checkpoint / "digests.json").exists():
         raise UserError(f"Checkpoint {checkpoint} was written by another version of this program. Train again.")
     try:
@@ -270,11 +270,11 @@ def _read_about(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read(checkpoint: Path, described: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """The arrays that are described, which must be as described."""
+    """Reads arrays by name, and checks that they match their descriptions."""
     try:
         with safe_open(checkpoint / ARRAYS, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in described}
-    except Exception as error:  # a corrupt header raises what the parser and NumPy happen to raise
+    except Exception as error:  # the parser and NumPy raise various types for a corrupt header
         raise Corrupt(f"Checkpoint {checkpoint} cannot be read ({_reason(error)})") from error
     if wrong := [name for name, array in arrays.items() if _describe(array) != described[name]]:
         raise Corrupt(f"Checkpoint {checkpoint} is corrupt: checksum mismatch in {', '.join(wrong[:4])}")

@@ -1,4 +1,4 @@
-"""The run directory: what a run leaves behind, and what may be written there."""
+"""The run directory: its files, and the checks before a run is written to it."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ CONFIG, INPUTS, METRICS, SUMMARY, CHECKPOINTS, BACKBONE = (
     "checkpoints",
     "backbone.safetensors",
 )
-# All that a run writes. `--overwrite` removes these and nothing else.
+# All files that a run writes. `--overwrite` removes these and nothing else.
 CONTENTS = (
     CONFIG,
     INPUTS,
@@ -49,11 +49,11 @@ CONTENTS = (
 
 
 class RunInputs(NamedTuple):
-    """What a run began with, beside its options: the content of inputs.json.
+    """The inputs of a run in addition to its options, as stored in inputs.json.
 
     Attributes:
-      digests: of images and weights, by name.
-      parts: names of the arguments that were passed to `train` in the place of what the options stand for.
+      digests: digests of images and weights, by name.
+      parts: names of the components passed to `train` to replace those that the options describe.
     """
 
     digests: dict[str, str]
@@ -61,22 +61,22 @@ class RunInputs(NamedTuple):
 
 
 def default_run_dir(config: TrainConfig) -> Path:
-    """runs/TIME-PRESET below the current directory; a number is added where that is taken."""
+    """The default run directory: runs/TIME-PRESET below the current directory, with a number appended if it exists."""
     base = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
     numbered = (base.with_name(f"{base.name}-{n}") for n in range(2, 1000))
     return base if not base.exists() else next(path for path in numbered if not path.exists())
 
 
 def check_run_dir(path: Path, config: TrainConfig, resumes: bool = False) -> None:
-    """Finds out, before any work is done, whether a run can be written to `path`.
+    """Checks, before any work is done, that a run can be written to `path`.
 
     Args:
-      path: of the run directory.
-      config: of the run.
-      resumes: whether the run in the directory is the one to go on with.
+      path: the run directory.
+      config: the configuration of the run.
+      resumes: whether to resume the run in the directory.
 
     Raises:
-      UserError: when it is a file, cannot be written, or holds something already.
+      UserError: if it is a file, cannot be written, or is not empty.
     """
     try:
         _check_run_dir(path, config, resumes)
@@ -96,7 +96,7 @@ def _check_run_dir(path: Path, config: TrainConfig, resumes: bool) -> None:
         raise UserError(f"--out {path} cannot be written, as {existing} is read-only; choose another directory.")
     if path.is_dir() and (entries := sorted(entry.name for entry in path.iterdir() if not _is_leftover(entry.name))):
         if (path / CONFIG).exists() and (path / CHECKPOINTS).is_dir():
-            read_json(path / CONFIG)  # which says that it is damaged
+            read_json(path / CONFIG)  # raises if the file is corrupt
         if not is_run(path):
             raise UserError(f"--out {path} holds other files ({entries[0]}, ...); choose an empty or a new directory.")
         if resumes:
@@ -113,7 +113,7 @@ def _check_run_dir(path: Path, config: TrainConfig, resumes: bool) -> None:
 
 
 def is_run(path: Path) -> bool:
-    """Whether the directory's config.json is one of ours: other programs have files of that name too."""
+    """Returns whether a directory's config.json is one of ours: other programs write files of that name too."""
     try:
         return {"preset", "dataset", "weights"} <= set(read_json(path / CONFIG))
     except UserError:
@@ -122,12 +122,12 @@ def is_run(path: Path) -> bool:
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Makes the directory if need be, and keeps other runs out of it until the block or the process ends.
+    """Creates the directory if necessary, and locks it against other runs until the block or the process ends.
 
-    Where the directory was made and holds nothing, it goes again.
+    A directory that was created here and is still empty at the end is removed.
 
     Raises:
-      UserError: when it cannot be made, or another process has it.
+      UserError: if the directory cannot be created, or another process holds the lock.
     """
 
     def refuse() -> None:
@@ -153,10 +153,10 @@ def claimed(path: Path) -> Iterator[None]:
 
 
 def start_run_dir(path: Path, config: TrainConfig, inputs: RunInputs) -> None:
-    """Empties the directory of the run that may have been in it, and writes config.json and inputs.json.
+    """Removes a previous run from the directory, if any, and writes config.json and inputs.json.
 
     Raises:
-      UserError: when the directory cannot be written.
+      UserError: if the directory cannot be written.
     """
     try:
         clear_leftovers(path)
@@ -171,7 +171,7 @@ def start_run_dir(path: Path, config: TrainConfig, inputs: RunInputs) -> None:
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON values with absolute paths, so that it means the same in every directory."""
+    """The configuration as JSON values with absolute paths, so that it does not depend on the current directory."""
     fields = config.to_json()
     for name in PATHS:
         if fields[name] is not None:
@@ -186,12 +186,12 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
 
 
 def _is_leftover(name: str) -> bool:
-    """Whether only a run that was killed while it wrote leaves a file of that name."""
+    """Returns whether a file has the name of a temporary file that only a killed run leaves."""
     return any(name.startswith(f".{content}.") for content in CONTENTS)
 
 
 def clear_leftovers(path: Path) -> None:
-    """Removes what a killed run leaves: files that were being written, and the summary that no longer holds."""
+    """Removes the temporary files of a killed run, and the summary, which is out of date once the run continues."""
     (path / SUMMARY).unlink(missing_ok=True)
     for name in CONTENTS:
         remove_leftovers(path, f".{name}.*")
@@ -199,10 +199,10 @@ def clear_leftovers(path: Path) -> None:
 
 
 def write_about(path: Path, config: TrainConfig, inputs: RunInputs) -> None:
-    """Writes config.json and inputs.json of a run that is resumed, some of whose options may be new.
+    """Writes config.json and inputs.json of a resumed run, some of whose options may have changed.
 
     Raises:
-      UserError: when they cannot be written.
+      UserError: if they cannot be written.
     """
     try:
         _write_about(path, config, inputs)
@@ -211,16 +211,16 @@ def write_about(path: Path, config: TrainConfig, inputs: RunInputs) -> None:
 
 
 def _write_about(path: Path, config: TrainConfig, inputs: RunInputs) -> None:
-    # In this order: without a config.json the directory would look like another program's.
+    # config.json first: without it the directory would look like another program's.
     write_json(path / CONFIG, recorded(config))
     write_json(path / INPUTS, inputs._asdict())
 
 
 def read_inputs(path: Path) -> RunInputs | None:
-    """What the run in a directory began with; None if it was killed before that was written, or an older version ran.
+    """Reads inputs.json; None if the run was killed before it was written, or was made by an older version.
 
     Raises:
-      UserError: when inputs.json is damaged.
+      UserError: if inputs.json is corrupt.
     """
     if not (path / INPUTS).exists():
         return None
@@ -231,7 +231,7 @@ def read_inputs(path: Path) -> RunInputs | None:
 
 
 def write_metrics(path: Path, rows: list[Mapping[str, Any]]) -> None:
-    """Writes metrics.jsonl: a line an epoch, the whole file at once."""
+    """Writes metrics.jsonl, one line per epoch, replacing the whole file."""
     write_text(path / METRICS, "".join(json.dumps(without_nan(row)) + "\n" for row in rows))
 
 
@@ -239,7 +239,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads one of a run's JSON files.
 
     Raises:
-      UserError: when it is missing or damaged.
+      UserError: if it is missing or corrupt.
     """
     try:
         value = read_json_value(path)

@@ -1,4 +1,4 @@
-"""Whether options, replaced parts, images and weights are those that the run in a directory began with."""
+"""Checks that a resumed run has the same options, replaced components, images and weights as before."""
 
 import logging
 import math
@@ -14,9 +14,9 @@ from cifar_jax.runs.directory import CONFIG, INPUTS, SUMMARY, RunInputs, read_js
 
 logger = logging.getLogger(__name__)
 
-OWN = "that of the options"  # what a part is that was not passed to `train`
+OWN = "that of the options"  # description of a component that was not passed to `train`
 
-# Options of the optimiser, which mean nothing where another one was passed to `train`.
+# Options of the optimiser, which have no effect if another optimiser was passed to `train`.
 OPTIMIZER = (
     *("learning_rate", "backbone_learning_rate", "momentum", "nesterov", "weight_decay", "clip_norm"),
     *("schedule", "warmup_epochs"),
@@ -32,35 +32,35 @@ def status(out: Path) -> str | None:
 
 
 def differing(out: Path, config: TrainConfig, own_tx: bool = False) -> dict[str, tuple[Any, Any]]:
-    """Options in which the run in a directory differs from `config`: its values, and those of `config`.
+    """Options that differ between the run in a directory and `config`, as pairs of the run's and `config`'s value.
 
     Args:
       out: the run directory.
-      config: of the run.
-      own_tx: whether the optimiser is another one than the options describe.
+      config: the configuration to compare.
+      own_tx: whether an optimiser was passed to `train` instead of the one that the options describe.
 
     Raises:
       UserError: if its config.json cannot be read.
     """
     theirs, ours = recorded(TrainConfig.from_json(read_json(out / CONFIG))), recorded(config)
-    # Places are not content: digests tell whether the images are the same.
+    # Paths may differ: digests decide whether the images are the same.
     may_differ = {*RUN_ONLY, *(OPTIMIZER if own_tx else ())}
-    # A schedule goes over all epochs; without one, more of them only go on.
+    # A schedule depends on the number of epochs; with a constant rate, more epochs only continue the run.
     if own_tx or config.optim.schedule == "constant":
         may_differ |= {"epochs"}
-    # The digest of the weights is compared, which may have moved. Untrained ones are nowhere.
+    # Weights files may have moved, so their digests are compared instead. Untrained weights have no file.
     if (out / INPUTS).exists() and not {theirs["weights"], ours["weights"]} & set(UNTRAINED):
         may_differ |= {"weights"}
-    if status(out) == "diverged":  # `require_lower_rate` looks at these
+    if status(out) == "diverged":  # checked by `require_lower_rate`
         may_differ |= {"learning_rate", "backbone_learning_rate"}
     return {name: (theirs[name], ours[name]) for name in ours if name not in may_differ and ours[name] != theirs[name]}
 
 
 def require_same_options(out: Path, config: TrainConfig, own_tx: bool) -> None:
-    """Checks that a configuration is that of the run in a directory; see `differing`.
+    """Checks that a configuration agrees with that of the run in a directory; see `differing`.
 
     Raises:
-      UserError: naming the options that differ.
+      UserError: if it does not, naming the options that differ.
     """
     if others := differing(out, config, own_tx):
         about = ", ".join(
@@ -70,16 +70,16 @@ def require_same_options(out: Path, config: TrainConfig, own_tx: bool) -> None:
 
 
 def rates_of(config: TrainConfig) -> tuple[float, float | None]:
-    """The learning rate of the head, and in the mode finetune that of the backbone."""
+    """The learning rates of the head and, in `finetune` mode, of the backbone (otherwise None)."""
     rate = config.optim.learning_rate
     return rate, (config.finetune.backbone_learning_rate or rate) if config.optim.mode == "finetune" else None
 
 
 def require_lower_rate(out: Path, config: TrainConfig) -> None:
-    """Checks that a run that diverged is resumed with a lower learning rate, and none is higher.
+    """Checks that a run that diverged is resumed with at least one lower and no higher learning rate.
 
     Raises:
-      UserError: if it would diverge again.
+      UserError: if it is not, as the run would diverge again.
     """
     if status(out) != "diverged":
         return
@@ -97,7 +97,7 @@ def require_lower_rate(out: Path, config: TrainConfig) -> None:
 
 
 def _last_rates(out: Path) -> tuple[float, float | None]:
-    """The learning rates that a run diverged with."""
+    """The learning rates with which a run diverged."""
     rate, backbone_rate = rates_of(TrainConfig.from_json(read_json(out / CONFIG)))
     try:
         last = read_json(out / SUMMARY)["learning_rates"][-1]
@@ -107,10 +107,10 @@ def _last_rates(out: Path) -> tuple[float, float | None]:
 
 
 def require_same_parts(out: Path, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
-    """Checks that `train` is passed what the run began with. A backbone is compared later, by its digest.
+    """Checks that `train` received the same components as when the run began; a backbone is compared later, by digest.
 
     Raises:
-      UserError: naming the parts that differ.
+      UserError: if it did not, naming the components that differ.
     """
     others = [name for name in {**ours, **theirs} if name != "backbone" and ours.get(name) != theirs.get(name)]
     if others:
@@ -118,10 +118,10 @@ def require_same_parts(out: Path, theirs: Mapping[str, str], ours: Mapping[str, 
 
 
 def require_same_inputs(out: Path, began: RunInputs, inputs: RunInputs) -> None:
-    """Checks that a run resumes with the images and weights that it began with, wherever they are now.
+    """Checks that a run is resumed with the same images and weights, wherever their files are now.
 
     Raises:
-      UserError: naming those that differ.
+      UserError: if it is not, naming the inputs that differ.
     """
     theirs, ours = began.digests, inputs.digests
     others = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]

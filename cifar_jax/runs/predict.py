@@ -1,4 +1,4 @@
-"""Class probabilities of images: for the library's user as a pure function, for the command line from files."""
+"""Class probabilities of images: a pure function for library users, and prediction of files for the command line."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -24,8 +24,8 @@ from cifar_jax.train.task import HeadFn, head_forward
 
 logger = logging.getLogger(__name__)
 
-TRAINED_SIDE = 32  # pixels: what the training images had
-AT_ONCE = 256  # image files that are in memory together
+TRAINED_SIDE = 32  # side of the training images in pixels
+AT_ONCE = 256  # maximum number of image files in memory
 
 
 def predict_probs(
@@ -36,16 +36,16 @@ def predict_probs(
     precision: str = "float32",
     logits_fn: HeadFn = dense_logits,
 ) -> Float[Array, "batch classes"]:
-    """Class probabilities of a batch of images, plainly: `extract`, head, softmax. Pure; jit it as you like.
+    """Computes class probabilities of a batch of images: `extract`, head, softmax. Pure; wrap it in jit as needed.
 
-    `logits_fn` is the head, `run.head` of a run with another one than the dense.
+    `logits_fn` is the head function; pass `run.head` for a run whose head is not the dense one.
     """
     features = extract(backbone, images_u8, image_size, precision)
     return jax.nn.softmax(logits_fn(head_params, features, train=False, key=None))
 
 
 class Prediction(NamedTuple):
-    """What a run says of an image: class names with their probabilities, the likeliest first; or why it cannot."""
+    """The prediction for an image: class names and probabilities, most likely first, or the error reading it."""
 
     path: str
     top: tuple[tuple[str, float], ...] = ()
@@ -55,24 +55,24 @@ class Prediction(NamedTuple):
 def predict_files(
     run: Run, paths: Sequence[str | Path], direct: bool = False, top: int = 3, at_once: int = AT_ONCE
 ) -> Iterator[Prediction]:
-    """Predicts image files of any size, one after the other in their order, whatever their number.
+    """Predicts any number of image files of any size, in order.
 
     Args:
       run: from `load_run`.
-      paths: of image files.
-      direct: resize straight to the network's size. By default an image goes through 32x32, as the training images did:
-        sharper pictures than the head has ever seen are another kind of input, not a better one.
-      top: how many classes to name.
-      at_once: how many files are in memory together.
+      paths: paths of image files.
+      direct: resize directly to the network's input size. By default an image is first reduced to 32x32 like the
+        training images, as sharper images would be out of distribution for the head.
+      top: number of classes to return.
+      at_once: maximum number of files in memory.
 
     Yields:
-      A prediction for each path; of a file that cannot be read it has the reason.
+      A prediction for each path; for a file that cannot be read it holds the error.
     """
     image_size = run.backbone.image_size
     side = image_size if direct else TRAINED_SIDE
     extractor = make_extractor(run.backbone, image_size, run.config.backbone.precision)
     probabilities = jax.jit(lambda params, features: jax.nn.softmax(run.head(params, features)))
-    # Later batches are no smaller than the first, or than the devices take at a time: another size is compiled again.
+    # Batches after the first are padded to the extractor's batch size, as another size would be compiled again.
     devices = jax.local_devices()
     compiled = min(at_once, extraction_batch_size(image_size, devices[0].platform) * len(devices))
     least = 0
@@ -114,21 +114,21 @@ def evaluate_run(
     head: Head | None = None,
     backbone: AnyBackbone | None = None,
 ) -> dict[str, Any]:
-    """Scores a run's head on its test images again, through the backbone.
+    """Re-evaluates a run on its test images, extracting the features again.
 
     Args:
-      path: of the run directory.
-      data_dir: where the data set is, if it has moved since.
-      weights: a copy of the backbone, if it has moved since.
-      reporter: who is told about the progress.
+      path: the run directory.
+      data_dir: directory of the data set, if it has moved.
+      weights: a copy of the backbone's weights, if they have moved.
+      reporter: shows a progress bar.
       allow_incomplete: see `load_run`.
-      loss_fn: that the run was trained with, if it was passed to `train`; else the loss of its options is reported,
-        and where that is another one a warning is logged.
+      loss_fn: the loss function that was passed to `train`, if any. Without it the loss of the run's options is
+        reported, with a warning if the run was trained with another one.
       head: see `load_run`.
       backbone: see `load_run`.
 
     Raises:
-      UserError: when the run, its backbone or its data cannot be had, or the data are others than then.
+      UserError: if the run, its backbone or its data cannot be loaded, or the test images have changed.
     """
     reporter = reporter or Silent()
     run = load_run(path, weights, allow_incomplete=allow_incomplete, head=head, backbone=backbone)

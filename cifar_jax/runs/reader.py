@@ -1,4 +1,4 @@
-"""A run that is read back: its configuration, its head, and the backbone it needs, wherever that lies now."""
+"""Loading a run: its configuration, its trained head, and its backbone, located by hash."""
 
 import json
 import logging
@@ -25,23 +25,23 @@ from cifar_jax.train.load_inputs import with_digest
 
 logger = logging.getLogger(__name__)
 
-MOST_WEIGHTS_BYTES = 2**32  # a ResNet152 in float64 has 0.5 GB: what is larger is no backbone, and is not hashed
+MOST_WEIGHTS_BYTES = 2**32  # a ResNet152 in float64 has 0.5 GB: larger files are not backbones and are not hashed
 
-FEW_CLASSES = 10  # so many are named where a run is shown
+FEW_CLASSES = 10  # the repr of a run names its classes up to this number
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that was read back, ready to predict.
+    """A loaded run, ready to predict.
 
     Attributes:
-      path: of its directory.
-      config: what it was told.
-      summary: what summary.json holds.
-      backbone: the network, found again by its hash, with the image size of the run.
-      head_params: the trained head.
-      class_names: by label.
-      head: the function of the trained head.
+      path: the run directory.
+      config: the configuration of the run.
+      summary: the content of summary.json.
+      backbone: the network, located by its hash, with the image size of the run.
+      head_params: parameters of the trained head.
+      class_names: class names by label.
+      head: the function that `head_params` belong to.
     """
 
     path: Path
@@ -53,7 +53,7 @@ class Run:
     head: Head = field(default_factory=dense_head)
 
     def __repr__(self) -> str:
-        """One line: the arrays themselves would fill thousands."""
+        """A one-line description without the arrays."""
         accuracy = self.summary.get("test_accuracy", self.summary.get("val_accuracy"))
         scored = f", accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
         named = self.summary.get("parts", {}).get("head")
@@ -76,19 +76,19 @@ def load_run(
     head: Head | None = None,
     backbone: AnyBackbone | None = None,
 ) -> Run:
-    """Reads a run back: its configuration, its head, and the backbone it needs, found by hash.
+    """Loads a run: its configuration, its trained head, and its backbone, located by hash.
 
     Args:
-      path: of the run directory.
-      weights: a file or name to take the backbone from, where it is not found by itself.
-      allow_incomplete: whether a run that was interrupted, failed or diverged may be read. Its head is that of the last
-        completed epoch, or with held-out images of the best one, and a warning is logged.
-      head: that the run was trained with, if it is not the dense one.
-      backbone: that the run was trained with, if it is a `FunctionBackbone` or lies in no file.
+      path: the run directory.
+      weights: a file or name to load the backbone from, if it is not found automatically.
+      allow_incomplete: whether to load a run that was interrupted, failed or diverged. Its head is that of the last
+        completed epoch, or of the best one if images were held out, and a warning is logged.
+      head: the head that the run was trained with, if it is not the dense one.
+      backbone: the backbone that the run was trained with, if it is a `FunctionBackbone` or is not stored in a file.
 
     Raises:
-      UserError: if it is not a run, is incomplete or damaged, its backbone is not on this machine, or it was trained
-        with a head or backbone that no file holds and that is not given.
+      UserError: if `path` is not a run, the run is incomplete or corrupt, its backbone is not on this machine, or its
+        head or backbone is not stored in a file and not passed here.
     """
     path = Path(path)
     fields = read_json(path / CONFIG)
@@ -116,7 +116,7 @@ def load_run(
     found = backbone or _find_backbone(path, config, about, weights)
     if isinstance(found, Backbone):
         _check_run_as_before(path, found, summary["backbone"])
-        # What the head was trained on, which need not be the size of the backbone's own training.
+        # The head's image size may differ from the one that the backbone was trained with.
         found = found.replace(image_size=config.backbone.image_size or found.image_size)
     chosen = head or dense_head(config.optim.hidden)
     shapes = jax.eval_shape(lambda: chosen.init(jax.random.key(0), found.num_features, len(class_names)))
@@ -132,7 +132,7 @@ def load_run(
 def _require_parts(
     path: Path, config: TrainConfig, summary: Mapping[str, Any], head: Head | None, backbone: AnyBackbone | None
 ) -> None:
-    """Refuses to guess the head or backbone of a run whose code no file holds, and to take others."""
+    """Checks that a head or backbone which is not stored in a file was passed, and is the one of the run."""
     name, about = summary.get("parts", {}).get("head"), summary["backbone"]
     function = about.get("function")
     if name and (head is None or head.name != name):
@@ -172,7 +172,10 @@ def _require_complete(path: Path, config: TrainConfig, summary: Mapping[str, Any
 
 
 def _check_run_as_before(path: Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
-    """The hash is that of the weights; how they are run may be told by a file beside them, which may have gone."""
+    """Checks the network's config and preprocessing, which a config.json beside the weights may define.
+
+    The hash covers the weights only, and that file may be missing now.
+    """
     for name, value in (("config", backbone.config), ("preprocessing", backbone.preprocessing)):
         if name in about and json.loads(json.dumps(asdict(value))) != about[name]:
             raise UserError(
@@ -182,21 +185,21 @@ def _check_run_as_before(path: Path, backbone: Backbone, about: Mapping[str, Any
 
 
 def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], weights: str | None) -> Backbone:
-    """Tries every place where the backbone may lie; only one with the same hash will do."""
+    """Searches the possible locations of a run's backbone for a file with the same hash."""
     if weights is not None and weights not in registry.entries() and not os.path.isfile(os.path.expanduser(weights)):
         raise UserError(f"--weights {weights} is neither a file nor a name that `info` lists; name the run's backbone.")
     named = (
         [os.path.expanduser(weights)] if weights else [str(path / BACKBONE), about["source"], config.backbone.weights]
     )
-    # Of the known files only copies that are here: reading a run should not start a download.
+    # Only local copies of the known weights: loading a run should not start a download.
     copies = (registry.find_local(entry, config.run.cache_dir)[0] for entry in registry.entries().values())
     other = ""
     for candidate in (*map(Path, named), *filter(None, copies)):
         if not os.path.isfile(candidate):
             continue
         if (reason := _why_not(candidate, about["sha256"])) is None:
-            # A file of the project's own says itself how it is run, whatever the one it was made from was told.
-            # What had to be assumed of it was logged when it was trained on.
+            # A file in the project's own format records its variant, so the option, which was for the original file,
+            # does not apply. Assumptions about the variant were logged when the run was trained.
             return backbone_of(read_weights(candidate, None if is_ours(candidate) else config.backbone.variant))
         if str(candidate) in named:
             other = other or f" ({candidate} {reason})"
@@ -207,7 +210,7 @@ def _find_backbone(path: Path, config: TrainConfig, about: Mapping[str, Any], we
 
 
 def _why_not(candidate: Path, sha256: str) -> str | None:
-    """Why a file is not the one with that hash; None where it is."""
+    """The reason a file is not the one with the given hash; None if it is."""
     try:
         if os.path.getsize(candidate) > MOST_WEIGHTS_BYTES:
             return "is larger than weights are"

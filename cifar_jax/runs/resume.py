@@ -1,4 +1,4 @@
-"""Resuming a run: what a checkpoint stores of a state, and the progress that a run directory holds."""
+"""Resuming a run: the part of the state that checkpoints store, and the progress recorded in a run directory."""
 
 import json
 import logging
@@ -23,12 +23,12 @@ from cifar_jax.train.step import StepMetrics, TrainState
 
 logger = logging.getLogger(__name__)
 
-# Of the sums that an epoch which is not done keeps, an entry a step.
+# Dtypes of the per-step metrics stored for an unfinished epoch.
 METRICS_DTYPES = {"loss_sum": np.float32, "correct": np.int32, "num": np.int32, "finite": np.bool_}
 
 
 class RateChange(NamedTuple):
-    """The learning rates from a step on, counted from one like its epoch; the backbone's is None where it is frozen."""
+    """The learning rates from a step on; epoch and step count from one. A frozen backbone's rate is None."""
 
     from_epoch: int
     from_step: int
@@ -36,7 +36,7 @@ class RateChange(NamedTuple):
     backbone_learning_rate: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values, without a rate that there is not."""
+        """Converts to JSON values, omitting a rate that is None."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
@@ -44,10 +44,10 @@ class Progress(NamedTuple):
     """Progress of a resumable run.
 
     Attributes:
-      position: of the checkpoint to resume from.
+      position: position of the checkpoint to resume from.
       rows: metrics of the completed epochs.
       part: the completed steps of the next epoch.
-      rates: learning rates until then, more than one where a diverged run was resumed with a lower one.
+      rates: learning rates up to that position; more than one if a diverged run was resumed with a lower rate.
     """
 
     position: Position = Position(0)
@@ -56,14 +56,14 @@ class Progress(NamedTuple):
     rates: tuple[RateChange, ...] = ()
 
     def with_rates(self, learning_rate: float, backbone_learning_rate: float | None = None) -> "Progress":
-        """The same with the rates that training continues with."""
+        """Returns a copy with the learning rates that training continues with appended, if they changed."""
         change = RateChange(self.position.epoch + 1, self.position.step + 1, learning_rate, backbone_learning_rate)
         if self.rates and self.rates[-1][2:] == change[2:]:
             return self
         return self._replace(rates=(*self.rates, change))
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values, from which `from_json` restores the same bits."""
+        """Converts to JSON values, from which `from_json` restores bit-identical progress."""
         part = self.part and {
             "seconds": self.part.seconds,
             "metrics": {name: np.asarray(v).tolist() for name, v in self.part.metrics._asdict().items()},
@@ -74,7 +74,7 @@ class Progress(NamedTuple):
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Progress":
-        """Reads the result of `to_json`."""
+        """Restores progress from the result of `to_json`."""
         part = value["part"]
         if part:
             sums: dict[str, Any] = {
@@ -90,7 +90,7 @@ NO_PROGRESS = Progress()
 
 
 def selected_epoch(rows: Sequence[EpochRow], held_out: bool) -> int:
-    """The last epoch, or if images were held out for it the best one; 0 before the first."""
+    """The last epoch, or the best one if images were held out; 0 before the first epoch."""
     if not held_out:
         return len(rows)
     best = max(rows, key=lambda row: (row.val_accuracy, -row.val_loss), default=None)
@@ -98,29 +98,29 @@ def selected_epoch(rows: Sequence[EpochRow], held_out: bool) -> int:
 
 
 def checkpoint_tree(state: TrainState) -> dict[str, PyTree]:
-    """The tree that a checkpoint stores of a state that is good; of a key in it the numbers.
+    """The tree that a checkpoint stores of a finite state, with typed keys converted to their key data.
 
-    Order, augmentation and steps draw from the seed by epoch and step, and have no keys there.
+    Order, augmentation and steps derive their keys from the seed by epoch and step, so none of those are stored.
     """
     tree = {name: leaf for name, leaf in state._asdict().items() if name != "halted"}
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
 
 
 def _is_key(leaf: Any) -> bool:
-    """Whether a leaf is a typed key, as an optimiser that draws noise keeps one."""
+    """Returns whether a leaf is a typed key, such as the state of an optimiser that adds noise has."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def load_state(directory: Path, like: TrainState, at: Position | None = None) -> TrainState:
-    """Reads the state of a checkpoint.
+    """Reads the state stored in a checkpoint.
 
     Args:
-      directory: the run's checkpoints.
+      directory: the run's checkpoint directory.
       like: a state of the same structure.
       at: position of the checkpoint; the newest one if None.
 
     Raises:
-      UserError: if there is none, it is that of another state, or it is corrupt.
+      UserError: if there is no such checkpoint, its structure differs, or it is corrupt.
     """
     tree = load_checkpoint(directory, jax.eval_shape(lambda: checkpoint_tree(like)), at, whole=True)
     return jax.tree.map(
@@ -131,10 +131,10 @@ def load_state(directory: Path, like: TrainState, at: Position | None = None) ->
 
 
 def check_state(directory: Path, like: TrainState, at: Position) -> None:
-    """Checks that `load_state` will find a checkpoint of the same structure; `like` may have shapes as leaves.
+    """Checks that there is a checkpoint with the structure of `like`, whose leaves may be shapes.
 
     Raises:
-      UserError: if it will not.
+      UserError: if there is none that `load_state` could read.
     """
     check_checkpoint(directory, jax.eval_shape(checkpoint_tree, like), at)
 
@@ -143,8 +143,8 @@ def find_run(config: TrainConfig, parts: Mapping[str, str] | None = None) -> dic
     """The run's directory, its progress and inputs (None for a new run), and whether it is finished, as JSON values.
 
     Args:
-      config: of the run.
-      parts: names of what is passed to `train` in the place of what the options stand for.
+      config: the configuration of the run.
+      parts: names of the components passed to `train` to replace those that the options describe.
 
     Raises:
       UserError: if it can be neither started nor resumed.
@@ -161,12 +161,12 @@ def find_run(config: TrainConfig, parts: Mapping[str, str] | None = None) -> dic
 def check_again(
     out: Path, config: TrainConfig, progress: dict[str, Any] | None, parts: Mapping[str, str] | None = None
 ) -> None:
-    """Checks the directory once more, now that no other process writes it: one may have while this one loaded.
+    """Checks the directory again once it is locked, as another process may have written to it in the meantime.
 
-    Takes what `find_run` took and the progress that it found.
+    Takes the arguments of `find_run` and the progress that it returned.
 
     Raises:
-      UserError: if the directory is not what it was when `find_run` looked.
+      UserError: if the run has changed since `find_run`.
     """
     check_run_dir(out, config, resumes=progress is not None)
     if progress is None:
@@ -177,7 +177,7 @@ def check_again(
 
 
 def is_unfinished(config: TrainConfig) -> bool:
-    """Whether the directory of a configuration holds this same run, unfinished, so that options alone resume it."""
+    """Returns whether a configuration's directory holds the same run, unfinished, so that options suffice to resume."""
     out = Path(config.run.out or "")
     try:
         return bool(
@@ -198,9 +198,9 @@ def find_progress(
 
     Args:
       out: the run directory.
-      config: of the run.
+      config: the configuration of the run.
       parts: see `find_run`.
-      level: at which corrupt checkpoints and files are logged.
+      level: log level of the messages on corrupt checkpoints and files.
 
     Raises:
       UserError: if `config` and `parts` do not describe the run in `out`, the run would diverge again, or its
@@ -216,7 +216,7 @@ def find_progress(
             f"The run in {out} cannot be resumed: it has no {INPUTS}, which says what it began with. Start again with "
             "--overwrite, or choose another --out."
         )
-    if "tx" not in parts:  # else no option tells whether the run would diverge again
+    if "tx" not in parts:  # the rates of a user-supplied optimiser are not known
         require_lower_rate(out, config)
     require_same_options(out, config, own_tx="tx" in parts)
 
@@ -239,14 +239,14 @@ def find_progress(
 
 
 def is_finished(out: Path, config: TrainConfig, progress: Progress | None) -> bool:
-    """Whether nothing is left to do."""
+    """Returns whether all epochs are completed and the run was finished."""
     return progress is not None and progress.position >= (config.optim.epochs, 0) and status(out) == "complete"
 
 
 def _are_in(path: Path, rows: tuple[EpochRow, ...]) -> bool:
-    """Whether metrics.jsonl begins with these rows; later ones, which have no checkpoint, do not matter."""
+    """Returns whether metrics.jsonl begins with these rows; later rows have no checkpoint and are ignored."""
     if not rows:
-        return True  # no epoch is complete, so there need not be such a file
+        return True  # before the first completed epoch the file may not exist
     try:
         lines = path.read_text(encoding="utf-8").splitlines()[: len(rows)]
         found = [{name: json.loads(line)[name] for name in EpochRow._fields} for line in lines]

@@ -1,4 +1,4 @@
-"""Writes a run directory while the run goes on: pictures, metrics, checkpoints, and the summary of it all."""
+"""Writes a run directory during the run: figures, metrics, checkpoints, and the summary."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ from cifar_jax.train.step import TrainState
 
 
 class RunWriter:
-    """What has been done so far, and where it is written."""
+    """Writes the files of a run, and keeps track of its progress."""
 
     def __init__(
         self,
@@ -47,33 +47,33 @@ class RunWriter:
         progress: Progress = NO_PROGRESS,
         parts: dict[str, str] | None = None,
     ):
-        """Takes what the run is about, and what of it is done already; nothing is written yet.
+        """Prepares to write a run; nothing is written before `start`.
 
         Args:
           out: the run directory.
-          config: of the run.
+          config: the configuration of the run.
           inputs: images and backbone.
-          clock: whose seconds go into the summary.
-          progress: of a run that is resumed.
-          parts: names of what is in the place of what the options stand for.
+          clock: measures the seconds by phase that the summary records.
+          progress: progress of a resumed run.
+          parts: names of the components that replace those that the options describe.
         """
         self.out, self.config, self.clock = out, config, clock
         self.problem, self.backbone, self.image_size = inputs
         self._began = RunInputs(inputs.digests(), parts or {})
         self.history, self._progress = list(progress.rows), progress
-        self.saved = progress.position  # of the newest checkpoint
-        # An optimiser of the user's own keeps its rates to itself.
+        self.saved = progress.position  # position of the newest checkpoint
+        # The rates of a user-supplied optimiser are not known.
         self._rates = () if "tx" in self._began.parts else progress.with_rates(*rates_of(config)).rates
         self.started = False  # whether the directory is this run's
         self._images_per_second: float | None = None
 
     def start(self, resumes: bool) -> None:
-        """Creates the directory, or prepares that of a stopped run for more.
+        """Creates the run directory, or prepares that of a stopped run for resuming.
 
-        A backbone that no file can bring back is kept in the run itself.
+        A frozen backbone that does not come from a file is saved in the run directory.
         """
         if resumes:
-            # Before the summary goes: it says that a run diverged, which is why the learning rate may be another.
+            # Before the summary is removed: it records that a run diverged and so may have a new learning rate.
             write_about(self.out, self.config, self._began)
             self.started = True
             with _or_run_error(self.out):
@@ -89,16 +89,16 @@ class RunWriter:
                 save_backbone(self.out / BACKBONE, self.backbone)
 
     def extracted(self, num_images: int, seconds: float) -> None:
-        """Takes how many images went through the backbone, and how long that took."""
+        """Records the throughput of feature extraction, in images per second."""
         self._images_per_second = round(num_images / seconds, 2) if num_images else None
 
     @property
     def selected_epoch(self) -> int:
-        """The last epoch that has a checkpoint, or with held-out images the best one; 0 before the first."""
+        """The last epoch with a checkpoint, or the best such epoch if images were held out; 0 before the first."""
         return selected_epoch(self.history[: self.saved.epoch], self.problem.held_out)
 
     def _needed(self, newest: Position) -> list[Position]:
-        """The checkpoints that others need beside themselves: of each that is kept, the epoch selected until then."""
+        """Checkpoints that the kept ones depend on: for each of them, that of the epoch selected up to then."""
         found = {position_of(path) for path in list_checkpoints(self.out / CHECKPOINTS)}
         last = sorted(position for position in found | {newest} if position <= newest)[
             -self.config.run.keep_checkpoints :
@@ -116,11 +116,11 @@ class RunWriter:
             write_metrics(self.out, [row._asdict() | {"val_split": self.problem.val_split} for row in self.history])
 
     def checkpoint(self, state: TrainState, part: EpochPart | None = None) -> None:
-        """Saves the state, to resume from, and removes older ones but the last few and those they need.
+        """Saves a checkpoint of the state, and removes old ones except the newest few and those they depend on.
 
         Args:
-          state: after the last epoch.
-          part: the steps of the next one that it includes.
+          state: the state after the last epoch, or after `part`.
+          part: the completed steps of the next epoch.
         """
         position = Position(len(self.history), len(part.metrics.num) if part else 0)
         progress = Progress(position, tuple(self.history), part, self._rates)
@@ -130,12 +130,12 @@ class RunWriter:
         self.saved = position
 
     def _keep_trained_backbone(self) -> None:
-        """In the mode finetune keeps the selected epoch's backbone as a file like any other, as that of the run."""
+        """In `finetune` mode, saves the backbone of the selected epoch as a weights file, the backbone of the run."""
         selected = Position(self.selected_epoch)
         if self.config.optim.mode != "finetune" or not (self.out / CHECKPOINTS / selected.name).exists():
             return
         if not isinstance(self.backbone, Backbone):
-            return  # its function is the user's, and its variables are in the checkpoint
+            return  # the function is user code, and its variables are in the checkpoint
         shapes = jax.eval_shape(lambda: self.backbone.variables)
         like = {"params": {"backbone": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
         trained = load_checkpoint(self.out / CHECKPOINTS, like, selected)
@@ -144,7 +144,7 @@ class RunWriter:
             variables={"params": trained["params"]["backbone"], "batch_stats": trained["batch_stats"]},
             image_size=self.image_size,
             source=f"trained on {self.problem.splits.name} from {initial}",
-            # How it is run has not changed, but it is no longer untrained.
+            # The architecture is unchanged, but the weights are no longer untrained.
             variant="trained from random weights"
             if self.config.backbone.weights in UNTRAINED and "backbone" not in self._began.parts
             else self.backbone.variant,
@@ -156,12 +156,12 @@ class RunWriter:
 
     @contextlib.contextmanager
     def pictures(self) -> Iterator[None]:
-        """Times the writing of pictures into the directory; a file that cannot be written is a RunError."""
+        """Times the writing of figures in the block, and converts an OSError to a RunError."""
         with self.clock("pictures"), _or_run_error(self.out):
             yield
 
     def finish(self, status: str, val: EvalResult | None = None, test: EvalResult | None = None) -> None:
-        """Writes summary.json, and in the mode finetune the selected epoch's backbone.
+        """Writes summary.json and, in `finetune` mode, the backbone of the selected epoch.
 
         Args:
           status: `complete`, `interrupted`, `diverged` or `failed`.
@@ -176,7 +176,7 @@ class RunWriter:
             self._keep_trained_backbone()
         except Exception:
             if status != "complete":
-                # It says more about the run than the backbone, whose digest then belongs to no file.
+                # Still write the summary, without a digest, as no file holds the trained backbone.
                 self.backbone = self.backbone.replace(sha256="")
                 self._write_summary(status, val, test)
             raise
@@ -205,16 +205,16 @@ class RunWriter:
             write_json(self.out / SUMMARY, without_nan(summary))
 
     def _about(self) -> dict[str, Any]:
-        """What the numbers were measured on."""
+        """Context of the scores: data, timings, backbone, device and software versions."""
         problem, backbone = self.problem, self.backbone
         return {
             "num_train": len(problem.train.labels),
             "num_val": len(problem.val.labels),
             "num_test": len(problem.test.labels),
             "seconds": {phase: round(s, 3) for phase, s in (self.clock.seconds | {"total": self.clock.total}).items()},
-            # The first batch of features, or the first step; on features from the cache the first epoch, one call.
+            # Time to the first batch of features or the first step; with cached features, an epoch is one call.
             "seconds_to_first_step": self.clock.first_step and round(self.clock.first_step, 3),
-            "images_per_second": self._images_per_second,  # null: the features came from the cache, or live
+            "images_per_second": self._images_per_second,  # null if none were extracted
             "backbone": {
                 "source": str(Path(backbone.source).absolute()) if Path(backbone.source).is_file() else backbone.source,
                 "sha256": backbone.sha256 or None,
