@@ -1,4 +1,4 @@
-"""The job from end to end: data, backbone, features, training, evaluation, figures, the run directory."""
+"""The complete training job: data, backbone, features, training, evaluation, figures and the run directory."""
 
 import contextlib
 import logging
@@ -42,10 +42,10 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM came; what was done until then is in the run directory."""
+    """Raised after Ctrl-C or SIGTERM; the progress until then is saved in the run directory."""
 
     def __init__(self, path: Path, saved: Position, exit_code: int):
-        """Takes the run directory, the position of its newest checkpoint, and what the process should end with."""
+        """Takes the run directory, the position of its newest checkpoint, and the exit code for the process."""
         self.path, self.saved, self.exit_code = path, saved, exit_code
         super().__init__(f"interrupted after {saved.words}, saved in {path}")
 
@@ -60,26 +60,26 @@ def train(
     tx: optax.GradientTransformation | None = None,
     augment: Augment | None = None,
 ) -> Path:
-    """Runs the whole job, traced where `config.run.profile` asks for it.
+    """Runs the complete training job, profiled if `config.run.profile` is set.
 
-    Where there are several processes, it runs in all of them, of which the first one alone shows and writes things.
+    In a multi-process job, call it in all processes; only the first one shows progress and writes files.
 
     Args:
-      config: what to do.
-      reporter: shown its progress.
-      loss_fn: `(logits, labels) -> [batch]`, in the place of cross-entropy.
-      head: in the place of the dense one.
-      backbone: in the place of the one that the configuration names.
-      tx: the optimiser, in the place of SGD.
-      augment: `(key, batch) -> batch`, in the place of `--augment`; not in the mode cached, which sees pixels once.
+      config: the configuration.
+      reporter: shows progress.
+      loss_fn: `(logits, labels) -> [batch]`, replaces cross-entropy.
+      head: replaces the dense head.
+      backbone: replaces the backbone that the configuration names.
+      tx: the optimiser, replaces SGD.
+      augment: `(key, batch) -> batch`, replaces `--augment`; not for `cached` mode, which reads the pixels only once.
 
     Returns:
       The run directory.
 
     Raises:
-      UserError: for what the user can mend; where that was seen before training, nothing was written.
-      RunError: when the job failed; what was done until then is in the run directory.
-      Interrupted: when Ctrl-C came.
+      UserError: if the input is invalid; if detected before training, nothing was written.
+      RunError: if the job failed; the progress until then is saved in the run directory.
+      Interrupted: on Ctrl-C or SIGTERM.
     """
     reporter = (reporter if is_first() else None) or Silent()
     parts = Parts(loss_fn, head, backbone, tx, augment)
@@ -146,7 +146,7 @@ def train(
 
 
 class _Record:
-    """What training has achieved, and what of it is kept: in every process, where only the first one writes."""
+    """The state and scores that training keeps, in every process; only the first process writes them to disk."""
 
     def __init__(
         self,
@@ -158,16 +158,16 @@ class _Record:
         writer: RunWriter | None,
         reporter: Reporter,
     ) -> None:
-        """Takes up where `progress` says that the run is."""
+        """Restores the state at the position of `progress`."""
         self._config, self._out, self._training = config, out, training
         self._writer, self._reporter = writer, reporter
         self._held_out, self._rows = inputs.problem.held_out, list(progress.rows)
         self.state = self._restored(progress.position)
-        self._best: TrainState | None = None  # of the selected epoch, where it need not be the last
-        self._result: EvalResult | None = None  # of the selected epoch
+        self._best: TrainState | None = None  # state of the selected epoch, if images are held out
+        self._result: EvalResult | None = None  # scores of the selected epoch
         if self._held_out and (selected := selected_epoch(self._rows, self._held_out)):
             best = self._restored(Position(selected))._replace(opt_state=())
-            self._best = replicate(training.advance.mesh, best)  # once, not with each batch that it is scored on
+            self._best = replicate(training.advance.mesh, best)  # once, not at every evaluation
 
     def _restored(self, position: Position) -> TrainState:
         start = self._training.state
@@ -180,7 +180,7 @@ class _Record:
         return self._training.evaluate(state, self._training.task.frozen, "val" if self._held_out else "test")
 
     def epoch(self, row: EpochRow, result: EvalResult, state: TrainState) -> None:
-        """Keeps an epoch."""
+        """Records a completed epoch, and keeps its state and scores if it is the selected one."""
         self._rows.append(row)
         if self._writer:
             self._writer.epoch(row)
@@ -188,24 +188,24 @@ class _Record:
         if selected_epoch(self._rows, self._held_out) == row.epoch:
             self._result = result
             if self._held_out:
-                # A copy, as the next step is given the state's own memory.
+                # A copy, as the next step donates the state.
                 self._best = jax.tree.map(jnp.copy, state._replace(opt_state=()))
         self._reporter.epoch(row, self._config.optim.epochs)
 
     def part(self, part: EpochPart, state: TrainState) -> None:
-        """Keeps a part of an epoch."""
+        """Saves a checkpoint within an epoch."""
         if self._writer:
             self._writer.checkpoint(state, part)
 
     def scores(self, last: TrainState) -> tuple[EvalResult, EvalResult]:
-        """Scores of the selected epoch on validation and test images, which are the same unless some were held out."""
+        """Scores of the selected epoch on validation and test images; the same scores unless images were held out."""
         state = self._best or last
         val = self._result or self.validate(state)
         return val, self._training.evaluate(state, self._training.task.frozen, "test") if self._held_out else val
 
     @contextlib.contextmanager
     def explained(self, own_tx: bool) -> Iterator[None]:
-        """Adds to the error of a run that diverged its cause, and how to continue; `own_tx` is that of `find_run`."""
+        """Adds the cause and the next step to a `Diverged` error; `own_tx`: whether `tx` was passed to `train`."""
         try:
             yield
         except Diverged as error:
@@ -237,7 +237,7 @@ class _Record:
 
 
 def _rehearse(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, out: Path, progress: Progress) -> None:
-    """Meets what is wrong with the user's functions, or with a checkpoint for them, while no file is touched yet."""
+    """Finds errors in user-supplied functions, and a mismatch with the checkpoint, before any file is touched."""
     resumes = progress.position > (0, 0)
     if resumes or any(part is not None for part in parts):
         shapes = state_shapes(config, inputs, parts, mesh, steps=any(part is not None for part in parts))
@@ -247,7 +247,7 @@ def _rehearse(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, out
 
 @contextlib.contextmanager
 def _ended(writer: RunWriter | None, out: Path, signals: Signals) -> Iterator[None]:
-    """Writes the summary of a run that ends early, unless its directory is not its own yet."""
+    """Writes the summary of a run that ends early, once the run directory has been started."""
     try:
         yield
     except KeyboardInterrupt:
@@ -257,13 +257,13 @@ def _ended(writer: RunWriter | None, out: Path, signals: Signals) -> Iterator[No
     except Diverged as error:
         _finish_after(error, writer, "diverged", signals)
         raise
-    except Exception as error:  # one of a user's own function too
+    except Exception as error:  # including those of user-supplied functions
         _finish_after(error, writer, "failed", signals)
         raise
 
 
 def _finish_after(error: Exception, writer: RunWriter | None, status: str, signals: Signals) -> None:
-    """Writes the summary of a run that ended early. What goes wrong there is a note on the error, which comes first."""
+    """Writes the summary of a run that ended early. A failure to do so is added as a note to the original error."""
     try:
         with signals.noted():
             if writer and writer.started:
@@ -279,13 +279,13 @@ def _acknowledge(number: signal.Signals, is_held: bool) -> None:
 
 
 def _check(config: TrainConfig, parts: Parts, mesh: Mesh) -> None:
-    """Refuses what does not go together, before anything is loaded.
+    """Checks that options and replaced components are compatible, before anything is loaded.
 
     Raises:
-      UserError: naming it.
+      UserError: if they are not, naming the conflict.
     """
     micro_batch = config.finetune.micro_batch
-    if micro_batch and micro_batch % mesh.size:  # padded, pieces would be normalised by other examples
+    if micro_batch and micro_batch % mesh.size:  # padding would change the batches that BatchNorm sees
         raise UserError(
             f"--micro-batch {micro_batch} cannot be divided between {mesh.size} devices; name a multiple, or fewer "
             "--devices."

@@ -1,9 +1,9 @@
-"""Another augmentation: mixup, which trains on pairs of images laid over each other, and on both of their labels.
+"""A custom augmentation: mixup, which trains on blends of two images and of their labels.
 
-An augmentation is a function `(key, batch) -> batch` that runs inside the compiled step, on the small pixels, in
-training only. It may change labels too: they are integers, or as here a distribution over the classes. A short last
-batch is filled up with copies of the first training image, whose mask is 0. It needs the pixels at every step, so it is
-for the modes live and finetune. From a checkout, after `pip install .`:
+An augmentation is a function `(key, batch) -> batch` that runs inside the compiled step, on the images before
+upsampling, in training only. It may also change the labels: they are integers, or, as here, distributions over the
+classes. A short last batch is padded with copies of the first training image, whose mask is 0. Augmentation needs the
+pixels at every step, so it works in `live` and `finetune` mode only. From a checkout, after `pip install .`:
 
     python examples/another_augmentation.py
 """
@@ -19,7 +19,7 @@ from cifar_jax.experiment import train
 
 
 def mixup(key: jax.Array, batch: Batch) -> Batch:
-    """Mixes each example with the one before it.
+    """Blends each example with the previous one in the batch.
 
     Reference:
       Zhang et al. 2017, https://arxiv.org/abs/1710.09412
@@ -33,7 +33,7 @@ def mixup(key: jax.Array, batch: Batch) -> Batch:
 
 
 def main(config: TrainConfig | None = None) -> Path:
-    """Trains with the augmentation, a part of the demo unless told otherwise, and returns the run directory."""
+    """Trains with mixup, by default on a part of the demo's images, and returns the run directory."""
     run_dir = train(config or preset("demo", mode="live", train_examples=1000), augment=mixup)
     print(load_run(run_dir))
     return run_dir

@@ -1,7 +1,7 @@
-"""Another loss: focal loss, which gives little weight to examples that are already classified well.
+"""A custom loss: focal loss, which down-weights examples that are already classified well.
 
-A loss is a function `(logits, labels) -> [batch]`, one number an example. Every mode trains on it and the validation
-reports it; padding and the mean are the step's business. From a checkout, after `pip install .`:
+A loss is a function `(logits, labels) -> [batch]`, one loss per example; the training step masks padding and takes the
+mean. It works in every mode, and validation reports it too. From a checkout, after `pip install .`:
 
     python examples/another_loss.py
 """
@@ -27,7 +27,7 @@ def focal_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def main(config: TrainConfig | None = None) -> Path:
-    """Trains with the loss, the demo unless told otherwise, and returns the run directory."""
+    """Trains with focal loss, by default on the demo preset, and returns the run directory."""
     run_dir = train(config or preset("demo"), loss_fn=focal_loss)
     summary = load_run(run_dir).summary
     print(f"focal loss {summary['val_loss']:.4f}, accuracy {summary['val_accuracy']:.4f}, {run_dir}")

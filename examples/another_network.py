@@ -1,8 +1,8 @@
-"""Another network: random convolutions and pooling, as a plain function in the place of the ResNet.
+"""A custom network: random convolutions and pooling, as a plain function instead of the ResNet.
 
 `FunctionBackbone` takes any pure function `(variables, images uint8 [batch, 32, 32, 3]) -> features`. The function does
-its own preprocessing, and has nothing to do with Flax or with weights files. In the modes cached and live it is frozen;
-with `mode="finetune"` all its variables train too. From a checkout, after `pip install .`:
+its own preprocessing, and needs neither Flax nor a weights file. In `cached` and `live` mode it is frozen; with
+`mode="finetune"` all its variables are trained too. From a checkout, after `pip install .`:
 
     python examples/another_network.py
 """
@@ -19,7 +19,7 @@ from cifar_jax.experiment import train
 
 
 def random_convolutions(variables: dict[str, jax.Array], images: jax.Array) -> jax.Array:
-    """The mean of what each filter finds in each of 4 x 4 fields of an image."""
+    """Random convolution and relu, averaged over each cell of a 4 x 4 grid."""
     x = images.astype(jnp.float32) / 127.5 - 1
     x = x - x.mean(axis=(1, 2), keepdims=True)
     x = jax.lax.conv_general_dilated(
@@ -31,13 +31,13 @@ def random_convolutions(variables: dict[str, jax.Array], images: jax.Array) -> j
 
 
 def make_backbone(seed: int = 0, filters: int = 64) -> FunctionBackbone:
-    """A backbone with drawn filters of 5x5 pixels; NumPy draws the same bits on every device, and a run checks them."""
+    """Makes a backbone of random 5x5 filters, drawn with NumPy: a resumed run needs the same bits on every device."""
     kernel = np.random.default_rng(seed).normal(0, 0.2, (5, 5, 3, filters)).astype(np.float32)
     return FunctionBackbone(random_convolutions, {"kernel": kernel}, "random convolutions")
 
 
 def main(config: TrainConfig | None = None) -> Path:
-    """Trains a head on the network, on the demo unless told otherwise, and returns the run directory."""
+    """Trains a head on the network, by default with the demo preset, and returns the run directory."""
     backbone = make_backbone()
     run_dir = train(config or preset("demo"), backbone=backbone)
     print(load_run(run_dir, backbone=backbone))

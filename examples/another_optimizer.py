@@ -1,8 +1,8 @@
-"""Another optimiser: AdamW with a warm-up and a falling rate, from Optax.
+"""A custom optimiser: Optax's AdamW with a warm-up and a decaying learning rate.
 
-`tx` is any `optax.GradientTransformation`; one whose update asks for `value` gets the loss of the step. It takes the
-place of SGD and of all options that belong to it, such as --learning-rate and --schedule, in every mode. A schedule
-counts the steps of the whole run. From a checkout, after `pip install .`:
+`tx` is any `optax.GradientTransformation`; if its update takes the extra argument `value`, it receives the loss of the
+step. In every mode it replaces SGD and all of SGD's options, such as --learning-rate and --schedule. A schedule counts
+the steps of the whole run. From a checkout, after `pip install .`:
 
     python examples/another_optimizer.py
 """
@@ -22,7 +22,7 @@ ADAMW = optax.adamw(RATE, weight_decay=1e-4)
 
 
 def main(config: TrainConfig | None = None) -> Path:
-    """Trains with the optimiser, the demo unless told otherwise, and returns the run directory."""
+    """Trains with AdamW, by default on the demo preset, and returns the run directory."""
     run_dir = train(config or preset("demo"), tx=ADAMW)
     print(load_run(run_dir))
     return run_dir

@@ -1,7 +1,7 @@
-"""Another head: a Flax module with dropout, which is on in training and off in evaluation.
+"""A custom head: a Flax module with dropout, which is active in training and disabled in evaluation.
 
-`flax_head` takes any module from features [batch, in_features] to logits [batch, classes]. The run does not store its
-code, so `load_run` is given the head again. From a checkout, after `pip install .`:
+`flax_head` takes any module that maps features [batch, in_features] to logits [batch, classes]. The run does not store
+the module's code, so pass the head to `load_run` as well. From a checkout, after `pip install .`:
 
     python examples/dropout_head.py
 """
@@ -17,13 +17,13 @@ from cifar_jax.experiment import train
 
 
 class DropoutHead(nn.Module):
-    """One hidden layer, and dropout before and behind it."""
+    """One hidden layer with dropout before and after it."""
 
     num_classes: int = 10
 
     @nn.compact
     def __call__(self, features: jax.Array, train: bool) -> jax.Array:
-        """Class logits of pooled features."""
+        """Computes class logits from pooled features."""
         x = nn.Dropout(0.2, deterministic=not train)(features)
         x = nn.relu(nn.Dense(512)(x))
         x = nn.Dropout(0.5, deterministic=not train)(x)
@@ -34,7 +34,7 @@ HEAD = flax_head(DropoutHead())
 
 
 def main(config: TrainConfig | None = None) -> Path:
-    """Trains the head, on the demo unless told otherwise, and returns the run directory."""
+    """Trains the head, by default with the demo preset, and returns the run directory."""
     run_dir = train(config or preset("demo"), head=HEAD)
     print(load_run(run_dir, head=HEAD))
     return run_dir

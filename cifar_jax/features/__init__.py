@@ -1,1 +1,1 @@
-"""Features of a frozen backbone: the extractor, and the cache they are kept in."""
+"""Features of a frozen backbone: the extractor and the feature cache."""

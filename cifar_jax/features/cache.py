@@ -1,7 +1,7 @@
-"""Features kept on disk chunk by chunk, so that no image passes the backbone twice.
+"""The feature cache: features stored on disk in chunks, so that each image passes through the backbone only once.
 
-They lie in a directory named by all that they depend on, as the chunks of a zarr array: files that appear whole and
-carry a CRC-32C. A chunk that is missing or corrupt is computed again, alone.
+An entry is a directory named by a hash of everything the features depend on. It holds the chunks of a zarr array, each
+written atomically with a CRC-32C. Only chunks that are missing or corrupt are recomputed.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from cifar_jax.files import write_json
 from cifar_jax.models.backbone import AnyBackbone
 from cifar_jax.runtime.caches import ABOUT, locked
 
-# Raise it when a change to extraction (preprocessing, network, folding, extractor) moves features beyond rounding: what
-# caches hold is then computed anew. tests/test_golden.py fails where that was forgotten.
+# Increment it if a change to extraction (preprocessing, network, folding, extractor) changes features beyond rounding,
+# so that cached features are recomputed. tests/test_golden.py fails if that was forgotten.
 EXTRACTION_VERSION = 1
-# 8 MB of 2048 features in float32, 1 MB of 256. A multiple of the usual numbers of images at a time.
+# 8 MB for 2048 features in float32, 1 MB for 256. A multiple of the usual batch sizes.
 CHUNK_ROWS = 1024
-_ALIGNMENT = 64  # bytes; JAX takes such memory as it is where its device is the CPU
+_ALIGNMENT = 64  # bytes; JAX on a CPU uses memory with this alignment without a copy
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 def features_key(
     backbone: AnyBackbone, image_size: int, precision: str, images_sha256: str, dtype: str = "float32"
 ) -> str:
-    """Names a feature matrix by what it depends on: pixels, weights, how they are run, and by which versions.
+    """The name of a cache entry: a hash of the pixels, weights, network configuration, precision and package versions.
 
-    The number of images at a time and the machine's arithmetic units move its last digits and are no part of it.
+    Batch size and hardware model affect only the last digits and are not part of it.
     """
     about = {
         "extraction": EXTRACTION_VERSION,
@@ -59,7 +59,7 @@ def features_key(
 
 
 def num_absent(path: Path, num: int) -> int:
-    """How many of `num` rows have no chunk in an entry's directory; what the chunks hold is not looked at."""
+    """Counts the rows, of `num`, without a chunk file in an entry's directory; contents are not checked."""
     return sum(rows.stop - rows.start for rows in _chunks(num) if not _file(path, rows).exists())
 
 
@@ -73,26 +73,26 @@ def cached_features(
     about: Mapping[str, Any] | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> Float32[np.ndarray, "n features"]:
-    """Features from the cache, every chunk checked; what it lacks is computed and kept there.
+    """Reads features from the cache, verifying every chunk; missing ones are computed and stored.
 
-    The extractor is called once a chunk, whatever is there already, so that a run that was stopped goes on to the bits
-    of one that was not. Where another process computes the same features this one waits for it, and goes on where it
-    ended. What cannot be kept is computed all the same.
+    The extractor is called once per chunk, whichever chunks are cached, so that an interrupted extraction resumes to
+    bit-identical features. If another process is computing the same features, this one waits for it and computes the
+    rest. Features that cannot be stored are computed all the same.
 
     Args:
-      path: of the directory, named by `features_key`; it is made if need be.
+      path: directory of the entry, named by `features_key`; created if necessary.
       images_u8: RGB pixels.
       extractor: from `make_extractor`.
-      num_features: how many features an image has.
-      dtype: what they are kept in: `float32`, `float16` or `bfloat16`. They come rounded to it, also the first time.
-      about: JSON values kept beside them for whoever looks at the cache.
-      on_images: is called with the number of images that are done.
+      num_features: number of features per image.
+      dtype: storage dtype: `float32`, `float16` or `bfloat16`. The result is rounded to it even if nothing was cached.
+      about: JSON values to store with the entry, for listings of the cache.
+      on_images: called with the number of images done so far.
 
     Returns:
-      Features that are read-only, as JAX may take their memory for its own.
+      The features, read-only, as JAX may use their memory without a copy.
 
     Raises:
-      RunError: when features are too large for `dtype`, or what the extractor raises.
+      RunError: if features overflow `dtype`, or raised by the extractor.
     """
     num, array = len(images_u8), None
     writes: list[Any] = []
@@ -109,7 +109,7 @@ def cached_features(
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(path, lambda: logger.info(waiting)))
-            # Its time of change says when the entry was used last.
+            # Its modification time records when the entry was last used.
             write_json(path / ABOUT, {"images": num, "features": num_features, "dtype": dtype, **(about or {})})
             array = _open(path, features.shape, dtype)
             missing = _read(path, array, features)
@@ -127,7 +127,7 @@ def cached_features(
                 features[rows] = stored = _rounded(extractor(images_u8[rows], count), dtype)
                 done += len(stored)
                 if writes:
-                    writes[-1].exception()  # waits for a chunk that was written while this one was computed
+                    writes[-1].exception()  # waits for the previous chunk, written while this one was computed
                 if array is not None:
                     writes.append(array[rows].write(stored))
         finally:
@@ -146,7 +146,7 @@ def _file(path: Path, rows: slice) -> Path:
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: str) -> Any:
-    """The zarr array in a directory. Its metadata follow from the directory's name; none are on disk to be corrupt."""
+    """Opens the zarr array of an entry. Its metadata are known and not stored, so they cannot be corrupt."""
     import tensorstore
 
     chunk_shape = [min(CHUNK_ROWS, shape[0]), shape[1]]
@@ -160,7 +160,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: str) -> Any:
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": str(path)},
         "metadata": metadata,
-        # Otherwise a chunk that was never written is read as zeros, and one of zeros never written.
+        # By default a missing chunk is read as zeros, and a chunk of zeros is not written.
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
     }
@@ -168,7 +168,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def _read(path: Path, array: Any, features: Float32[np.ndarray, "n features"]) -> list[slice]:
-    """Copies chunks to their rows of `features`, in parallel. Returns those that are missing or corrupt."""
+    """Reads chunks into their rows of `features`, in parallel. Returns those that are missing or corrupt."""
     import tensorstore
 
     target, source = tensorstore.array(features), array.astype(tensorstore.float32)
@@ -180,7 +180,7 @@ def _read(path: Path, array: Any, features: Float32[np.ndarray, "n features"]) -
             if not str(error).startswith("NOT_FOUND"):
                 again = f"the features of {rows.stop - rows.start:,} images are computed again"
                 logger.info(f"The cache is damaged ({_reason(error)}): {again}.")
-                # The last chunk, which the array does not fill, would be read once more before it is written.
+                # Remove it: tensorstore reads a partial last chunk before writing it.
                 with contextlib.suppress(OSError):
                     _file(path, rows).unlink()
     return missing
@@ -202,5 +202,5 @@ def _not_kept(path: Path, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The heart of what tensorstore says: its status before it and its settings behind it mean nothing to a user."""
+    """The message of a tensorstore error, without the status code before it and the settings after it."""
     return re.sub(r"^[A-Z_]+: | \[\w+='.*", "", str(error), flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""Features of the data sets of a configuration: from the cache, or computed and kept there, with a bar."""
+"""Features of a configuration's data sets, read from the cache or extracted and stored there, with a progress bar."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -20,11 +20,11 @@ from cifar_jax.runtime.progress import Reporter, Silent
 
 
 class Extracted(NamedTuple):
-    """Features by data set, and what of them was computed."""
+    """Features by data set, and the amount and time of extraction."""
 
     features: dict[str, Float32[np.ndarray, "n features"]]
-    num_images: int  # that went through the backbone
-    seconds: float  # that this took
+    num_images: int  # images that passed through the backbone, i.e. were not cached
+    seconds: float  # time that their extraction took
 
 
 def dataset_features(
@@ -37,19 +37,19 @@ def dataset_features(
     reporter: Reporter | None = None,
     started: float | None = None,
 ) -> Extracted:
-    """Features of data sets by name; afterwards the cache is brought down to `--cache-limit`.
+    """Reads or extracts the features of data sets by name, then reduces the cache to `--cache-limit`.
 
     Args:
-      config: says how they are extracted, and where and how they are kept.
-      backbone: that extracts them.
+      config: defines the extraction and the cache.
+      backbone: the backbone that extracts the features.
       image_size: side in pixels that the images are upsampled to.
-      datasets: by what they are called, such as `training images`.
-      digests: SHA-256 of the images of each, if they are known.
-      reporter: shown a bar for each data set.
-      started: when the job began, by `time.perf_counter`, for a forecast of when extraction ends; now if None.
+      datasets: data sets by human-readable name, such as `training images`.
+      digests: SHA-256 of the images of each data set, if known.
+      reporter: shows a progress bar for each data set.
+      started: start of the job in `time.perf_counter` seconds, for the time estimate; now if None.
 
     Raises:
-      RunError: when the backbone or its features have values that cannot be, or all features are the same.
+      RunError: if the backbone or its features are not finite, or all features are equal.
     """
     root, features = cache_root(config.run.cache_dir), {}
     how = f"{image_size} pixels, {config.backbone.precision}, kept in {config.backbone.feature_dtype}"
@@ -70,7 +70,7 @@ def dataset_features(
     ) -> Float32[np.ndarray, "n features"]:
         nonlocal made, num_images, seconds
         start = time.perf_counter()
-        # Made for the first image that needs it: where all features are kept, the network is not put on the devices.
+        # Made lazily, so that the network is not put on the devices if all features are cached.
         made = made or make_extractor(
             backbone, image_size, config.backbone.precision, config.backbone.extract_batch_size
         )
@@ -97,7 +97,7 @@ def dataset_features(
 def _require_different(
     features: Float32[np.ndarray, "n features"], images_u8: UInt8[np.ndarray, "n h w 3"], what: str
 ) -> None:
-    # Row by row, as the second one already differs where all is well.
+    # Row by row with an early exit, as usually the second row already differs.
     if not _differ(features) and _differ(images_u8):
         raise RunError(f"{what}: it is dead, or its preprocessing does not fit; nothing was trained.")
 

@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 class Extractor(Protocol):
-    """Features of any number of images; `on_images` is called with the number done after each compiled call."""
+    """Extracts features of any number of images; calls `on_images` with the number done after each batch."""
 
     def __call__(
         self, images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] | None = None
     ) -> Float32[np.ndarray, "n features"]:
-        """Extracts."""
+        """Returns the features of the images."""
         ...
 
 
@@ -37,19 +37,20 @@ def make_extractor(
     batch_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Extractor:
-    """Prepares `extract` for many images: folded, compiled once, fed batch by batch, any number of images.
+    """Makes a fast `extract` for any number of images: BatchNorm folded, compiled once, run batch by batch.
 
     Args:
-      backbone: from `load_backbone`; what is made of it goes to the devices once.
+      backbone: from `load_backbone`; transferred to the devices once, folded.
       image_size: side in pixels that the images are upsampled to; the backbone's own if None.
       precision: `float32` or `bfloat16`.
-      batch_size: images a compiled call, divided between the devices; chosen by platform and image size if None. Where
-        the devices' memory is too small for that many, half of them are tried, which is logged.
-      devices: of one platform; all of this process if None.
+      batch_size: images per compiled call, sharded over the devices; chosen by platform and image size if None. Out of
+        memory, it is halved and the batch retried, which is logged.
+      devices: devices of one platform; all local devices if None.
 
     Raises:
-      RunError: when the backbone has a value that is not finite, folded or not; the extractor, when features are not.
-      ValueError: by the extractor, when it is given anything but uint8 [n, h, w, 3].
+      RunError: if the backbone has non-finite values, before or after folding; by the extractor, if features are not
+        finite.
+      ValueError: by the extractor, if the images are not uint8 [n, h, w, 3].
 
     Example:
       >>> features = make_extractor(backbone)(splits.test.images)  # doctest: +SKIP
@@ -73,7 +74,7 @@ def make_extractor(
         features, done = np.empty((len(images_u8), backbone.num_features), np.float32), 0
         while done < len(images_u8):
             size = round_up(mesh, min(at_once, len(images_u8)))
-            # The devices work on a batch while the one before it is copied out.
+            # The devices compute a batch while the previous one is copied to the host.
             running: deque[tuple[slice, Array]] = deque()
             try:
                 for rows, batch in _batches(images_u8, done, size):
@@ -98,7 +99,7 @@ def make_extractor(
 
 
 def _require_finite(backbone: AnyBackbone) -> None:
-    """Features cannot tell: compiled for a CPU, a relu makes 0 of NaN."""
+    """Checks the weights themselves: the features may hide NaN, as a relu compiled for a CPU turns it into 0."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(backbone.variables):
         if not np.isfinite(leaf).all():
             raise RunError(
@@ -108,15 +109,15 @@ def _require_finite(backbone: AnyBackbone) -> None:
 
 
 def extraction_batch_size(image_size: int, platform: str) -> int:
-    """Images at a time on one device: few on a CPU, in whose caches they should stay; elsewhere enough to fill it.
+    """Batch size per device: small on a CPU, to stay in its caches; elsewhere large enough to fill the device.
 
-    A power of two, at most 1024, divides the chunks that features are kept in.
+    A power of two up to 1024, so that it divides the chunks of the feature cache.
     """
     return _power_of_two((4 if platform == "cpu" else 256) * (224 / image_size) ** 2)
 
 
 def default_batch_size(image_size: int) -> int:
-    """The same for networks that are run plainly, as those that train are."""
+    """Batch size per device for networks that are not folded, such as those that train."""
     return _power_of_two((16 if jax.default_backend() == "cpu" else 256) * (224 / image_size) ** 2)
 
 
@@ -127,7 +128,7 @@ def _power_of_two(most: float) -> int:
 def _batches(
     images: UInt8[np.ndarray, "n h w 3"], start: int, batch_size: int
 ) -> Iterator[tuple[slice, UInt8[np.ndarray, "batch h w 3"]]]:
-    """Batches of one shape, the last one filled up with black images, and the rows that are real."""
+    """Yields batches of one shape and their row ranges; the last batch is padded with black images."""
     for first in range(start, len(images), batch_size):
         batch = images[first : first + batch_size]
         rows = slice(first, first + len(batch))

@@ -1,4 +1,4 @@
-"""A forecast of how long a job takes, logged once its first batches show how fast it goes."""
+"""An estimate of a job's total time, logged once the speed of its first batches is known."""
 
 import logging
 import time
@@ -12,13 +12,13 @@ from cifar_jax.runtime.progress import Reporter, Watched
 
 logger = logging.getLogger(__name__)
 
-MIN_BATCHES, MIN_SECONDS = 3, 2.0  # that the speed is measured over
-WORTH_SAYING = 60.0  # seconds: shorter jobs are over before anybody wonders
-LONG = 600.0  # seconds: of longer ones people like to know a faster way
+MIN_BATCHES, MIN_SECONDS = 3, 2.0  # minimum over which the speed is measured
+WORTH_SAYING = 60.0  # seconds; estimates below this are not logged
+LONG = 600.0  # seconds; longer estimates include faster alternatives
 
 
 class Forecast:
-    """Logs once how long the work takes whose progress it watches."""
+    """Watches the progress of a job, and logs an estimate of its total time once."""
 
     def __init__(
         self,
@@ -28,13 +28,13 @@ class Forecast:
         what: str = "This job",
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Nothing is known yet.
+        """Starts an estimate.
 
         Args:
-          work: all that is to be done, in units such as images.
-          started: when the job began, by `now`; now if None.
-          faster: a sentence that follows where the job is long.
-          what: the work that is meant.
+          work: total amount of work, in units such as images.
+          started: start of the job in seconds of `now`; the current time if None.
+          faster: a sentence appended to the estimate of a long job.
+          what: name of the job, the subject of the message.
           now: the clock, in seconds.
         """
         self._left, self._faster, self._what, self._now = work, faster, what, now
@@ -43,11 +43,11 @@ class Forecast:
         self._batches, self._done = 0, False
 
     def watch(self, reporter: Reporter, weight: float = 1.0) -> Reporter:
-        """The same reporter, whose bars count towards the work, each of their units as much as `weight`."""
+        """Wraps a reporter so that progress of its bars, times `weight`, counts as work done."""
         return Watched(reporter, lambda work: self.note(work * weight))
 
     def note(self, work: float) -> None:
-        """A batch is done. The first one is the one that was compiled, so speed is measured from its end on."""
+        """Records a completed batch. The speed is measured from the end of the first, which includes compilation."""
         self._left -= work
         if self._done:
             return
@@ -67,7 +67,7 @@ class Forecast:
 
 
 def faster_ways(config: TrainConfig, backbone: AnyBackbone, image_size: int) -> str:
-    """Ways to shorten a long job on a CPU, beyond those that were taken already; empty if there are none."""
+    """A sentence on options not yet used that would shorten a long job on a CPU; empty if there are none."""
     if jax.default_backend() != "cpu" or not isinstance(backbone, Backbone):
         return ""
     ways = []
@@ -79,7 +79,7 @@ def faster_ways(config: TrainConfig, backbone: AnyBackbone, image_size: int) -> 
 
 
 def in_words(seconds: float) -> str:
-    """A duration with as many digits as a forecast deserves."""
+    """Formats a duration with the precision of an estimate."""
     if seconds < 5400:
         minutes = max(1, round(seconds / 60))
         return f"{minutes} minute{'s' if minutes > 1 else ''}"

@@ -1,4 +1,4 @@
-"""A backbone: its weights together with all that is needed to run them as they were trained; or any function."""
+"""Backbones: a network with its weights and everything needed to run it as it was trained, or any pure function."""
 
 import dataclasses
 import functools
@@ -21,20 +21,20 @@ from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables, network_nam
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A network without its top, as a pytree: the variables are leaves, what decides the computation is static.
+    """A network without its top, as a pytree: the variables are leaves, everything that defines the computation static.
 
-    Where it came from (`sha256`, `source`, `variant`, `top`) does not travel into jit, so two files of the same
-    network share one compiled function.
+    Its provenance (`sha256`, `source`, `variant`, `top`) is not passed into jit, so two files of the same network share
+    one compiled function.
 
     Attributes:
       config: the network's shape and variant.
-      preprocessing: what it was trained with.
-      image_size: side in pixels of the images it was trained with.
+      preprocessing: the preprocessing that it was trained with.
+      image_size: side in pixels of the images that it was trained with.
       variables: {"params", "batch_stats"}, float32.
-      sha256: of the weights file, or of the file that `save_backbone` would make; empty if it is not known.
-      source: the file's path, or how the variables were made.
-      variant: the name of the variant and what decided it, for people.
-      top: the file's own classifier, {"kernel": [features, classes], "bias": [classes]}, or None. Kept, not used.
+      sha256: SHA-256 of the weights file, or of the file that `save_backbone` would write; empty if not known.
+      source: path of the weights file, or a description of how the variables were made.
+      variant: human-readable name of the variant, and how it was determined.
+      top: the file's own classifier, {"kernel": [features, classes], "bias": [classes]}, or None. Stored but not used.
     """
 
     config: ResNetConfig
@@ -56,7 +56,7 @@ class Backbone:
         return cls(*static, variables=children[0])
 
     def __repr__(self) -> str:
-        """One line: the values themselves would fill thousands."""
+        """A one-line description without the values."""
         params = self.variables.get("params", {}) if isinstance(self.variables, Mapping) else self.variables
         count = sum(math.prod(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(params))
         source = f"{self.source}: " if self.source else ""
@@ -71,15 +71,15 @@ class Backbone:
         return self.config.features
 
     def input_words(self, image_size: int) -> str:
-        """The input of the network, for people."""
+        """Human-readable description of the network's input."""
         return f"{self.preprocessing.name} preprocessing, {image_size}x{image_size} pixels"
 
     def about(self) -> dict[str, Any]:
-        """JSON values that say how the weights are run."""
+        """The network's config and preprocessing as JSON values."""
         return {"config": asdict(self.config), "preprocessing": asdict(self.preprocessing)}
 
     def replace(self, **changes: Any) -> "Backbone":
-        """A copy with some attributes changed. Other variables are those of no file, so its digest goes with them."""
+        """Returns a copy with some attributes changed. New variables clear the digest, as they belong to no file."""
         if "variables" in changes:
             changes = {"sha256": "", "source": self.source and f"changed from {self.source}"} | changes
         return dataclasses.replace(self, **changes)
@@ -88,18 +88,19 @@ class Backbone:
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True, eq=False)
 class FunctionBackbone:
-    """Any pure function from images to features, in the place of a `Backbone`.
+    """Any pure function from images to features, used instead of a `Backbone`.
 
-    In the mode finetune all variables train, by their gradients alone: running statistics and constants belong into the
-    function. Options about how a ResNet is run or trained do not apply, and `train` refuses them.
+    In `finetune` mode all variables are trained by gradient descent, so running statistics and constants belong inside
+    the function. Options specific to a ResNet do not apply, and `train` rejects them.
 
     Attributes:
       function: `(variables, images uint8 [batch, height, width, 3]) -> features float32 [batch, num_features]`. It
-        preprocesses the images itself, and is compiled by whoever calls it.
-      variables: its arrays. A run is held to these: weights that are constants of the function are only part of its
-        program, which also depends on the version of JAX and the platform, and is therefore only warned of.
-      source: its name, for people.
-      image_size: side in pixels of the images that it is given.
+        includes the preprocessing, and is compiled by its callers.
+      variables: the arrays of the function. A run can only be continued or loaded with the same variables. Weights
+        embedded in the function as constants are only part of its program, which also depends on the version of JAX
+        and the platform, so a different program only causes a warning.
+      source: human-readable name.
+      image_size: side in pixels of the input images.
     """
 
     function: Callable[[PyTree, UInt8[Array, "batch h w 3"]], Float[Array, "batch features"]]
@@ -110,7 +111,7 @@ class FunctionBackbone:
     variant = "a function"
 
     def __repr__(self) -> str:
-        """One line, without the values."""
+        """A one-line description, without the values."""
         count = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(self.variables))
         return f"FunctionBackbone({self.source}: {count:,} parameters, {self.image_size}x{self.image_size})"
 
@@ -119,7 +120,7 @@ class FunctionBackbone:
         """Width of the features.
 
         Raises:
-          UserError: when the function returns something else than [batch, num_features].
+          UserError: if the function returns anything other than [batch, num_features].
         """
         info = self._lowered.out_info
         shape: tuple[int, ...] = getattr(info, "shape", ())
@@ -141,7 +142,7 @@ class FunctionBackbone:
 
     @functools.cached_property
     def program_sha256(self) -> str:
-        """Digest of the program that the function is lowered to, constants included, by this version of JAX."""
+        """Digest of the program that this version of JAX lowers the function to, including constants."""
         return hashlib.sha256(self._lowered.as_text().encode()).hexdigest()
 
     @functools.cached_property
@@ -150,11 +151,11 @@ class FunctionBackbone:
         return jax.jit(self.function).lower(jax.eval_shape(lambda: self.variables), images)
 
     def input_words(self, image_size: int) -> str:
-        """The input of the function, for people."""
+        """Human-readable description of the function's input."""
         return f"{image_size}x{image_size} pixels"
 
     def about(self) -> dict[str, Any]:
-        """JSON values that say what it is."""
+        """Name and program digest of the function as JSON values."""
         return {"function": self.source, "program_sha256": self.program_sha256}
 
     def tree_flatten(self) -> tuple[tuple[PyTree], tuple[Any, str, int]]:
@@ -167,7 +168,7 @@ class FunctionBackbone:
         return cls(static[0], children[0], *static[1:])
 
     def replace(self, **changes: Any) -> "FunctionBackbone":
-        """A copy with some attributes changed."""
+        """Returns a copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
 
 
@@ -180,16 +181,16 @@ def extract(
     image_size: int | None = None,
     precision: str = "float32",
 ) -> Float[Array, "batch features"]:
-    """Pooled features of one batch, plainly: upsample, preprocess, backbone, mean over positions, `stop_gradient`.
+    """Pooled features of one batch: upsampling, preprocessing, backbone, global average pooling, `stop_gradient`.
 
-    This is the reference that everything faster is held against. It is pure and not compiled; jit it with `image_size`
-    and `precision` static.
+    This is the reference implementation that faster ones are tested against. It is pure and not compiled; to jit it,
+    make `image_size` and `precision` static.
 
     Args:
-      backbone: from `load_backbone`, or a `FunctionBackbone`, which decides about size and precision itself.
+      backbone: from `load_backbone`, or a `FunctionBackbone`, which ignores `image_size` and `precision`.
       images_u8: RGB pixels.
       image_size: side in pixels that the images are upsampled to; the backbone's own if None.
-      precision: `float32` or `bfloat16`, what the network computes in; the features are float32.
+      precision: `float32` or `bfloat16`, the network's computation dtype; the features are float32.
     """
     if isinstance(backbone, FunctionBackbone):
         return jax.lax.stop_gradient(backbone.function(backbone.variables, images_u8))

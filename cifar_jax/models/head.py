@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-HeadParams = tuple[dict[str, Float[Array, "..."]], ...]  # a {"kernel": [in, out], "bias": [out]} for each layer
+HeadParams = tuple[dict[str, Float[Array, "..."]], ...]  # {"kernel": [in, out], "bias": [out]} per layer
 
 
 def init_head(
     key: PRNGKeyArray, in_features: int, hidden: Sequence[int] = (1024, 512), num_classes: int = 10
 ) -> HeadParams:
-    """Draws the head's parameters as Keras's `Dense` does: glorot_uniform kernels, zero biases, all float32.
+    """Initialises the head's parameters as Keras's `Dense` does: glorot_uniform kernels, zero biases, all float32.
 
     Args:
       key: a typed key, `jax.random.key(seed)`.
@@ -38,7 +38,7 @@ def init_head(
 
 
 def head_logits(head_params: HeadParams, features: Float[Array, "batch features"]) -> Float[Array, "batch num_classes"]:
-    """Class logits of pooled features; relu between layers, none behind the last. Their softmax are probabilities."""
+    """Computes class logits of pooled features, with relu after every layer but the last; softmax is not applied."""
     x = features
     for layer in head_params[:-1]:
         x = jax.nn.relu(_dense(layer, x))
@@ -46,7 +46,7 @@ def head_logits(head_params: HeadParams, features: Float[Array, "batch features"
 
 
 def _dense(layer: dict[str, Float[Array, "..."]], x: Float[Array, "batch fan_in"]) -> Float[Array, "batch out"]:
-    # HIGHEST: float32 products on every backend (see ResNet); a hundredth of the backbone's work.
+    # HIGHEST: float32 products on every backend (see ResNet), at a hundredth of the backbone's cost.
     return jnp.dot(x, layer["kernel"], precision=jax.lax.Precision.HIGHEST) + layer["bias"]
 
 
@@ -55,9 +55,9 @@ class Head(NamedTuple):
 
     Attributes:
       init: `(key, in_features, num_classes) -> params`.
-      logits: `(params, features [batch, in_features], *, train, key) -> [batch, num_classes]`; `key` is None where
-        `train` is False. A head can be called like it.
-      name: of the head, recorded with the run that it is passed to.
+      logits: `(params, features [batch, in_features], *, train, key) -> [batch, num_classes]`; `key` is None if
+        `train` is False. Calling the head calls this function.
+      name: name of the head, recorded with the run.
     """
 
     init: Callable[[PRNGKeyArray, int, int], PyTree]
@@ -72,12 +72,12 @@ class Head(NamedTuple):
         train: bool = False,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch num_classes"]:
-        """Its logits; unless told otherwise those of evaluation."""
+        """Computes the logits, by default in evaluation mode."""
         return self.logits(params, features, train=train, key=key)
 
 
 def dense_head(hidden: Sequence[int] = (1024, 512)) -> Head:
-    """The dense head with hidden layers of these widths; without any a linear probe."""
+    """Makes a dense head with hidden layers of the given widths; a linear probe if there are none."""
 
     def init(key: PRNGKeyArray, in_features: int, num_classes: int) -> HeadParams:
         return init_head(key, in_features, hidden, num_classes)
@@ -92,15 +92,15 @@ def dense_logits(
     train: bool = False,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch num_classes"]:
-    """`head_logits` as a `Head` has it; nothing in it is random."""
+    """`head_logits` with the signature of `Head.logits`; `train` and `key` are not used."""
     return head_logits(params, features)
 
 
 def flax_head(module: nn.Module) -> Head:
-    """A head from a Flax module that maps features [batch, in_features] to logits [batch, num_classes].
+    """Makes a head from a Flax module that maps features [batch, in_features] to logits [batch, num_classes].
 
-    A module whose `__call__` takes `train` is told whether it trains, and may then draw from the stream `dropout`. It
-    must have no variables but params.
+    If the module's `__call__` has an argument `train`, it is passed; in training the RNG stream `dropout` is available.
+    The module must not have variable collections other than `params`.
     """
     takes_train = "train" in inspect.signature(type(module).__call__).parameters
 
@@ -124,7 +124,7 @@ def flax_head(module: nn.Module) -> Head:
 
 
 def _module_name(module: nn.Module) -> str:
-    """The name of a module's class, and its fields: other ones are another head."""
+    """The class name and field values of a module: a module with other values is a different head."""
     values = {one.name: getattr(module, one.name) for one in dataclasses.fields(module)}
     shown = ", ".join(f"{name}={_shown(value)}" for name, value in values.items() if name not in ("parent", "name"))
     return f"{type(module).__name__}({shown})"
@@ -133,5 +133,5 @@ def _module_name(module: nn.Module) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, nn.Module):
         return _module_name(value)
-    # Addresses in memory are others in every process.
+    # Memory addresses differ between processes.
     return getattr(value, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(value))

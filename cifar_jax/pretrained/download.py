@@ -1,4 +1,4 @@
-"""Downloads: pooch fetches a file under a temporary name, and only with the right digest it gets its own."""
+"""Downloads: pooch fetches a file under a temporary name, and it is renamed only if its digest is right."""
 
 import contextlib
 import errno
@@ -23,18 +23,18 @@ from urllib3.util import Retry, parse_url
 from cifar_jax.files import replacing
 from cifar_jax.pretrained.formats.detect import WEB_PAGE
 
-WAITS = (1.0, 2.0, 4.0)  # seconds before each further try at a place
+WAITS = (1.0, 2.0, 4.0)  # seconds before each retry of a source
 TIMEOUT = 30.0  # seconds without a byte
-LONGEST_WAIT = 60.0  # seconds that a server may ask for
+LONGEST_WAIT = 60.0  # longest Retry-After, in seconds, that is honoured
 CHUNK = 1 << 16  # bytes
 THIS_MACHINE = {("http", "localhost"), ("http", "127.0.0.1"), ("http", "[::1]")}
-ABANDONED = 3600.0  # seconds without a byte, after which a temporary file is what a killed process left
+ABANDONED = 3600.0  # seconds after its last change at which a temporary file counts as left by a killed process
 
 logger = logging.getLogger(__name__)
 
 
 class NotDownloaded(Exception):
-    """No place gave the file: `causes` says why not by place."""
+    """Raised if all sources of a file failed; `causes` maps each source to the reason."""
 
     def __init__(self, causes: dict[str, str]):
         super().__init__("; ".join(f"{place}: {cause}" for place, cause in causes.items()))
@@ -42,7 +42,7 @@ class NotDownloaded(Exception):
 
 
 class Failed(Exception):
-    """A try failed. `wait` is how long the place asks to be left alone, None where another try would end the same."""
+    """Raised if an attempt failed; `wait` is the delay in seconds the server asks for, None if a retry is pointless."""
 
     def __init__(self, cause: str, wait: float | None = None):
         super().__init__(cause)
@@ -50,7 +50,10 @@ class Failed(Exception):
 
 
 def has_digest(path: Path, digest: str) -> bool:
-    """Whether a file has a digest `md5:HEX` or `sha256:HEX`. MD5, which Keras publishes, identifies, no more."""
+    """Returns whether a file has a digest `md5:HEX` or `sha256:HEX`; HEX may be a prefix.
+
+    MD5, which Keras publishes, identifies a file but does not protect against forgery.
+    """
     algorithm, _, start = digest.partition(":")
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
@@ -66,19 +69,19 @@ def download(
     bar: Callable[[int], None] = lambda _: None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Brings a file from the first of some places that gives it. Each try begins again from the start.
+    """Downloads a file from the first source that provides it. Each attempt starts from the beginning.
 
     Args:
-      places: https URLs (http on this machine), file URLs or paths, in order.
-      target: appears whole or not at all, also where several processes download it at once.
-      size: of the file in bytes.
-      digest: `md5:HEX` or `sha256:HEX`, or the start of it.
-      bar: is called with the number of bytes that are here.
-      sleep: waits some seconds.
+      places: https URLs (http for localhost), file URLs or paths, tried in order.
+      target: path of the file; written atomically, even if several processes download it at once.
+      size: size of the file in bytes.
+      digest: `md5:HEX` or `sha256:HEX`, or a prefix of it.
+      bar: called with the number of bytes received so far.
+      sleep: waits for a number of seconds.
 
     Raises:
-      NotDownloaded: when no place gives it.
-      OSError: when it cannot be written here.
+      NotDownloaded: if all sources fail.
+      OSError: if the file cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for path in target.parent.glob(f".{glob.escape(target.name)}.*"):
@@ -107,12 +110,12 @@ def download(
 
 
 def without_password(text: str) -> str:
-    """A URL, or a text with URLs, as it may be shown: what stands before an @ is for the server alone."""
+    """Removes credentials, the part before an @, from URLs in a text that is to be shown."""
     return re.sub(r"://[^/\s]*@", "://", text)
 
 
 class _Progress:
-    """The progress bar of a try, as pooch calls it: it sets `total`, the length that the server declares, if any."""
+    """The progress bar of an attempt, as called by pooch, which sets `total` to the declared length, if any."""
 
     total = 0
 
@@ -121,7 +124,7 @@ class _Progress:
         bar(0)
 
     def update(self, _: int) -> None:
-        """Looks how much has come: pooch says how long chunks are at most. It flushes each."""
+        """Reads the progress from the file, as pooch passes the maximum chunk length, but flushes every chunk."""
         done = self.path.stat().st_size
         if self.total > self.size:
             raise Failed(f"the file there has {self.total} bytes, not {self.size}")
@@ -130,7 +133,7 @@ class _Progress:
         self.bar(done)
 
     def reset(self) -> None:
-        """Keeps the count, which is right without it."""
+        """Does nothing: pooch resets the bar at the end, but the count is already right."""
 
     close = reset
 
@@ -170,8 +173,8 @@ def _get(url: str, progress: _Progress) -> None:
         _require_https(url)
         # Not pooch.retrieve: it logs the URL with its password, and hashes the file once more.
         fetch(url, str(progress.path), None)
-    except (exceptions.RequestException, ValueError) as error:  # the latter of addresses that cannot be parsed
-        raise _explained(error) from None  # its text has the password too
+    except (exceptions.RequestException, ValueError) as error:  # ValueError: the URL cannot be parsed
+        raise _explained(error) from None  # the chained error would show the password
 
 
 def _check_redirect(response: requests.Response, **_: Any) -> None:
@@ -180,14 +183,14 @@ def _check_redirect(response: requests.Response, **_: Any) -> None:
 
 
 def _require_https(url: str) -> None:
-    """Refuses http, which anybody on the way can answer, except with this machine."""
+    """Rejects http, which is open to tampering on the way, except to this machine."""
     parts = parse_url(url)
     if parts.scheme != "https" and (parts.scheme, parts.host) not in THIS_MACHINE:
         raise Failed(without_password(f"{url} is not https"))
 
 
 def _explained(error: Exception) -> Failed:
-    """What went wrong, in few words, and whether another try may end better."""
+    """Converts an error to a short cause, and decides whether a retry is worthwhile."""
     if isinstance(error, exceptions.HTTPError) and error.response is not None:
         return _explained_status(error.response)
     if isinstance(error, exceptions.Timeout) or any(isinstance(cause, ReadTimeoutError) for cause in error.args):

@@ -1,4 +1,4 @@
-"""The known weights files: what they are, where copies of them lie, here and elsewhere."""
+"""The registry of known weights files, and the local and remote locations of their copies."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from cifar_jax.pretrained.download import NotDownloaded, download, has_digest
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
-# What the libraries that publish the weights call them.
+# Names used by the libraries that publish the weights.
 ALIASES = {
     **dict.fromkeys(("imagenet", "keras"), "keras-resnet50"),
     **dict.fromkeys(("imagenet1k_v1", "v1"), "torchvision-resnet50-v1"),
@@ -23,7 +23,7 @@ ALIASES = {
 
 
 def no_progress(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """A bar that nobody sees: (description, total) -> a context whose value is called with how many are done."""
+    """A progress bar that shows nothing: a context manager whose value is called with the number done so far."""
     return nullcontext(lambda done: None)
 
 
@@ -32,16 +32,16 @@ class Entry:
     """A known weights file.
 
     Attributes:
-      name: as `--weights` takes it.
+      name: name of the entry, for `--weights`.
       file: name of the file.
-      url: where it is published; None for one that comes with this project.
-      digest: `md5:HEX` or `sha256:HEX`, as its publisher gives it; HEX may be the start of it.
-      size: in bytes.
-      variant: how it is run.
-      licence: of the weights.
-      resize: how its publisher brought images to the network's size when measuring it. Here they are upsampled.
-      top1: percent of the ImageNet validation images, as its publisher states; nothing of it was measured here.
-      about: a sentence for people.
+      url: URL at which it is published; None if it is included in this project.
+      digest: `md5:HEX` or `sha256:HEX`, as published; HEX may be a prefix.
+      size: size in bytes.
+      variant: the network variant of the weights.
+      licence: licence of the weights.
+      resize: the publisher's resizing of images when evaluating the weights. This project upsamples instead.
+      top1: ImageNet validation accuracy in percent as stated by the publisher; not measured here.
+      about: a human-readable sentence.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Entry:
     about: str
 
     def is_at(self, path: Path) -> bool:
-        """Whether a file is this one, by size and hash."""
+        """Returns whether a file is this one, by size and hash."""
         return path.stat().st_size == self.size and has_digest(path, self.digest)
 
 
 def weights_dir() -> Path:
-    """The `weights` directory: inside the package once installed, beside it in a checkout."""
+    """The `weights` directory: inside an installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "weights"
     return inside if inside.is_dir() else package.parent / "weights"
@@ -74,7 +74,7 @@ def entries() -> dict[str, Entry]:
 
 
 def entries_of_size(path: Path) -> list[Entry]:
-    """The registry's entries for files of a file's size."""
+    """The registry's entries with the same size as a file."""
     size = path.stat().st_size
     return [entry for entry in entries().values() if entry.size == size]
 
@@ -85,7 +85,10 @@ def entry_of_file(path: Path) -> Entry | None:
 
 
 def places(entry: Entry, cache_dir: str | None = None) -> Iterator[Path]:
-    """Where a copy may lie: with the project, $CIFAR_JAX_WEIGHTS (file or directory), our cache, Keras's, PyTorch's."""
+    """Yields possible paths of a copy: in the project, $CIFAR_JAX_WEIGHTS (file or directory), and known caches.
+
+    These are this project's cache, Keras's and PyTorch's.
+    """
     if entry.url is None:
         yield weights_dir() / entry.file
     if named := os.environ.get("CIFAR_JAX_WEIGHTS"):
@@ -98,15 +101,15 @@ def places(entry: Entry, cache_dir: str | None = None) -> Iterator[Path]:
 
 
 def downloaded_to(entry: Entry, cache_dir: str | None = None) -> Path:
-    """Where a download is kept: by entry, as files of different content share a name."""
+    """The path of a download in the cache: one directory per entry, as different files share a name."""
     return cache_root(cache_dir) / "weights" / entry.name / entry.file
 
 
 def find_local(entry: Entry, cache_dir: str | None = None) -> tuple[Path | None, list[str]]:
-    """Looks for a copy with the right hash.
+    """Searches for a local copy with the right hash.
 
     Returns:
-      Its path or None, and a note on each file that was there but is another.
+      Its path or None, and a note on each file that was rejected.
     """
     notes: list[str] = []
     if (named := os.environ.get("CIFAR_JAX_WEIGHTS")) and not os.path.exists(os.path.expanduser(named)):
@@ -124,10 +127,10 @@ def find_local(entry: Entry, cache_dir: str | None = None) -> tuple[Path | None,
 
 
 def sources(entry: Entry) -> list[str]:
-    """Where a download may come from, in order: each mirror of $CIFAR_JAX_MIRROR, then where the file is published.
+    """The sources of a download, in order: each mirror of $CIFAR_JAX_MIRROR, then the published URL.
 
-    In a mirror it may lie as MIRROR/NAME/FILE, as in our cache, or as MIRROR/FILE: two files share that name, and it is
-    taken where the size and the hash are right.
+    A mirror may hold the file as MIRROR/NAME/FILE, like the cache, or as MIRROR/FILE. Two entries share such a name, so
+    the file is accepted only if its size and hash match.
     """
     mirrors = filter(None, re.split(r"[,\s]+", os.environ.get("CIFAR_JAX_MIRROR", "")))
     copies = [
@@ -137,17 +140,17 @@ def sources(entry: Entry) -> list[str]:
 
 
 def fetch(name: str, cache_dir: str | None = None, progress: Progress = no_progress) -> Path:
-    """A local copy of a known file, downloaded if there is none, its hash checked either way.
+    """Returns a local copy of a known file, downloading it if necessary; its hash is checked either way.
 
     Args:
-      name: of the registry's entry.
-      cache_dir: where downloads are kept; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax.
-      progress: makes the bar that shows a download.
+      name: name of the registry's entry.
+      cache_dir: directory of downloads; if None, $CIFAR_JAX_CACHE, or else ~/.cache/cifar_jax.
+      progress: makes the progress bar of a download.
 
     Raises:
-      WeightsError: when the name is not known, or the file is not here and cannot be downloaded, with each place that
-        was tried, the URL, the hash and where to put it.
-      RunError: when what is downloaded cannot be written.
+      WeightsError: if the name is not known, or the file is not on this machine and cannot be downloaded. The message
+        lists each source that was tried, the URL, the hash and the path for a manual download.
+      RunError: if the download cannot be written.
     """
     entry = entries().get(name)
     if entry is None:

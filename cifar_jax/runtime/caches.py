@@ -1,4 +1,7 @@
-"""The project's cache: what it holds, and how that goes: only files that the project writes, none behind a link."""
+"""The project's cache: listing, locking and removal.
+
+Only files that the project writes are removed, and symlinks are not followed.
+"""
 
 import contextlib
 import json
@@ -14,8 +17,8 @@ from cifar_jax.files import lock
 
 FEATURES, DATA, XLA, WEIGHTS = "features", "data", "xla", "weights"
 ABOUT, _LOCK = "about.json", "lock"
-# What can be made again: files, and directories with a slash behind them, as paths below the folder. A kill may leave
-# names that begin with a dot or end in __lock; zarr.json and .xla are an earlier version's.
+# Everything that can be recomputed: paths, relative to the folder, of files and of directories (with a trailing slash).
+# A killed process may leave names that begin with a dot or end in __lock; zarr.json and .xla are from older versions.
 _OWN = {
     FEATURES: re.compile(
         r"[0-9a-f]{32}/(c/(\d+/(0(\.__lock)?)?)?|\.?about\.json(\.\w+\.json)?|lock|zarr\.json(\.__lock)?)?"
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Kept(NamedTuple):
-    """Something that the cache holds; what it says of itself, in about.json, may be nothing."""
+    """An entry of the cache; `about`, read from its about.json, may be empty."""
 
     what: str
     path: Path
@@ -38,19 +41,19 @@ class Kept(NamedTuple):
 
 
 def contents(root: Path) -> list[Kept]:
-    """What the cache holds, kind by kind."""
+    """Lists the entries of the cache, grouped by kind."""
     kinds = {FEATURES: "features", DATA: "decoded images", WEIGHTS: "weights"}
     kept = [_kept(what, path) for kind, what in kinds.items() for path in _directories(root / kind)]
     return kept + [_kept("compiled functions", path) for path in [root / XLA] if path.is_dir()]
 
 
 def clear(root: Path) -> int:
-    """Removes what can be made again: features, decoded images and compiled functions, but no downloaded weights.
+    """Removes everything that can be recomputed: features, decoded images and compiled functions, but not weights.
 
-    What another process is using stays, and what the cache did not write; either is logged.
+    Entries in use by another process and files that the cache did not write are kept and logged.
 
     Returns:
-      How many bytes that was.
+      The number of bytes freed.
     """
     freed, in_use = _remove(root / DATA) + _remove(root / XLA), []
     for path in _entries(root):
@@ -67,12 +70,12 @@ def clear(root: Path) -> int:
 
 
 def limit_features(root: Path, limit: float, in_use: Collection[str]) -> None:
-    """Removes the features that were used least recently, as long as there are more than `limit` bytes of them.
+    """Removes the least recently used features until at most `limit` bytes of features remain.
 
     Args:
-      root: of the cache.
-      limit: in bytes.
-      in_use: names of entries that stay, as do those that another process is using.
+      root: root of the cache.
+      limit: maximum size in bytes.
+      in_use: names of entries to keep; those in use by another process are kept too.
     """
     kept = sorted((_kept("features", path) for path in _entries(root)), key=lambda entry: entry.used)
     total, freed = sum(entry.size for entry in kept), 0
@@ -88,7 +91,7 @@ def limit_features(root: Path, limit: float, in_use: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, on_waiting: Callable[[], None]) -> Iterator[None]:
-    """Holds the lock of a directory, which is made if need be, where there are locks; `on_waiting` is as of `lock`."""
+    """Holds the lock of a directory, created if necessary, on file systems with locks; for `on_waiting` see `lock`."""
     while True:
         path.mkdir(parents=True, exist_ok=True)
         with open(path / _LOCK, "ab") as file:
@@ -96,14 +99,14 @@ def locked(path: Path, on_waiting: Callable[[], None]) -> Iterator[None]:
             try:
                 is_there = os.path.samestat(os.fstat(file.fileno()), os.stat(path / _LOCK))
             except FileNotFoundError:
-                is_there = False  # whoever had it has removed the directory
+                is_there = False  # the previous holder of the lock has removed the directory
             if is_there:
                 yield
                 return
 
 
 def _entries(root: Path) -> list[Path]:
-    """The directories of features that may be removed."""
+    """The directories of cached features that may be removed."""
     folder = root / FEATURES
     ours = [path for path in _directories(folder) if _OWN[FEATURES].fullmatch(f"{path.name}/")]
     return [] if folder.is_symlink() else ours
@@ -119,15 +122,15 @@ def _kept(what: str, path: Path) -> Kept:
     try:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        about = None  # damaged, or it has none
+        about = None  # corrupt or missing
     return Kept(what, path, sum(file.st_size for file in files), used, about if isinstance(about, dict) else {})
 
 
 def _remove_entry(path: Path) -> int:
-    """Removes features, and returns their bytes.
+    """Removes an entry of features, and returns the bytes freed.
 
     Raises:
-      BlockingIOError: when another process is using them.
+      BlockingIOError: if another process is using it.
     """
 
     def refuse() -> None:
@@ -138,7 +141,7 @@ def _remove_entry(path: Path) -> int:
 
 
 def _remove(folder: Path, name: str = "") -> int:
-    """Removes what is ours of a folder, or of a directory in it, and returns its bytes."""
+    """Removes the files that the cache wrote to a folder, or to `name` in it, and returns the bytes freed."""
     freed, own = 0, _OWN[folder.name]
     if not (folder / name).exists():
         return 0
@@ -151,7 +154,7 @@ def _remove(folder: Path, name: str = "") -> int:
                 freed += about.st_size
         for directory in directories:
             if own.fullmatch(f"{place / directory}/"):
-                with contextlib.suppress(OSError):  # it is a link, or holds something else
+                with contextlib.suppress(OSError):  # a symlink, or not empty
                     os.rmdir(directory, dir_fd=handle)
     if name:
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""JAX's persistent compilation cache, below the project's own, so that a second command starts at once.
+"""JAX's persistent compilation cache, inside the project's cache, so that later commands start without compiling.
 
-JAX writes entries in place: one that a kill cut short it keeps, and warns of it at each start. With its own limit on
-their size, a kill between the two files of an entry stops it from writing for good
-(https://github.com/jax-ml/jax/issues/39880). So what is cut short goes at the start of a command, and what is too much.
+JAX writes entries in place: an entry truncated by a kill stays, with a warning at each start. With JAX's own size
+limit, a kill between writing the two files of an entry stops all further writes
+(https://github.com/jax-ml/jax/issues/39880). So each command removes truncated entries and enforces the limit itself.
 """
 
 import contextlib
@@ -19,21 +19,21 @@ from cifar_jax.files import cache_root
 from cifar_jax.runtime.caches import XLA
 
 MAX_BYTES = 2**30
-_CHECKED = "checked"  # its time of change says when entries were looked at last: to read all takes long at each start
-_OVERLAP = 2.0  # seconds, in which another process may have been writing
-_ZSTD = b"\x28\xb5\x2f\xfd"  # how its frames begin
+_CHECKED = "checked"  # modified when entries were last checked, as reading all of them at each start is slow
+_OVERLAP = 2.0  # seconds before the last check in which another process may still have been writing
+_ZSTD = b"\x28\xb5\x2f\xfd"  # magic number of a zstandard frame
 
 logger = logging.getLogger(__name__)
 
 
 def use_compile_cache(cache_dir: str | None = None) -> None:
-    """Keeps what JAX compiles from now on, below the project's cache, and takes from there what is there already.
+    """Enables JAX's persistent compilation cache in the project's cache directory.
 
-    Commands call this; importing the library does not. Where JAX_COMPILATION_CACHE_DIR names a place, that is used, as
-    it is; JAX_ENABLE_COMPILATION_CACHE=false turns either off. Where nothing can be kept, that is logged, once.
+    Commands call this; importing the library does not. If JAX_COMPILATION_CACHE_DIR is set, that directory is used
+    unchanged; JAX_ENABLE_COMPILATION_CACHE=false disables either. If the directory is not usable, that is logged once.
 
     Args:
-      cache_dir: of the project; else $CIFAR_JAX_CACHE, else ~/.cache/cifar_jax.
+      cache_dir: the project's cache directory; if None, $CIFAR_JAX_CACHE, or else ~/.cache/cifar_jax.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
@@ -45,7 +45,7 @@ def use_compile_cache(cache_dir: str | None = None) -> None:
     except OSError as error:
         logger.info(f"Compiled functions cannot be kept in {path} ({error}): the next command compiles them again.")
         return
-    reset_cache()  # this process may have used another one
+    reset_cache()  # this process may have used another cache directory
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -60,12 +60,12 @@ def _require_usable(path: Path) -> None:
 
 
 def _tidy(path: Path) -> None:
-    """Removes entries that are cut short, of those written since it last looked, and the oldest beyond MAX_BYTES."""
+    """Removes truncated entries written since the last check, and the least recently used ones above MAX_BYTES."""
     stamp = path / _CHECKED
     since = stamp.stat().st_mtime - _OVERLAP if stamp.exists() else 0.0
     whole, num_cut = [], 0
     for entry in path.glob("*-cache"):
-        with contextlib.suppress(FileNotFoundError):  # another process removed it
+        with contextlib.suppress(FileNotFoundError):  # removed by another process
             about = entry.stat()
             if about.st_mtime < since or _is_whole(entry):
                 whole.append((max(about.st_atime, about.st_mtime), about.st_size, entry))
@@ -83,7 +83,7 @@ def _tidy(path: Path) -> None:
 
 
 def _is_whole(entry: Path) -> bool:
-    """Whether an entry can be decompressed; JAX compresses by zstandard where that is installed, else by zlib."""
+    """Returns whether an entry can be decompressed; JAX uses zstandard if it is installed, otherwise zlib."""
     try:
         content = entry.read_bytes()
         if not content.startswith(_ZSTD):
@@ -93,7 +93,7 @@ def _is_whole(entry: Path) -> bool:
                 with contextlib.suppress(ImportError):
                     importlib.import_module(name).decompress(content)
     except OSError:
-        return True  # that is another matter
-    except Exception:  # each library has an error of its own
+        return True  # unreadable, which does not mean truncated
+    except Exception:  # each library raises its own type
         return False
     return True

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: the first one sets a flag and, where nothing is held, raises; the second one ends the process.
+"""Ctrl-C and SIGTERM: the first sets a flag and raises unless exceptions are held; the second ends the process.
 
-Python runs the handler of a signal between two of its own instructions, so after a compiled epoch and not during it.
+Python runs signal handlers between bytecode instructions, so after a compiled epoch, not during it.
 """
 
 import contextlib
@@ -13,29 +13,29 @@ from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived, which preempted machines are sent; handled like Ctrl-C."""
+    """Raised on SIGTERM, which preempted machines receive; handled like Ctrl-C."""
 
 
 class Signals:
-    """The signals that this process received, from `listening`.
+    """The handler of Ctrl-C and SIGTERM; made by `listening`.
 
     Attributes:
       requested: the first signal that asked the process to end; None until then.
     """
 
     def __init__(self, alone: bool = True, on_request: Callable[[signal.Signals, bool], None] | None = None) -> None:
-        """Takes the arguments of `listening`."""
+        """Initialises the handler; for the arguments see `listening`."""
         self.requested: signal.Signals | None = None
         self._held, self._alone, self._on_request = 0, alone, on_request
 
     @property
     def exit_code(self) -> int:
-        """The exit code that shells report for the signal, or for what JAX heard from another process."""
+        """The exit code that shells report for the signal; SIGTERM if only another process received one."""
         return 128 + (self.requested or (signal.SIGINT if self._alone else signal.SIGTERM))
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Raises nothing in a block that looks at `requested` itself."""
+        """Suppresses the exception in a block that checks `requested` itself."""
         self._held += 1
         try:
             yield
@@ -44,7 +44,7 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Delays the exception to the end of a block, such as one that writes files that belong together."""
+        """Defers the exception to the end of a block, such as one that writes files that belong together."""
         before = self.requested
         with self.noted():
             yield
@@ -52,18 +52,18 @@ class Signals:
             raise self._interrupt()
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
-        """Sets the flag and has the next signal end the process: files appear whole or not at all, so it may."""
+        """Sets the flag and lets the next signal end the process, which is safe as files are written atomically."""
         self.requested = signal.Signals(number)
         for other in (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,):
             if signal.getsignal(other) is not signal.SIG_IGN:
                 signal.signal(other, signal.SIG_DFL)
         with contextlib.suppress(OSError):
             if os.isatty(2):
-                os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+                os.write(2, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
         if self._on_request:
             self._on_request(self.requested, self._held > 0)
         if not self._alone:
-            signal.raise_signal(signal.SIGTERM)  # JAX listens to it and tells the other processes
+            signal.raise_signal(signal.SIGTERM)  # JAX handles it and notifies the other processes
         if not self._held:
             raise self._interrupt()
 
@@ -75,10 +75,10 @@ class Signals:
 def listening(
     alone: bool = True, on_request: Callable[[signal.Signals, bool], None] | None = None
 ) -> Iterator[Signals]:
-    """Handles Ctrl-C and SIGTERM until the block ends; in another thread than the main one it does nothing.
+    """Handles Ctrl-C and SIGTERM until the block ends; does nothing outside the main thread.
 
     Args:
-      alone: whether this is the only process of a run. If not, SIGTERM is left to JAX, which tells the other processes.
+      alone: whether this is the only process of a run. If not, SIGTERM is left to JAX, which notifies the others.
       on_request: called with the first signal, and whether the current block finishes first.
     """
     signals = Signals(alone, on_request)
