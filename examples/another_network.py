@@ -31,7 +31,10 @@ def random_convolutions(variables: dict[str, jax.Array], images: jax.Array) -> j
 
 
 def make_backbone(seed: int = 0, filters: int = 64) -> FunctionBackbone:
-    """Makes a backbone of random 5x5 filters, drawn with NumPy: a resumed run needs the same bits on every device."""
+    """Makes a backbone with random 5x5 filters.
+
+    NumPy draws the same bits on every device, which matters because a run is only resumed with the same filters.
+    """
     kernel = np.random.default_rng(seed).normal(0, 0.2, (5, 5, 3, filters)).astype(np.float32)
     return FunctionBackbone(random_convolutions, {"kernel": kernel}, "random convolutions")
 

@@ -43,8 +43,8 @@ def make_extractor(
       backbone: from `load_backbone`; transferred to the devices once, folded.
       image_size: side in pixels that the images are upsampled to; the backbone's own if None.
       precision: `float32` or `bfloat16`.
-      batch_size: images per compiled call, sharded over the devices; chosen by platform and image size if None. Out of
-        memory, it is halved and the batch retried, which is logged.
+      batch_size: images per compiled call, sharded over the devices; chosen by platform and image size if None. If the
+        devices run out of memory, it is halved and the batch retried, which is logged.
       devices: devices of one platform; all local devices if None.
 
     Raises:

@@ -52,7 +52,7 @@ class Backbone:
 
     @classmethod
     def tree_unflatten(cls, static: tuple[ResNetConfig, Preprocessing, int], children: tuple[Variables]) -> "Backbone":
-        """Puts leaves and static part together again."""
+        """Rebuilds the backbone from its leaves and static part."""
         return cls(*static, variables=children[0])
 
     def __repr__(self) -> str:
@@ -164,7 +164,7 @@ class FunctionBackbone:
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, str, int], children: tuple[PyTree]) -> "FunctionBackbone":
-        """Puts leaves and static part together again."""
+        """Rebuilds the backbone from its leaves and static part."""
         return cls(static[0], children[0], *static[1:])
 
     def replace(self, **changes: Any) -> "FunctionBackbone":

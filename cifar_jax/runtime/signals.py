@@ -30,7 +30,7 @@ class Signals:
 
     @property
     def exit_code(self) -> int:
-        """The exit code that shells report for the signal; SIGTERM if only another process received one."""
+        """The exit code that shells report for the signal, or for SIGTERM if only another process received one."""
         return 128 + (self.requested or (signal.SIGINT if self._alone else signal.SIGTERM))
 
     @contextlib.contextmanager

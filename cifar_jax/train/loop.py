@@ -48,7 +48,7 @@ class Advance(NamedTuple):
 
     Attributes:
       run: `(state, frozen, *arguments) -> (state, metrics)`, compiled; the state is donated. The metrics have one entry
-        per step and may still be being computed.
+        per step and may not be ready yet.
       arguments: `(epoch, steps) -> arguments` of `run` for these steps.
       batch: `(epoch, step) -> Batch`, the examples of a step.
       order: order of the examples.

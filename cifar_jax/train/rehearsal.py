@@ -1,4 +1,4 @@
-"""Tracing a training without computing it, so that errors of its first step appear before any file is written."""
+"""Traces a training job without computing it, so that errors in its first step appear before any file is written."""
 
 from typing import Any
 
