@@ -118,7 +118,7 @@ def cached_features(
         done = num - sum(rows.stop - rows.start for rows in missing)
         if done:
             which = f"The features of {done:,} of {num:,} images" if missing else "The features"
-            goes_on = f"; extraction goes on at image {missing[0].start + 1:,} of {num:,}" if missing else ""
+            goes_on = f"; extraction continues at image {missing[0].start + 1:,} of {num:,}" if missing else ""
             logger.info(f"{which} come from the cache, {path}{goes_on}.")
         if missing:
             count(0)
@@ -178,8 +178,8 @@ def _read(path: Path, array: Any, features: Float32[np.ndarray, "n features"]) -
         if error := copies[rows.start].exception():
             missing.append(rows)
             if not str(error).startswith("NOT_FOUND"):
-                again = f"the features of {rows.stop - rows.start:,} images are computed again"
-                logger.info(f"The cache is damaged ({_reason(error)}): {again}.")
+                again = f"recomputing the features of {rows.stop - rows.start:,} images"
+                logger.info(f"The cache is corrupt ({_reason(error)}): {again}.")
                 # Remove it: tensorstore reads a partial last chunk before writing it.
                 with contextlib.suppress(OSError):
                     _file(path, rows).unlink()
@@ -198,7 +198,9 @@ def _rounded(values: Float32[np.ndarray, "n features"], dtype: str) -> Float[np.
 
 
 def _not_kept(path: Path, error: Exception) -> str:
-    return f"The features could not be kept in {path.parent} ({_reason(error)}); they will be computed again next time."
+    return (
+        f"The features could not be saved in {path.parent} ({_reason(error)}); they will be computed again next time."
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -99,7 +99,7 @@ def _require_different(
 ) -> None:
     # Row by row with an early exit, as usually the second row already differs.
     if not _differ(features) and _differ(images_u8):
-        raise RunError(f"{what}: it is dead, or its preprocessing does not fit; nothing was trained.")
+        raise RunError(f"{what}: the network is dead or its preprocessing is wrong; nothing was trained.")
 
 
 def _differ(rows: np.ndarray) -> bool:

@@ -103,8 +103,8 @@ def _require_finite(backbone: AnyBackbone) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(backbone.variables):
         if not np.isfinite(leaf).all():
             raise RunError(
-                f"The backbone {backbone.source} has values that are not finite in "
-                f"{jax.tree_util.keystr(path, simple=True, separator='/')}; get its weights again."
+                f"The backbone {backbone.source} has non-finite values in "
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')}; get a fresh copy of its weights."
             )
 
 
@@ -142,6 +142,6 @@ def _copy_out(features: Float32[np.ndarray, "n features"], rows: slice, batch: A
     features[rows] = np.asarray(batch)[: rows.stop - rows.start]
     if not np.isfinite(features[rows]).all():
         raise RunError(
-            f"The backbone gives features that are not finite for images {rows.start} to {rows.stop - 1}: its weights "
-            "or its preprocessing do not fit; nothing was trained."
+            f"The backbone returned non-finite features for images {rows.start} to {rows.stop - 1}: its weights "
+            "or preprocessing are wrong; nothing was trained."
         )

@@ -129,7 +129,7 @@ class _Progress:
         if self.total > self.size:
             raise Failed(f"the file there has {self.total} bytes, not {self.size}")
         if done > self.size:
-            raise Failed(f"more than the file's {self.size} bytes came")
+            raise Failed(f"received more than the file's {self.size} bytes")
         self.bar(done)
 
     def reset(self) -> None:
@@ -145,7 +145,7 @@ def _bring(place: str, progress: _Progress) -> None:
         _get(place, progress)
     with open(progress.path, "rb") as file:
         if file.read(64).lstrip().lower().startswith(WEB_PAGE):
-            raise Failed("a web page came instead of the file")
+            raise Failed("received a web page instead of the file")
     if (found := progress.path.stat().st_size) != progress.size:
         raise Failed(f"the file there has {found} bytes, not {progress.size}", None if progress.total else 0)
 
@@ -213,5 +213,5 @@ def _explained_status(response: requests.Response) -> Failed:
     except (InvalidHeader, ValueError, OverflowError):
         wait = 0.0
     if wait > LONGEST_WAIT:
-        return Failed(f"{cause} and asks to be left alone for {wait:.0f} s")
+        return Failed(f"{cause} and asks to retry after {wait:.0f} s")
     return Failed(cause, wait)

@@ -161,8 +161,8 @@ def fetch(name: str, cache_dir: str | None = None, progress: Progress = no_progr
     also = "".join(f" {note}." for note in notes)
     if entry.url is None:
         raise WeightsError(
-            f"The weights {name} come with this project, and {weights_dir() / entry.file} is not there whole: install "
-            f"it again.{also}"
+            f"The weights {name} come with this project, and {weights_dir() / entry.file} is missing or incomplete: "
+            f"install it again.{also}"
         )
     target = downloaded_to(entry, cache_dir)
     try:

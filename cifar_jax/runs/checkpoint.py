@@ -232,7 +232,7 @@ def _fitting(
         )
     if whole and (more := sorted(set(described) - set(wanted))):
         raise UserError(
-            f"Checkpoint {chosen} has {more[0]}, which nothing here takes: it was written with another head, backbone, "
+            f"Checkpoint {chosen} has an unexpected {more[0]}: it was written with another head, backbone, "
             f"optimiser or version. {hint}"
         )
     for name, leaf in wanted.items():

@@ -86,7 +86,7 @@ def check_run_dir(path: Path, config: TrainConfig, resumes: bool = False) -> Non
 
 def _check_run_dir(path: Path, config: TrainConfig, resumes: bool) -> None:
     if path.is_symlink() and not path.exists():
-        raise UserError(f"--out {path} is a link to nothing; choose another directory.")
+        raise UserError(f"--out {path} is a broken symlink; choose another directory.")
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; choose a directory.")
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -129,8 +129,8 @@ def require_same_inputs(out: Path, began: RunInputs, inputs: RunInputs) -> None:
         raise _of_parts(out, ["backbone"], began.parts, inputs.parts)
     if others == ["program"]:
         logger.warning(
-            f"The function of the backbone of the run in {out} is compiled to another program than when the run began: "
-            "by another version of JAX, or its code has changed."
+            f"The backbone function of the run in {out} compiles to a different program than when the run began: its "
+            "code or the version of JAX has changed."
         )
     elif others:
         raise UserError(

@@ -149,8 +149,8 @@ def _require_parts(
         raise UserError(f"The run in {path} was trained with another backbone than {backbone!r}; leave backbone= out.")
     if isinstance(backbone, FunctionBackbone) and backbone.program_sha256 != about.get("program_sha256"):
         logger.warning(
-            f"The function {function!r} has the variables of the run in {path}, and is compiled to another program: by "
-            "another version of JAX, or its code has changed."
+            f"The function {function!r} has the variables of the run in {path} but compiles to a different program: "
+            "its code or the version of JAX has changed."
         )
 
 
@@ -179,8 +179,8 @@ def _check_run_as_before(path: Path, backbone: Backbone, about: Mapping[str, Any
     for name, value in (("config", backbone.config), ("preprocessing", backbone.preprocessing)):
         if name in about and json.loads(json.dumps(asdict(value))) != about[name]:
             raise UserError(
-                f"{backbone.source} has the weights of the run {path} and would be run with another {name} than there; "
-                "put back the config.json that lay beside it."
+                f"{backbone.source} has the weights of the run {path} but would run with a different {name}; restore "
+                "the config.json that was beside it."
             )
 
 

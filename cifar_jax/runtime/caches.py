@@ -61,11 +61,11 @@ def clear(root: Path) -> int:
             freed += _remove_entry(path)
         except BlockingIOError:
             in_use.append(path)
-            logger.info(f"{path} stays, as another process is using it.")
+            logger.info(f"{path} is kept: another process is using it.")
     for folder in (root / kind for kind in _OWN):
         others = [folder] if folder.is_symlink() else sorted(set(folder.glob("*")).difference(in_use))
         if others:
-            logger.info(f"{others[0]} stays, as the cache did not write it, or not all that is in it.")
+            logger.info(f"{others[0]} is kept: the cache did not write it, or not everything in it.")
     return freed
 
 
@@ -84,9 +84,7 @@ def limit_features(root: Path, limit: float, in_use: Collection[str]) -> None:
             with contextlib.suppress(OSError):
                 freed += _remove_entry(entry.path)
     if freed:
-        logger.info(
-            f"{freed / 1e9:.2f} GB of features that were used least recently left the cache, as --cache-limit says."
-        )
+        logger.info(f"Evicted {freed / 1e9:.2f} GB of least recently used features (--cache-limit).")
 
 
 @contextlib.contextmanager

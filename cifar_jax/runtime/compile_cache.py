@@ -43,7 +43,7 @@ def use_compile_cache(cache_dir: str | None = None) -> None:
         _require_usable(path)
         _tidy(path)
     except OSError as error:
-        logger.info(f"Compiled functions cannot be kept in {path} ({error}): the next command compiles them again.")
+        logger.info(f"Cannot save compiled functions in {path} ({error}); the next command will recompile them.")
         return
     reset_cache()  # this process may have used another cache directory
     jax.config.update("jax_compilation_cache_dir", str(path))
@@ -54,7 +54,7 @@ def use_compile_cache(cache_dir: str | None = None) -> None:
 def _require_usable(path: Path) -> None:
     about = path.stat()
     if about.st_uid != os.geteuid() or about.st_mode & 0o022:
-        raise PermissionError("others can write there, and what they put there would be run")
+        raise PermissionError("others can write there, and its contents would be executed")
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError("it is read-only")
 
@@ -74,7 +74,7 @@ def _tidy(path: Path) -> None:
                 num_cut += 1
     stamp.touch()
     if num_cut:
-        logger.info(f"{num_cut:,} compiled functions in {path} are cut short, as by a kill: they are compiled again.")
+        logger.info(f"Removed {num_cut:,} truncated compiled functions from {path}; they will be recompiled.")
     excess = sum(size for _, size, _ in whole) - MAX_BYTES
     for _, size, entry in sorted(whole):
         if excess > 0:

@@ -115,7 +115,7 @@ def network_image_size(config: TrainConfig, backbone: AnyBackbone) -> int:
     image_size = config.backbone.image_size or backbone.image_size
     if image_size % IMAGE_SHAPE[0]:
         raise UserError(
-            f"{backbone.source} asks for images of {image_size} pixels a side, which is no multiple of "
+            f"{backbone.source} asks for images of {image_size} pixels a side, which is not a multiple of "
             f"{IMAGE_SHAPE[0]}; name another --image-size."
         )
     return image_size
@@ -142,4 +142,4 @@ def warn_of_shared_images(problem: Problem) -> None:
     """Logs a warning if any validation images are also training images."""
     if shared := images_in_both(problem.train, problem.val):
         of = f"{shared:,} of {len(problem.val.labels):,} {problem.val_name} images"
-        logger.warning(f"{of} are training images too, bit by bit: the accuracy on them says little.")
+        logger.warning(f"{of} are identical to training images, so accuracy on them says little.")

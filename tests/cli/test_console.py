@@ -119,9 +119,9 @@ def test_progress_bar_shows_compiling_or_starting_until_first_progress(terminal,
 def test_log_line_appears_above_the_progress_bar(terminal):
     with terminal.logged(), terminal.progress("Features of training images", 50_000) as bar:
         bar(64)
-        logger.info("The cache is damaged.")
+        logger.info("The cache is corrupt.")
         lines = shown(terminal)
-    assert "The cache is damaged." in lines[:-1] and "Features of training images" in lines[-1]
+    assert "The cache is corrupt." in lines[:-1] and "Features of training images" in lines[-1]
 
 
 def test_nested_command_prints_each_log_line_once(terminal):
@@ -138,7 +138,7 @@ def test_muted_reporter_prints_nothing(terminal):
     terminal.mute()
     with terminal.logged(), terminal.progress("Features of training images", 50_000) as bar:
         bar(64)
-        logger.warning("The cache is damaged.")
+        logger.warning("The cache is corrupt.")
         terminal.header({"run": "runs/first"})
     assert terminal.screen.getvalue() == ""
 

@@ -77,7 +77,7 @@ def test_control_characters_and_format_codes_in_paths_are_escaped(cache, capsys)
     result = command(capsys, "info", "cache", "--clear", "--cache-dir", cache)
     (line,) = result.err.splitlines()
     escaped = str(cache).replace("\n", r"\n").replace("\x1b", r"\x1b")
-    assert result.code == 0 and line.startswith(f"{escaped}/{FEATURES}/notes.txt stays, as the cache did not write it")
+    assert result.code == 0 and line.startswith(f"{escaped}/{FEATURES}/notes.txt is kept: the cache did not write it")
 
 
 def test_commands_print_logs_whatever_the_callers_level(cache, capsys):

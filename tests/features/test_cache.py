@@ -128,7 +128,7 @@ def test_an_extraction_that_was_stopped_goes_on(tmp_path, said, error):
     np.testing.assert_array_equal(features, FEATURES)
     assert starts == [2 * CHUNK_ROWS] and done == [2 * CHUNK_ROWS, NUM]
     assert said == [
-        f"The features of 2,048 of 2,548 images come from the cache, {entry(tmp_path)}; extraction goes on at image "
+        f"The features of 2,048 of 2,548 images come from the cache, {entry(tmp_path)}; extraction continues at image "
         "2,049 of 2,548."
     ]
 
@@ -150,7 +150,7 @@ def test_a_killed_process_leaves_whole_chunks_and_no_lock(tmp_path, said):
     features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
     # The second chunk was on its way to the disk: it is there, or it is not.
-    assert starts in (STARTS[1:], STARTS[2:]) and "goes on at image" in said[0] and len(said) == 1
+    assert starts in (STARTS[1:], STARTS[2:]) and "continues at image" in said[0] and len(said) == 1
 
 
 def test_features_of_zeros_are_kept_and_missing_ones_are_not_zeros(tmp_path):
@@ -206,8 +206,8 @@ def test_a_corrupt_chunk_is_reported_and_computed_again_alone(tmp_path, said, nu
     features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
     assert starts == [STARTS[number]] and len(said) == 2
-    assert said[0].startswith("The cache is damaged (") and str(chunk(tmp_path, number)) in said[0]
-    assert said[0].endswith(f": the features of {num} images are computed again.")
+    assert said[0].startswith("The cache is corrupt (") and str(chunk(tmp_path, number)) in said[0]
+    assert said[0].endswith(f": recomputing the features of {num} images.")
     assert get(tmp_path)[1] == []
 
 
@@ -225,7 +225,7 @@ def test_no_damage_to_any_file_gives_other_features(tmp_path, said):
             path.write_bytes(path.read_bytes()[: rng.integers(path.stat().st_size)])
         said.clear()
         np.testing.assert_array_equal(get(tmp_path)[0], FEATURES)
-        assert not any("could not be kept" in text for text in said)
+        assert not any("could not be saved" in text for text in said)
     assert get(tmp_path)[1] == []
 
 
@@ -267,7 +267,7 @@ def test_a_place_that_cannot_be_written_is_said_once(tmp_path, said):
         features, starts = get(place)
         np.testing.assert_array_equal(features, FEATURES)
         assert starts == STARTS
-    assert len(said) == 2 and all(text.startswith(f"The features could not be kept in {place} (") for text in said)
+    assert len(said) == 2 and all(text.startswith(f"The features could not be saved in {place} (") for text in said)
     assert place.read_text() == "a file"
 
 
@@ -276,6 +276,6 @@ def test_a_full_disk_is_said_once_and_keeps_what_is_whole(tmp_path, said):
     with full_disk(at=CHUNK_ROWS * WIDTH * 4):  # a chunk has four bytes more
         features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
-    assert starts == STARTS and len(said) == 1 and "could not be kept" in said[0] and "File too large" in said[0]
+    assert starts == STARTS and len(said) == 1 and "could not be saved" in said[0] and "File too large" in said[0]
     assert not [path for path in files_below(tmp_path) if path.endswith(("__lock", "0/0", "1/0", "2/0"))]
     assert get(tmp_path)[1] == STARTS

@@ -56,7 +56,7 @@ def test_two_files_of_one_network_share_a_compiled_function(backbone, shapes):
 def test_broken_weights_are_noticed(backbone, shapes):
     variables = jax.tree.map(np.array, backbone.variables)
     variables["params"]["stage1_block1"]["conv2"]["kernel"][0, 0, 0, 0] = np.nan
-    with pytest.raises(RunError, match="not finite in params/stage1_block1/conv2/kernel"):
+    with pytest.raises(RunError, match="non-finite values in params/stage1_block1/conv2/kernel"):
         make_extractor(backbone.replace(variables=variables))
 
 
@@ -64,7 +64,7 @@ def test_features_that_overflow_are_noticed(backbone, shapes):
     huge = jax.tree.map(np.array, backbone.variables)
     block = huge["params"]["stage2_block1"]
     block["bn3"]["bias"][:] = block["bn_proj"]["bias"][:] = 3e38
-    with pytest.raises(RunError, match="not finite for images 0 to 3"):
+    with pytest.raises(RunError, match="non-finite features for images 0 to 3"):
         make_extractor(backbone.replace(variables=huge))(shapes.images[:4])
 
 

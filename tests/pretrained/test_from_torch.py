@@ -326,5 +326,5 @@ def test_run_records_the_config_next_to_its_weights(tmp_path, capsys):
     assert command(capsys, "evaluate", tmp_path / "run").code == 0
     (weights / "config.json").rename(weights / "elsewhere.json")
     is_one_error(
-        command(capsys, "evaluate", tmp_path / "run"), 2, "with another preprocessing", "put back the config.json"
+        command(capsys, "evaluate", tmp_path / "run"), 2, "with a different preprocessing", "restore the config.json"
     )

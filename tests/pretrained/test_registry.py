@@ -100,7 +100,7 @@ def test_the_error_names_each_place_that_was_tried(tmp_path, server, entry, monk
         f"{tmp_path}/share/weights.h5": "No such file or directory",
         f"http://192.0.2.1/{NAME}/weights.h5": f"http://192.0.2.1/{NAME}/weights.h5 is not https",
         server.url(f"m/{NAME}/weights.h5"): "the server answered 404",
-        server.url("m/weights.h5"): "a web page came instead of the file",
+        server.url("m/weights.h5"): "received a web page instead of the file",
         entry.url: "the server answered 404",
     }.items():
         assert f"{place}: {cause}" in sentence

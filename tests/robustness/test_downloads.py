@@ -79,18 +79,18 @@ def test_a_file_comes_whole_and_the_bar_counts_to_its_size(target, answer, algor
     [
         (sends(b"not here", 404), "the server answered 404"),
         (sends(PAGE, 403), "the server answered 403"),
-        (sends(PAGE), "a web page came instead of the file"),
-        (whole(PAGE), "a web page came instead of the file"),
+        (sends(PAGE), "received a web page instead of the file"),
+        (whole(PAGE), "received a web page instead of the file"),
         (whole(CONTENT[:-1]), f"the file there has {SIZE - 1} bytes, not {SIZE}"),
         (sends(CONTENT, length=10**18), f"the file there has {10**18} bytes, not {SIZE}"),
         (
             sends(CONTENT + bytes(CHUNK), stalls=True),
-            f"more than the file's {SIZE} bytes came",
+            f"received more than the file's {SIZE} bytes",
         ),  # its end is not awaited
         (sends(b"", 302, Location="/weights.h5"), "Exceeded 30 redirects."),
         (sends(b"", 302, Location="http://me:secret@192.0.2.1/x"), "http://192.0.2.1/x is not https"),
         (sends(b"", 302, Location="http://["), "Invalid IPv6 URL"),
-        (sends(b"", 429, Retry_After="61"), "the server answered 429 and asks to be left alone for 61 s"),
+        (sends(b"", 429, Retry_After="61"), "the server answered 429 and asks to retry after 61 s"),
     ],
 )
 def test_what_will_not_change_is_not_tried_again(target, answer, cause):

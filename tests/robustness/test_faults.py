@@ -162,7 +162,7 @@ def test_a_flipped_bit_in_a_chunk_of_features_is_said_and_changes_nothing(tmp_pa
     chunks = [path for path in (tmp_path / "cache" / "features").glob("*/c/*/*") if path.is_file()]
     flip_bit(chunks[0])
     assert rows_of(train(replace(plain, out=str(tmp_path / "again")))) == first
-    assert sum("The cache is damaged" in text for text in said) == 1
+    assert sum("The cache is corrupt" in text for text in said) == 1
 
 
 def test_the_lock_goes_with_the_block_and_so_does_a_directory_that_holds_nothing(tmp_path):
@@ -300,9 +300,7 @@ def test_validation_images_that_are_training_images_are_warned_of(shapes, caplog
     train, test = shapes.take(np.arange(60)), shapes.take(np.arange(53, 73))
     problem = make_problem(train, test, Splits(train, test, (), "some", "1.0.0"))
     warn_of_shared_images(problem)
-    assert caplog.messages == [
-        "7 of 20 test images are training images too, bit by bit: the accuracy on them says little."
-    ]
+    assert caplog.messages == ["7 of 20 test images are identical to training images, so accuracy on them says little."]
 
 
 def test_debug_stops_at_the_first_nan(tmp_path, capsys):

@@ -50,7 +50,9 @@ def test_what_was_used_least_recently_goes_first(tmp_path, said, entries, in_use
     said.clear()
     limit_features(tmp_path, entries * ENTRY_BYTES, [name_of(number) for number in in_use])
     assert kept(tmp_path) == left
-    assert len(said) == (len(left) < 4) and all("used least recently left the cache" in text for text in said)
+    assert len(said) == (len(left) < 4) and all(
+        "GB of least recently used features (--cache-limit)" in text for text in said
+    )
 
 
 def test_what_is_read_was_used(tmp_path):
@@ -139,7 +141,7 @@ def test_clear_removes_what_is_ours_and_nothing_else(tmp_path, said):
     left = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
     assert sorted(left) == sorted(theirs)
     assert not (root / FEATURES / name_of(1)).exists() and len(said) == 3
-    assert all("stays, as the cache did not write it" in text for text in said)
+    assert all("is kept: the cache did not write it" in text for text in said)
 
 
 def test_a_folder_that_is_a_link_is_not_followed(tmp_path, said):
@@ -174,7 +176,7 @@ def test_a_run_keeps_to_the_limit_but_for_its_own(tmp_path, capsys, narrow):
     keep(tmp_path / "cache", 1)
     arguments = ["--cache-dir", tmp_path / "cache", "--cache-limit", "0"]
     result = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "run", *arguments)
-    assert result.code == 0 and "used least recently left the cache, as --cache-limit says" in result.err
+    assert result.code == 0 and "GB of least recently used features (--cache-limit)" in result.err
     assert len(kept(tmp_path / "cache")) == 2 and 1 not in kept(tmp_path / "cache")
     again = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "again", *arguments)
     assert again.err.count("The features come from the cache") == 2 and "least recently" not in again.err
