@@ -19,6 +19,8 @@ import pytest
 
 from cifar_jax import load_run
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 RECORDED = HERE / "bits.json"
 

@@ -105,12 +105,13 @@ parts = st.integers(1, 5).flatmap(
         st.floats(0, 1e6),
     )
 )
+rates = st.floats(0, 1e30)
 progresses = st.builds(
     Progress,
     st.builds(Position, st.integers(0, 99), st.integers(0, 999)),
     st.lists(rows, max_size=3).map(tuple),
     st.none() | parts,
-    st.lists(st.builds(RateChange, st.integers(1, 99), st.integers(1, 999), numbers, st.none() | numbers)).map(tuple),
+    st.lists(st.builds(RateChange, st.integers(1, 99), st.integers(1, 999), rates, st.none() | rates)).map(tuple),
 )
 
 

@@ -16,6 +16,8 @@ from cifar_jax.cli.options import parse_train
 from cifar_jax.rng import stream_key
 from cifar_jax.runtime import devices
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 

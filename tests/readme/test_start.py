@@ -7,6 +7,8 @@ from readme.catalogue import check_promises, runs_in
 from readme.documents import blocks, commands
 from readme.newcomer import Newcomer, make_environment
 
+pytestmark = pytest.mark.readme
+
 README = (supplies.ROOT / "README.md").read_text(encoding="utf-8")
 USAGE = (supplies.ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
 

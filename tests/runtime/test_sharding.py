@@ -12,6 +12,8 @@ from cifar_jax.errors import UserError
 from cifar_jax.runtime.machine_info import device_description
 from cifar_jax.runtime.sharding import device_rows, make_mesh
 
+pytestmark = pytest.mark.slow
+
 
 def test_eight_devices_match_one():
     flags = "--xla_force_host_platform_device_count=8"

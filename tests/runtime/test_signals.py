@@ -16,6 +16,8 @@ from cifar_jax import load_run
 from cifar_jax.runs.directory import SUMMARY
 from cifar_jax.runtime.signals import Terminated, listening
 
+pytestmark = pytest.mark.slow
+
 # Long enough to be interrupted, short enough to finish soon.
 LIVE = (
     *TINY,

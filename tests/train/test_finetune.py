@@ -223,7 +223,7 @@ def test_divergence_names_the_step_and_keeps_what_was_good(backbone, shapes):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(raised.value.state.params))
 
 
-def test_a_run_that_diverges_names_the_tensor_the_rate_and_how_to_continue(tmp_path, capsys):
+def test_a_run_that_diverges_names_the_tensor_the_rate_and_how_to_continue(tmp_path, capsys, narrow):
     run = tmp_path / "a run"
     arguments = ("--mode", "finetune", "--learning-rate", "1e30", "--schedule", "constant", "--out", run)
     result = command(capsys, "train", *TINY, *arguments)
