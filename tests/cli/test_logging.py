@@ -35,7 +35,7 @@ def test_library_logs_and_does_not_print(cache, caplog, capsys):
     clear(cache)
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("cifar_jax.runtime.caches", "INFO")
-    assert record.getMessage().startswith(f"{cache / FEATURES / 'notes.txt'} stays")
+    assert record.getMessage().startswith(f"{cache / FEATURES / 'notes.txt'} is kept")
     assert tuple(capsys.readouterr()) == ("", "")
 
 
@@ -83,7 +83,7 @@ def test_control_characters_and_format_codes_in_paths_are_escaped(cache, capsys)
 def test_commands_print_logs_whatever_the_callers_level(cache, capsys):
     LIBRARY.setLevel(logging.ERROR)
     try:
-        assert "notes.txt stays" in command(capsys, "info", "cache", "--clear", "--cache-dir", cache).err
+        assert "notes.txt is kept" in command(capsys, "info", "cache", "--clear", "--cache-dir", cache).err
         assert LIBRARY.level == logging.ERROR
     finally:
         LIBRARY.setLevel(logging.NOTSET)

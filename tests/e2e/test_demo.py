@@ -28,7 +28,7 @@ def test_it_is_small_and_says_itself_how_it_is_run():
     backbone = load_backbone("demo")
     assert (backbone.config.width, backbone.config.features, backbone.image_size) == (16, 512, 64)
     assert sum(np.size(leaf) for leaf in jax.tree.leaves(backbone.variables)) > 1_400_000
-    with pytest.raises(UserError, match="--variant keras is not for"):
+    with pytest.raises(UserError, match="--variant keras does not apply to"):
         load_backbone("demo", "keras")
 
 

@@ -137,8 +137,8 @@ def test_what_one_process_is_told_ends_both_and_they_go_on_to_the_same_bits(tmp_
 @pytest.mark.parametrize(
     ("variables", "parts"),
     [
-        ({"JAX_COORDINATOR_ADDRESS": "localhost:1"}, ["$JAX_COORDINATOR_ADDRESS asks", "$JAX_NUM_PROCESSES too"]),
-        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, ["$JAX_COORDINATOR_ADDRESS too"]),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:1"}, ["$JAX_NUM_PROCESSES", "set "]),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, ["$JAX_COORDINATOR_ADDRESS is not; set it too"]),
         (
             {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
             ["cannot join the others", "two", "check $JAX_COORDINATOR_ADDRESS"],

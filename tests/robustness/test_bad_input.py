@@ -504,7 +504,7 @@ def test_balanced_subsets_are_balanced(labels, data, seed):
 def test_held_out_images_are_the_rest(labels, fraction, seed):
     num = round(fraction * len(labels))
     if not 0 < num < len(labels):
-        with pytest.raises(UserError, match="leaves images on both sides"):
+        with pytest.raises(UserError, match="leaves images for both training and validation"):
             hold_out(labels, fraction, jax.random.key(seed))
         return
     kept, held = hold_out(labels, fraction, jax.random.key(seed))

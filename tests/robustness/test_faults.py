@@ -287,7 +287,8 @@ def test_a_backbone_that_is_dead_is_noticed(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(extraction, "make_extractor", dead)
     result = command(capsys, "train", *TINY, "--out", tmp_path / "run")
-    is_one_error(result, 1, "random-w16", "gives the same features for all training images: it is dead", "trained.")
+    dead = "gives the same features for all training images: the network is dead"
+    is_one_error(result, 1, "random-w16", dead, "trained.")
 
 
 def test_images_that_are_all_the_same_have_the_same_features(tmp_path, backbone):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import signal
 from dataclasses import fields
@@ -278,7 +279,7 @@ def test_files_that_are_read(tmp_path, capsys, finished, name, kind):
     before = files_below(tmp_path)
     result = command(capsys, *((places | new).get(argument, argument) for argument in INPUTS[name]))
     is_one_error(result, 2, str(file))
-    assert ";" in result.err or ":" in result.err.removeprefix("Error: ")  # what to do next, or what is wrong
+    assert re.search(r"[;:]|\. \S", result.err.removeprefix("Error: "))  # what to do next, or what is wrong
     assert files_below(tmp_path) == before
 
 

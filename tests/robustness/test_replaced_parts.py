@@ -278,7 +278,7 @@ def test_a_function_is_held_to_its_variables_and_another_program_is_warned_of(tm
     load_run(run, backbone=network())
     assert not [text for text in said if "program" in text]
     assert load_run(run, backbone=same).backbone is same
-    assert [text for text in said if "'fields' has the variables of the run" in text and "another program" in text]
+    assert [text for text in said if "'fields' has the variables of the run" in text and "a different program" in text]
     said.clear()
     train(config(tmp_path, epochs=2, resume=True), backbone=same)
     assert [text for text in said if "compiles to a different program than when the run began" in text]
