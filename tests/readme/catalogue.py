@@ -22,6 +22,7 @@ PLACEHOLDER = "a form to fill in"
 NOT_TYPED = {
     "make demo": IN_CI,
     "make test": IN_CI,
+    "make test-robustness": IN_CI,
     "make parity": IN_CI,
     "make parity-all": LONG,
     "make bench": LONG,
