@@ -8,8 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import hearing, narrow_networks, without_pictures
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from helpers import hearing, keep_compiled_in, narrow_networks, without_pictures
 
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.sources.shapes import draw_shapes
@@ -66,16 +65,9 @@ def compile_cache(request: pytest.FixtureRequest, compiled: str, monkeypatch: py
     own = "own_compile_cache" in request.fixturenames
     if not own:
         monkeypatch.setattr("cifar_jax.runtime.compile_cache.use_compile_cache", lambda *_, **__: None)
-    _keep_compiled_in(None if own else compiled)
+    keep_compiled_in(None if own else compiled)
     yield
-    _keep_compiled_in(None)
-
-
-def _keep_compiled_in(directory: str | None) -> None:
-    reset_cache()
-    jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if directory else 1.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1 if directory else 0)
+    keep_compiled_in(None)
 
 
 @pytest.fixture

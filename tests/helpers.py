@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from cifar_jax.cli.main import main
 from cifar_jax.models import resnet
@@ -127,15 +129,30 @@ def files_below(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
 
 
+def keep_compiled_in(directory: str | None) -> None:
+    """Makes JAX keep every compiled function in a directory, or none."""
+    reset_cache()
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if directory else 1.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1 if directory else 0)
+
+
 @contextmanager
 def full_disk(at: int) -> Iterator[None]:
-    """Limits the size of all files to `at` bytes, so that writes of any library fail as on a full disk."""
+    """Limits the size of all files to `at` bytes, so that writes of any library fail as on a full disk.
+
+    The compilation cache that tests share is not used meanwhile: JAX would leave truncated entries there, of which it
+    warns each time that another test needs one.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    shared = jax.config.jax_compilation_cache_dir
+    keep_compiled_in(None)
     resource.setrlimit(resource.RLIMIT_FSIZE, (at, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        keep_compiled_in(shared)
 
 
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
