@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
@@ -91,8 +92,9 @@ def hidden_files(run):
     return [path for path in run.rglob(".*") if path.name.startswith(".")]
 
 
-def kill_at(monkeypatch, position, before_checkpoint=False):
-    """The run dies once the checkpoint of that position is there, or just before it would be."""
+@contextmanager
+def killed_at(position, before_checkpoint=False):
+    """The run in the block dies once the checkpoint of that position is there, or just before it would be."""
     usual = RunWriter.checkpoint
 
     def checkpoint(self, state, part=None):
@@ -102,8 +104,10 @@ def kill_at(monkeypatch, position, before_checkpoint=False):
         if here:
             raise Killed
 
-    monkeypatch.setattr(RunWriter, "checkpoint", checkpoint)
-    return lambda: monkeypatch.setattr(RunWriter, "checkpoint", usual)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunWriter, "checkpoint", checkpoint)
+        with pytest.raises(Killed):
+            yield
 
 
 @pytest.mark.parametrize(
@@ -116,14 +120,12 @@ def kill_at(monkeypatch, position, before_checkpoint=False):
         ("live", (1, 1), False),
     ],
 )
-def test_goes_on_to_the_same_bits(tmp_path, monkeypatch, way, position, before_checkpoint):
+def test_goes_on_to_the_same_bits(tmp_path, way, position, before_checkpoint):
     every = {"checkpoint_every": 1} if position[1] else {}
     undisturbed = train(config(tmp_path, way, "undisturbed", **every))
-    revive = kill_at(monkeypatch, position, before_checkpoint)
     stopped = config(tmp_path, way, "stopped", resume=True, **every)
-    with pytest.raises(Killed):
+    with killed_at(position, before_checkpoint):
         train(stopped)
-    revive()
     # What a kill in the midst of writing leaves.
     (tmp_path / "stopped" / CHECKPOINTS / ".0003.half").mkdir()
     (tmp_path / "stopped" / ".metrics.jsonl.half.jsonl").touch()
@@ -149,26 +151,22 @@ def test_where_checkpoints_are_made_changes_no_bit_of_steps(tmp_path, way, every
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, None), (None, 2)])
-def test_checkpoints_may_be_made_elsewhere_once_a_run_is_resumed(tmp_path, said, monkeypatch, before, after):
+def test_checkpoints_may_be_made_elsewhere_once_a_run_is_resumed(tmp_path, said, before, after):
     undisturbed = train(config(tmp_path, "cached", "undisturbed", batch_size=8))
     stopped = config(tmp_path, "cached", "stopped", batch_size=8, resume=True, checkpoint_every=before)
-    revive = kill_at(monkeypatch, (1, before or 0))
-    with pytest.raises(Killed):
+    with killed_at((1, before or 0)):
         train(stopped)
-    revive()
     resumed = train(replace(stopped, checkpoint_every=after))
     assert any("Resuming the run" in text for text in said)
     same_bits(resumed, undisturbed)
     assert json.loads((resumed / "config.json").read_text())["checkpoint_every"] == after
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, said, monkeypatch):
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, said):
     undisturbed = train(config(tmp_path, "cached", "undisturbed"))
-    revive = kill_at(monkeypatch, (2, 0))
     stopped = config(tmp_path, "cached", "stopped", resume=True)
-    with pytest.raises(Killed):
+    with killed_at((2, 0)):
         train(stopped)
-    revive()
     flip_bit(tmp_path / "stopped" / CHECKPOINTS / "0002" / "arrays.safetensors")
     said.clear()
     same_bits(train(stopped), undisturbed)
@@ -190,12 +188,10 @@ def test_a_finished_run_goes_on_from_the_checkpoint_before_a_corrupt_one(tmp_pat
     assert any("0003 is corrupt" in text for text in said)
 
 
-def test_a_run_that_another_process_continued_meanwhile_is_left_alone(tmp_path, monkeypatch):
-    revive = kill_at(monkeypatch, (1, 0))
+def test_a_run_that_another_process_continued_meanwhile_is_left_alone(tmp_path):
     stopped = config(tmp_path, "cached", "run", resume=True)
-    with pytest.raises(Killed):
+    with killed_at((1, 0)):
         train(stopped)
-    revive()
 
     class Overtaken(Heard):
         def header(self, rows):
@@ -208,12 +204,10 @@ def test_a_run_that_another_process_continued_meanwhile_is_left_alone(tmp_path, 
 
 
 @pytest.mark.parametrize("content", ["", "{}\n", "not JSON\n", None])
-def test_damaged_metrics_are_written_again_from_the_checkpoint(tmp_path, said, monkeypatch, content):
-    revive = kill_at(monkeypatch, (2, 0))
+def test_damaged_metrics_are_written_again_from_the_checkpoint(tmp_path, said, content):
     stopped = config(tmp_path, "cached", "stopped", resume=True)
-    with pytest.raises(Killed):
+    with killed_at((2, 0)):
         train(stopped)
-    revive()
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text(whole.replace("0", "1", 3) if content is None else content)
@@ -224,11 +218,9 @@ def test_damaged_metrics_are_written_again_from_the_checkpoint(tmp_path, said, m
 
 
 def test_what_it_was_trained_on_may_not_change_under_the_same_name(tmp_path, monkeypatch):
-    revive = kill_at(monkeypatch, (1, 0))
     stopped = config(tmp_path, "cached", "stopped", resume=True)
-    with pytest.raises(Killed):
+    with killed_at((1, 0)):
         train(stopped)
-    revive()
     drawn = shapes.draw_shapes
     monkeypatch.setattr(shapes, "draw_shapes", lambda *a, **k: (255 - drawn(*a, **k)[0], drawn(*a, **k)[1]))
     other = replace(stopped, cache_dir=str(tmp_path / "other"))
@@ -238,12 +230,10 @@ def test_what_it_was_trained_on_may_not_change_under_the_same_name(tmp_path, mon
 
 
 def test_the_command_asks_whether_to_resume_its_own_unfinished_run(tmp_path, capsys, monkeypatch):
-    revive = kill_at(monkeypatch, (1, 0))
     run, question = tmp_path / "run", f"{tmp_path / 'run'} holds this run, unfinished. Resume it?"
     arguments = ["train", *TINY, "--schedule", "constant", "--cache-dir", tmp_path / "cache", "--epochs", "2"]
-    with pytest.raises(Killed):
+    with killed_at((1, 0)):
         command(capsys, *arguments, "--out", run)
-    revive()
     asked = []
 
     def answers(answer):
@@ -290,12 +280,10 @@ def test_a_run_that_was_killed_before_its_first_file_was_whole_starts(tmp_path):
     assert hidden_files(run) == []
 
 
-def test_a_run_without_a_checkpoint_starts_again(tmp_path, monkeypatch):
-    revive = kill_at(monkeypatch, (1, 0), before_checkpoint=True)
+def test_a_run_without_a_checkpoint_starts_again(tmp_path):
     stopped = config(tmp_path, "cached", "run", resume=True)
-    with pytest.raises(Killed):
+    with killed_at((1, 0), before_checkpoint=True):
         train(stopped)
-    revive()
     assert len(rows_of(train(stopped))) == 3
 
 
@@ -311,17 +299,15 @@ def test_another_run_is_not_gone_on_with(tmp_path):
         train(config(tmp_path, "finetune", "other", resume=True))
 
 
-def test_places_may_change_between_a_run_and_its_resumption_and_content_may_not(tmp_path, monkeypatch):
+def test_places_may_change_between_a_run_and_its_resumption_and_content_may_not(tmp_path):
     undisturbed = train(config(tmp_path, "cached", "undisturbed"))
     first, second = tmp_path / "one" / "weights.safetensors", tmp_path / "two" / "weights.safetensors"
     for place in (first, second):
         place.parent.mkdir()
         shutil.copy(undisturbed / "backbone.safetensors", place)
     stopped = config(tmp_path, "cached", "stopped", weights=str(first), data_dir=str(tmp_path / "one"), resume=True)
-    revive = kill_at(monkeypatch, (1, 0))
-    with pytest.raises(Killed):
+    with killed_at((1, 0)):
         train(stopped)
-    revive()
     moved = replace(stopped, weights=str(second), data_dir=str(tmp_path / "two"))
     backbone = load_backbone(first)
     save_backbone(first, backbone.replace(variables=jax.tree.map(lambda leaf: leaf * 1.5, backbone.variables)))
