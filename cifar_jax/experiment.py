@@ -4,7 +4,7 @@ import contextlib
 import logging
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -98,7 +98,7 @@ def train(
         if found["inputs"]:
             require_same_inputs(out, RunInputs(*found["inputs"]), RunInputs(inputs.digests(), names))
         warn_of_shared_images(inputs.problem)
-        reporter.header(_header(config, inputs, parts, out, mesh.size))
+        reporter.header(_header(config, inputs, names, out, mesh.size))
         _rehearse(config, inputs, parts, mesh, out, progress)
         if progress.position > (0, 0):
             logger.info(f"Resuming the run in {out} after {progress.position.words}.")
@@ -293,7 +293,7 @@ def _check(config: TrainConfig, parts: Parts, mesh: Mesh) -> None:
     check_parts(config, parts)
 
 
-def _header(config: TrainConfig, inputs: Inputs, parts: Parts, out: Path, devices: int) -> dict[str, str]:
+def _header(config: TrainConfig, inputs: Inputs, parts: Mapping[str, str], out: Path, devices: int) -> dict[str, str]:
     problem, backbone, image_size = inputs
     counts = f"{len(problem.train.labels):,} training, {len(problem.val.labels):,} {problem.val_name}"
     if problem.held_out:
@@ -301,14 +301,14 @@ def _header(config: TrainConfig, inputs: Inputs, parts: Parts, out: Path, device
     optim = config.optim
     chosen = "held-out training images" if problem.held_out else "test images (hold some out with --val-fraction)"
     sgd = f", SGD {optim.learning_rate:g}" + (f", momentum {optim.momentum:g}" if optim.momentum else "")
-    replaced = ", ".join(f"{part} {name}" for part, name in parts.names().items())
+    replaced = ", ".join(f"{part} {name}" for part, name in parts.items())
     return {
         "data": f"{problem.splits.name} {problem.splits.version}: {counts} images",
         "val_ figures": f"of the {chosen}",
         "weights": f"{backbone.source}, SHA-256 {backbone.sha256[:16]}",
         "variant": f"{backbone.variant}; {backbone.input_words(image_size)}",
         "device": f"{device_description(devices)}, {config.backbone.precision}",
-        "training": f"{optim.mode}: {optim.epochs} epochs, batch {optim.batch_size}{'' if parts.tx else sgd}",
+        "training": f"{optim.mode}: {optim.epochs} epochs, batch {optim.batch_size}{'' if 'tx' in parts else sgd}",
         **({"replaced": replaced} if replaced else {}),
         "run": str(out),
     }

@@ -190,11 +190,7 @@ def features(arguments: list[str], reporter: ConsoleReporter) -> int:
         about = write_features(
             options.config(), options.out, images, direct=options.direct, overwrite=options.overwrite, reporter=reporter
         )
-    if options.json:
-        print(json.dumps(about))
-    else:
-        reporter.header(about)
-    return 0
+    return _print_about(about, options.json, reporter)
 
 
 def convert(arguments: list[str], reporter: ConsoleReporter) -> int:
@@ -204,11 +200,7 @@ def convert(arguments: list[str], reporter: ConsoleReporter) -> int:
 
     shared = {"overwrite": options.overwrite, "cache_dir": options.cache_dir, "progress": reporter.progress}
     about = convert_weights(options.src, options.dst, options.to, options.variant, **shared)
-    if options.json:
-        print(json.dumps(about))
-    else:
-        reporter.header(about)
-    return 0
+    return _print_about(about, options.json, reporter)
 
 
 def verify_weights(arguments: list[str], reporter: ConsoleReporter) -> int:
@@ -223,6 +215,15 @@ def verify_weights(arguments: list[str], reporter: ConsoleReporter) -> int:
     else:
         reporter.verification(found, options.against)
     return 1 if found.problems else 0
+
+
+def _print_about(about: dict[str, str], as_json: bool, reporter: ConsoleReporter) -> int:
+    """Prints what a command wrote, for a person or as JSON. Returns 0."""
+    if as_json:
+        print(json.dumps(about))
+    else:
+        reporter.header(about)
+    return 0
 
 
 def _use_compile_cache(cache_dir: str | None = None) -> None:
