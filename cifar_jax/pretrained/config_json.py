@@ -1,16 +1,15 @@
 """Configs stored next to a weights file: config.json of timm or transformers, and preprocessor_config.json."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cifar_jax.errors import WeightsError
+from cifar_jax.files import read_json_value
 from cifar_jax.models.preprocess import TORCH, Preprocessing
 from cifar_jax.pretrained.variants import Description
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-MAX_BYTES = 10_000_000  # a thousand class names take 80 kB
 
 # The timm architectures that use torchvision's tensor names and compute the same function as torchvision's ResNets.
 # Others have identical tensors but compute something else: `resnetblur50` and `resnetaa50` blur before they stride.
@@ -34,9 +33,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         if not path.is_file():
             return None
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES:,} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_value(path)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:

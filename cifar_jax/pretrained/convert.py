@@ -9,9 +9,9 @@ import io
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -34,14 +34,8 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Target:
-    """An output format.
-
-    Attributes:
-      suffixes: file name suffixes of the format.
-      variants: names of the variants that the format's library can build; empty if the file describes its network.
-    """
+class Target(NamedTuple):
+    """An output format: its file name suffixes, and the variants that its library can build; ours takes any network."""
 
     suffixes: tuple[str, ...]
     variants: tuple[str, ...] = ()

@@ -219,8 +219,6 @@ def _run_torch(
 def _load_or_raise(library: str, path: Path, load: Callable[[], Any]) -> None:
     try:
         load()
-    except WeightsError:
-        raise
     except Exception as error:  # the libraries do not document their exceptions
         line = str(error).strip().partition("\n")[0]
         raise UserError(f"{library} cannot load {path} ({line}). Omit --against {library}.") from error

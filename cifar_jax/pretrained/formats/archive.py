@@ -16,8 +16,8 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     Nothing is unpacked to disk, so names are only keys, never paths.
 
     Raises:
-      WeightsError: if it is corrupt, also while the block reads it; an entry is compressed, encrypted or duplicated; or
-        the entries together are larger than the file.
+      WeightsError: if it is corrupt, also while the block reads it; an entry is compressed or encrypted; or the entries
+        together are larger than the file.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -28,17 +28,12 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _validate_entries(infos: list[zipfile.ZipInfo], path: Path) -> None:
-    names = set()
     for info in infos:
-        name = info.filename
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
             raise WeightsError(
-                f"{path} has a compressed or encrypted entry {name!r}, which neither PyTorch nor Keras writes. Unpack "
-                "the archive and use the weights file inside it."
+                f"{path} has a compressed or encrypted entry {info.filename!r}, which neither PyTorch nor Keras "
+                "writes. Unpack the archive and use the weights file inside it."
             )
-        if name in names:
-            raise WeightsError(f"{path} holds {name!r} twice, which is ambiguous. Get a fresh copy of the file.")
-        names.add(name)
     # Overlapping entries would together be larger than the file.
     if sum(info.file_size for info in infos) > path.stat().st_size:
         raise WeightsError(f"{path} is corrupt: its entries are larger than the file. Get a fresh copy of the file.")
