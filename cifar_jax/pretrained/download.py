@@ -1,4 +1,4 @@
-"""Downloads: a file is fetched under a temporary name, and it is renamed only if its digest is right."""
+"""Downloads: pooch fetches a file under a temporary name, and it is renamed only if its digest is right."""
 
 import contextlib
 import errno
@@ -97,8 +97,7 @@ def download(
         for wait in (*WAITS, None):
             try:
                 with replacing(target) as temporary:
-                    bar(0)
-                    _fetch(place, temporary, size, bar, timeout)
+                    _fetch(place, _Progress(temporary, size, bar), timeout)
                     if not has_digest(temporary, digest):
                         raise _Failed("what came has another hash")
                 return
@@ -117,55 +116,65 @@ def without_password(text: str) -> str:
     return re.sub(r"://[^/\s]*@", "://", text)
 
 
-def _fetch(place: str, path: Path, size: int, bar: Callable[[int], None], timeout: float) -> None:
-    """Writes a source's content to a file, and refuses whatever cannot be the wanted file before its hash is taken."""
+class _Progress:
+    """The progress bar of an attempt, as called by pooch, which sets `total` to the declared length, if any."""
+
+    total = 0
+
+    def __init__(self, path: Path, size: int, bar: Callable[[int], None]):
+        self.path, self.size, self.bar = path, size, bar
+        bar(0)
+
+    def update(self, _: int) -> None:
+        """Reads the progress from the file, as pooch passes the maximum chunk length, but flushes every chunk."""
+        done = self.path.stat().st_size
+        if self.total > self.size:
+            raise _Failed(f"the file there has {self.total} bytes, not {self.size}")
+        if done > self.size:
+            raise _Failed(f"received more than the file's {self.size} bytes")
+        self.bar(done)
+
+    def reset(self) -> None:
+        """Does nothing: pooch resets the bar at the end, but the count is already right."""
+
+    close = reset
+
+
+def _fetch(place: str, progress: _Progress, timeout: float) -> None:
     if "://" not in place or place.startswith("file:"):
-        declared = _copy(place, path, size)
-        bar(path.stat().st_size)
+        _copy(place, progress)
     else:
-        declared = _get(place, path, size, bar, timeout)
-    with open(path, "rb") as file:
+        _get(place, progress, timeout)
+    with open(progress.path, "rb") as file:
         if file.read(64).lstrip().lower().startswith(WEB_PAGE):
             raise _Failed("received a web page instead of the file")
-    if (found := path.stat().st_size) != size:
-        # Without a declared length the connection may have broken off.
-        raise _wrong_size(found, size, None if declared else 0)
+    if (found := progress.path.stat().st_size) != progress.size:
+        raise _Failed(f"the file there has {found} bytes, not {progress.size}", None if progress.total else 0)
 
 
-def _wrong_size(found: int, size: int, wait: float | None = None) -> _Failed:
-    return _Failed(f"the file there has {found} bytes, not {size}", wait)
-
-
-def _copy(place: str, path: Path, size: int) -> int:
-    """Copies a local file; returns its size."""
+def _copy(place: str, progress: _Progress) -> None:
     source = url2pathname(urlsplit(place).path) if "://" in place else os.path.expanduser(place)
     try:
-        if (found := os.stat(source).st_size) > size:
-            raise _wrong_size(found, size)
-        shutil.copyfile(source, path)
+        progress.total = os.stat(source).st_size
+        if progress.total <= progress.size:
+            shutil.copyfile(source, progress.path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise _Failed(error.strerror or str(error)) from error
-    return found
+    progress.update(progress.total)
 
 
-def _get(url: str, path: Path, size: int, bar: Callable[[int], None], timeout: float) -> int:
-    """Downloads a URL; returns the length that the server declares, or 0."""
-    options: dict[str, Any] = {"headers": {"Accept-Encoding": "identity"}, "hooks": {"response": _check_redirect}}
+def _get(url: str, progress: _Progress, timeout: float) -> None:
+    from pooch import HTTPDownloader
+
+    fetch = HTTPDownloader(
+        progress, CHUNK, timeout=timeout, headers={"Accept-Encoding": "identity"}, hooks={"response": _check_redirect}
+    )
     try:
         _require_https(url)
-        with requests.get(url, stream=True, timeout=timeout, **options) as response:
-            response.raise_for_status()
-            if (declared := int(response.headers.get("Content-Length", 0))) > size:
-                raise _wrong_size(declared, size)
-            with open(path, "wb") as file:
-                for chunk in response.iter_content(CHUNK):
-                    file.write(chunk)
-                    if file.tell() > size:
-                        raise _Failed(f"received more than the file's {size} bytes")
-                    bar(file.tell())
-            return declared
+        # Not pooch.retrieve: it logs the URL with its password, and hashes the file once more.
+        fetch(url, str(progress.path), None)
     except (exceptions.RequestException, ValueError) as error:  # ValueError: the URL cannot be parsed
         raise _explain(error, timeout) from None  # the chained error would show the password
 
