@@ -78,14 +78,9 @@ class ConsoleReporter:
 
     @contextlib.contextmanager
     def logged(self) -> Iterator[None]:
-        """Prints the library's log records for the duration of the block, and suspends the handlers of outer commands.
-
-        So a command run inside another one does not print its records twice.
-        """
+        """Prints the library's log records for the duration of the block."""
         library, handler = logging.getLogger("cifar_jax"), ConsoleHandler(self.err)
-        level, outer = library.level, [other for other in library.handlers if isinstance(other, ConsoleHandler)]
-        for other in outer:
-            library.removeHandler(other)
+        level = library.level
         library.addHandler(handler)
         library.setLevel(min(library.getEffectiveLevel(), logging.INFO))
         try:
@@ -93,8 +88,6 @@ class ConsoleReporter:
         finally:
             library.setLevel(level)
             library.removeHandler(handler)
-            for other in outer:
-                library.addHandler(other)
 
     def mute(self) -> None:
         """Prints nothing from now on, as in all processes of a run but the first."""

@@ -38,10 +38,6 @@ class Dataset(NamedTuple):
         update_digest(digest, self.labels)
         return Digests(images, digest.hexdigest())
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the pixels and labels, equal for the same examples in the same order."""
-        return self.digests().examples
-
 
 class Splits(NamedTuple):
     """Training and test images of a data set, with its name, version and classes."""

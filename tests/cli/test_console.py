@@ -124,16 +124,6 @@ def test_log_line_appears_above_the_progress_bar(terminal):
     assert "The cache is corrupt." in lines[:-1] and "Features of training images" in lines[-1]
 
 
-def test_nested_command_prints_each_log_line_once(terminal):
-    within = ConsoleReporter()
-    within.err = Console(file=io.StringIO())
-    with terminal.logged():
-        with within.logged():
-            logger.info("inner")
-        logger.info("outer")
-    assert within.err.file.getvalue() == "inner\n" and shown(terminal) == ["outer"]
-
-
 def test_muted_reporter_prints_nothing(terminal):
     terminal.mute()
     with terminal.logged(), terminal.progress("Features of training images", 50_000) as bar:
