@@ -39,6 +39,8 @@ class _Rate(ProgressColumn):
 class _TimeLeft(TimeRemainingColumn):
     """Estimated time left, or until the first item is done the reason for the wait."""
 
+    max_refresh = 0.0  # seconds; rich would show the first reason for half a second
+
     def render(self, task: Task) -> Text:
         if task.completed:
             return super().render(task)
@@ -68,11 +70,13 @@ class ConsoleHandler(logging.Handler):
 class ConsoleReporter:
     """Reporter that prints to the standard streams."""
 
-    def __init__(self) -> None:
-        """Prints to whatever sys.stdout and sys.stderr are at the time of each call."""
-        # Results go to stdout, warnings and bars to stderr, so that `train.py > log` gives a clean log.
-        self.out = Console(highlight=False, soft_wrap=True, emoji=False)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    def __init__(self, out: Console | None = None, err: Console | None = None) -> None:
+        """Prints results to `out`, warnings and bars to `err`, so that `train.py > log` gives a clean log.
+
+        They default to whatever sys.stdout and sys.stderr are at the time of each call.
+        """
+        self.out = out or Console(highlight=False, soft_wrap=True, emoji=False)
+        self.err = err or Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self.bars = self.err.is_terminal
         self._header_shown = False
 

@@ -52,62 +52,43 @@ def main(argv: Sequence[str] | None = None) -> int:
       if stdout is a closed pipe, which does not stop `train`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may not be encodable
     # A training run has a run directory to finish; the other commands only produce output.
     survives = arguments[:1] == ["train"] and not HELP & set(arguments)
-    with guarded(survives) as out:
+    code, debug = 0, "--debug" in arguments
+    with guarded(survives) as out, Signals():
         try:
-            code = _exit_code(arguments)
-        except OutputLost:  # `out.error` has the reason
-            code = 0
-        out.finish()
-        return _with_output(code, out.error, survives)
-
-
-def _exit_code(arguments: list[str]) -> int:
-    """Runs a command; turns its errors into a message and an exit code, except with --debug."""
-    debug = "--debug" in arguments
-    with Signals():
-        try:
-            return _dispatch(arguments)
+            if arguments[-1:] == ["--version"]:  # after `train` too, which train.py puts in front
+                print(f"cifar-jax {__version__}")
+            elif not arguments or arguments[0] in HELP:
+                print(USAGE.format(program=program()), file=sys.stdout if arguments else sys.stderr)
+                code = 0 if arguments else 2
+            elif arguments[0] not in COMMANDS:
+                raise UserError(no_such("command", arguments[0], COMMANDS))
+            else:
+                _debug_nans(debug)
+                reporter = ConsoleReporter()
+                with reporter.logged():
+                    code = COMMANDS[arguments[0]](arguments[1:], reporter)
         except OutputLost:
-            raise
+            pass  # `out.error` has the reason
         except KeyboardInterrupt as stop:
             if debug:
                 raise
             print("Interrupted.", file=sys.stderr)
-            return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+            code = 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
         except SystemExit as stop:  # raised by tyro, which has printed the help or the error
-            return _print_error(stop.code, 1) if isinstance(stop.code, str) else stop.code or 0
+            code = _print_error(stop.code, 1) if isinstance(stop.code, str) else stop.code or 0
         except Exception as error:
             if debug or (explanation := _explanation(error)) is None:
                 raise
-            return _print_error(*explanation, getattr(error, "__notes__", ()))
-
-
-def _dispatch(arguments: list[str]) -> int:
-    """Runs the command that the arguments name, or prints the overview.
-
-    Raises:
-      UserError: if there is no such command.
-    """
-    if arguments[-1:] == ["--version"]:  # after `train` too, which train.py puts in front
-        print(f"cifar-jax {__version__}")
-        return 0
-    if arguments[:1] == ["help"]:
-        arguments = [*arguments[1:2], "--help"]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE.format(program=program()), file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
-    name, *options = arguments
-    if name not in COMMANDS:
-        raise UserError(no_such("command", name, COMMANDS))
-    _debug_nans("--debug" in arguments)
-    reporter = ConsoleReporter()
-    with reporter.logged():
-        return COMMANDS[name](options, reporter)
+            code = _print_error(*explanation, getattr(error, "__notes__", ()))
+        out.finish()
+        return _with_output(code, out.error, survives)
 
 
 def _debug_nans(debug: bool) -> None:

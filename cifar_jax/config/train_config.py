@@ -11,6 +11,7 @@ from cifar_jax.config.option_groups import (
     DEFAULTS,
     FINETUNE_ONLY,
     GROUP_OF,
+    GROUPS,
     HINTS,
     PATHS,
     BackboneConfig,
@@ -47,16 +48,8 @@ class TrainConfig:
     ) -> None:
         """Builds a configuration from groups and single options: `TrainConfig(epochs=2, out="runs/two")`.
 
-        `dataclasses.replace` takes the same arguments.
-
-        Args:
-          preset: name of the preset that the options come from; recorded only, use `preset()` for its values.
-          data: group of options; defaults if None, as for the other groups.
-          backbone: group of options.
-          optim: group of options.
-          finetune: group of options.
-          run: group of options.
-          **options: single options by name, which override those of the groups.
+        `dataclasses.replace` takes the same arguments. Groups default to their defaults; single options override those
+        of the groups. The preset is only recorded; use `preset()` for its values.
 
         Raises:
           UserError: for an invalid value, naming the option and the values it takes.
@@ -65,13 +58,8 @@ class TrainConfig:
         for name in options:
             if name not in GROUP_OF:
                 raise TypeError(f"TrainConfig: {no_such('option', name, GROUP_OF)}")
-        groups: dict[str, Any] = {
-            "data": data or DataConfig(),
-            "backbone": backbone or BackboneConfig(),
-            "optim": optim or OptimConfig(),
-            "finetune": finetune or FinetuneConfig(),
-            "run": run or RunConfig(),
-        }
+        given = (data, backbone, optim, finetune, run)
+        groups = {name: group or GROUPS[name]() for name, group in zip(GROUPS, given, strict=True)}
         object.__setattr__(self, "preset", preset)
         for name, group in groups.items():
             own = {option: value for option, value in options.items() if GROUP_OF[option] == name}

@@ -49,8 +49,8 @@ class Splits(NamedTuple):
     version: str
 
 
-def check(dataset: Dataset, num_classes: int, what: str) -> Dataset:
-    """Returns the data set if its dtypes, shapes and labels are valid.
+def check(dataset: Dataset, num_classes: int, what: str) -> None:
+    """Checks the dtypes, shapes and labels of a data set.
 
     Raises:
       UserError: for another dtype or shape, no images, unequal counts, or a label outside 0..num_classes - 1.
@@ -67,7 +67,6 @@ def check(dataset: Dataset, num_classes: int, what: str) -> Dataset:
         raise UserError(
             f"{what} has labels in {labels.min()}..{labels.max()}, outside 0..{num_classes - 1}; prepare it again."
         )
-    return dataset
 
 
 def balanced_subset(

@@ -11,6 +11,9 @@ from cifar_jax.features.extractor import make_extractor
 from cifar_jax.models.backbone import FunctionBackbone, extract
 from cifar_jax.pretrained import random_backbone
 
+# A backbone that compiles at once.
+MEANS = FunctionBackbone(lambda variables, images: images.astype(np.float32).mean((1, 2)), {}, "means")
+
 
 @pytest.fixture(scope="module")
 def backbone(shapes):

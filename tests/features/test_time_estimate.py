@@ -2,9 +2,9 @@
 
 from contextlib import contextmanager
 
-import jax
 import pytest
-from helpers import NARROW, hearing
+from features.test_extractor import MEANS
+from helpers import hearing
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
@@ -13,7 +13,7 @@ from cifar_jax.features.extraction import dataset_features
 from cifar_jax.features.time_estimate import Forecast, faster_ways, in_words
 from cifar_jax.models.preprocess import CAFFE
 from cifar_jax.models.resnet import ResNetConfig
-from cifar_jax.pretrained import Backbone, random_backbone
+from cifar_jax.pretrained import Backbone
 from cifar_jax.runtime.progress import Silent
 from cifar_jax.runtime.timing import Clock
 
@@ -94,13 +94,12 @@ def test_a_forecast_counts_the_steps_of_bars_and_not_where_they_begin():
     assert bars.shown[6:] == [300, 0, 20, 40, 60, 80, 100]
 
 
-def test_extraction_shows_progress_of_uncached_images_only(tmp_path, shapes):
+def test_extraction_shows_progress_of_uncached_images_only(tmp_path):
     config = TrainConfig(cache_dir=str(tmp_path), extract_batch_size=8)
-    backbone = random_backbone(jax.random.key(0), shapes.images[:64], NARROW, 32)
 
     def shown(**numbers):
         bars, datasets = Bars(), {name: Dataset(*draw_shapes(20, seed)) for name, seed in numbers.items()}
-        found = dataset_features(config, backbone, 32, datasets, reporter=bars)
+        found = dataset_features(config, MEANS, 32, datasets, reporter=bars)
         return bars.shown, found.num_images
 
     assert shown(first=0, second=1) == ([0, 8, 16, 20] * 2, 40)

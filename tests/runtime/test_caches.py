@@ -8,9 +8,14 @@ import shutil
 import numpy as np
 import pytest
 from features.test_cache import IMAGES, WIDTH, features_of
-from helpers import TINY, command, files_below, is_one_error
+from features.test_extractor import MEANS
+from helpers import command, files_below, is_one_error
 
+from cifar_jax.config import TrainConfig
+from cifar_jax.data import Dataset
+from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.features.cache import cached_features
+from cifar_jax.features.extraction import dataset_features
 from cifar_jax.files import save_arrays
 from cifar_jax.runtime.caches import FEATURES, clear, contents, limit_features, locked
 
@@ -172,11 +177,12 @@ def test_info_shows_the_cache_and_clears_it(tmp_path, capsys):
     is_one_error(command(capsys, "info", "--clear", "--cache-dir", tmp_path), 2, "--clear goes with `info cache`")
 
 
-def test_run_keeps_the_cache_within_the_limit_except_for_its_own_features(tmp_path, capsys, narrow):
-    keep(tmp_path / "cache", 1)
-    arguments = ["--cache-dir", tmp_path / "cache", "--cache-limit", "0"]
-    result = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "run", *arguments)
-    assert result.code == 0 and "GB of least recently used features (--cache-limit)" in result.err
-    assert len(kept(tmp_path / "cache")) == 2 and 1 not in kept(tmp_path / "cache")
-    again = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "again", *arguments)
-    assert again.err.count("The features come from the cache") == 2 and "least recently" not in again.err
+def test_extraction_evicts_all_features_but_its_own(tmp_path, said):
+    keep(tmp_path, 1)
+    config = TrainConfig(cache_dir=str(tmp_path), cache_limit=0.0)
+    datasets = {f"images {seed}": Dataset(*draw_shapes(20, seed)) for seed in (0, 1)}
+    extracted = dataset_features(config, MEANS, 32, datasets)
+    own = kept(tmp_path)
+    assert extracted.num_images == 40 and len(own) == 2 and 1 not in own
+    assert "GB of least recently used features (--cache-limit)" in said[-1]
+    assert dataset_features(config, MEANS, 32, datasets).num_images == 0 and kept(tmp_path) == own

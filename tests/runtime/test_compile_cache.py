@@ -119,7 +119,8 @@ def test_unusable_directory_is_logged_once_and_left_unchanged(tmp_path, said):
     assert "others can write there" in said[1] and files_below(tmp_path / "open") == ["xla"]
 
 
-def test_a_second_command_compiles_nothing(tmp_path, capsys, narrow, events):
+@pytest.mark.slow
+def test_second_command_compiles_nothing(tmp_path, capsys, narrow, events):
     arguments = ["train", *TINY, "--epochs", "1", "--cache-dir", tmp_path / "cache"]
     assert command(capsys, *arguments, "--out", tmp_path / "first").code == 0
     assert events["misses"] > 0
