@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error, is_refused
+from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error, is_refused, without_pictures
 from PIL import Image
 
 from cifar_jax.data import load_splits
@@ -63,7 +63,8 @@ def test_features_of_a_data_set(tmp_path, capsys, weights):
     assert json.loads(result.out)["train_features"] == f"20 x {NARROW.features} float32"
 
 
-def test_features_cached_by_training_are_reused(tmp_path, capsys, weights):
+def test_features_cached_by_training_are_reused(tmp_path, capsys, monkeypatch, weights):
+    without_pictures(monkeypatch)
     data = ["--weights", weights, "--train-examples", "64", "--test-examples", "10", "--cache-dir", tmp_path / "cache"]
     train = ["--preset", "demo", *data, "--epochs", "1", "--hidden", "4", "--out", tmp_path / "run"]
     assert command(capsys, "train", *train).code == 0
