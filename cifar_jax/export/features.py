@@ -92,7 +92,7 @@ def _of_data_set(config: TrainConfig, reporter: Reporter) -> tuple[AnyBackbone, 
     digests = {name: problem.digests[split].images for split, name in names.items()}
     datasets = {name: parts[split] for split, name in names.items()}
     features = dataset_features(
-        config, backbone, image_size, datasets, digests=digests, reporter=reporter, started=clock.started
+        config, backbone, image_size, datasets, digests=digests, reporter=reporter, clock=clock
     ).features
     return backbone, {
         "train_features": features["training images"],

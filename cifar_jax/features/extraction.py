@@ -1,6 +1,5 @@
 """Features of a configuration's data sets, read from the cache or extracted and stored there, with a progress bar."""
 
-import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from cifar_jax.files import cache_root
 from cifar_jax.pretrained import AnyBackbone
 from cifar_jax.runtime.caches import FEATURES, limit_features
 from cifar_jax.runtime.progress import Reporter, Silent
+from cifar_jax.runtime.timing import Clock
 
 
 class Extracted(NamedTuple):
@@ -35,7 +35,7 @@ def dataset_features(
     *,
     digests: Mapping[str, str] | None = None,
     reporter: Reporter | None = None,
-    started: float | None = None,
+    clock: Clock | None = None,
 ) -> Extracted:
     """Reads or extracts the features of data sets by name, then reduces the cache to `--cache-limit`.
 
@@ -46,7 +46,7 @@ def dataset_features(
       datasets: data sets by human-readable name, such as `training images`.
       digests: SHA-256 of the images of each data set, if known.
       reporter: shows a progress bar for each data set.
-      started: start of the job in `time.perf_counter` seconds, for the time estimate; now if None.
+      clock: the clock of the job, for the time estimate; one that starts now if None.
 
     Raises:
       RunError: if the backbone or its features are not finite, or all features are equal.
@@ -62,21 +62,20 @@ def dataset_features(
     }
     absent = sum(num_absent(root / FEATURES / keys[name], len(data.images)) for name, data in datasets.items())
     faster = faster_ways(config, backbone, image_size)
-    bars = Forecast(absent, started, faster, "Extracting the features").watch(reporter or Silent())
-    made, num_images, seconds = None, 0, 0.0
+    bars = Forecast(absent, clock or Clock(), faster, "Extracting the features").watch(reporter or Silent())
+    made, num_images, stopwatch = None, 0, Clock()
 
     def extractor(
         images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] | None = None
     ) -> Float32[np.ndarray, "n features"]:
-        nonlocal made, num_images, seconds
-        start = time.perf_counter()
-        # Made lazily, so that the network is not put on the devices if all features are cached.
-        made = made or make_extractor(
-            backbone, image_size, config.backbone.precision, config.backbone.extract_batch_size
-        )
-        found = made(images_u8, on_images)
-        num_images, seconds = num_images + len(images_u8), seconds + time.perf_counter() - start
-        return found
+        nonlocal made, num_images
+        num_images += len(images_u8)
+        with stopwatch("extraction"):
+            # Made lazily, so that the network is not put on the devices if all features are cached.
+            made = made or make_extractor(
+                backbone, image_size, config.backbone.precision, config.backbone.extract_batch_size
+            )
+            return made(images_u8, on_images)
 
     for name, dataset in datasets.items():
         with bars.progress(f"Features of {name}", len(dataset.images), compiles=True) as bar:
@@ -91,7 +90,7 @@ def dataset_features(
             )
         _require_different(features[name], dataset.images, f"{backbone.source} gives the same features for all {name}")
     limit_features(root, config.run.cache_limit * 1e9, list(keys.values()))
-    return Extracted(features, num_images, seconds)
+    return Extracted(features, num_images, stopwatch.seconds.get("extraction", 0.0))
 
 
 def _require_different(

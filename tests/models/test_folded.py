@@ -48,7 +48,7 @@ def make_backbone(config):
     return backbone.replace(variables=variables)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # all but the CPU share a code path
 @pytest.mark.parametrize("name", VARIANTS)
 def test_folded_features_match_extract(name, platform):
     backbone, images = make_backbone(VARIANTS[name]), IMAGES[:4]
