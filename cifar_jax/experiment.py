@@ -26,7 +26,7 @@ from cifar_jax.runtime.multihost import agreed, arrays_from_first, from_first, i
 from cifar_jax.runtime.profiling import profiled
 from cifar_jax.runtime.progress import EpochRow, Reporter, Silent
 from cifar_jax.runtime.sharding import make_mesh, replicate
-from cifar_jax.runtime.signals import Signals, listening
+from cifar_jax.runtime.signals import Signals
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.train.evaluate import EvalResult
 from cifar_jax.train.from_config import Parts, Training, check_parts, prepare
@@ -83,7 +83,7 @@ def train(
     """
     reporter = (reporter if is_first() else None) or Silent()
     parts = Parts(loss_fn, head, backbone, tx, augment)
-    with profiled(config.run.profile), listening(jax.process_count() == 1, _acknowledge) as signals:
+    with profiled(config.run.profile), Signals(jax.process_count() == 1, _acknowledge) as signals:
         mesh = make_mesh(config.optim.devices)
         _check(config, parts, mesh)
         names = parts.names()
@@ -109,7 +109,7 @@ def train(
                 from cifar_jax.report.run_figures import write_pictures, write_samples  # matplotlib takes a second
 
                 check_again(out, config, found["progress"], names)
-                with signals.held():
+                with signals.deferred():
                     writer.start(resumes=found["progress"] is not None)
                 with writer.pictures():
                     write_samples(out, inputs.problem)
@@ -117,7 +117,7 @@ def train(
             if writer and training.extracted:
                 writer.extracted(training.extracted.num_images, training.extracted.seconds)
             record = _Record(config, inputs, out, training, progress, writer, reporter)
-            with signals.noted(), record.explained(own_tx=parts.tx is not None):
+            with signals.polled(), record.explained(own_tx=parts.tx is not None):
                 with clock("training"):
                     state, _ = fit(
                         record.state,
@@ -140,7 +140,7 @@ def train(
             if writer:
                 with writer.pictures():
                     write_pictures(out, inputs.problem, writer.history, val, test, config.optim.seed)
-                with signals.held():
+                with signals.deferred():
                     writer.finish("complete", val, test)
     return out
 
@@ -265,7 +265,7 @@ def _ended(writer: RunWriter | None, out: Path, signals: Signals) -> Iterator[No
 def _finish_after(error: Exception, writer: RunWriter | None, status: str, signals: Signals) -> None:
     """Writes the summary of a run that ended early. A failure to do so is added as a note to the original error."""
     try:
-        with signals.noted():
+        with signals.polled():
             if writer and writer.started:
                 writer.finish(status)
     except Exception as second:

@@ -15,6 +15,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from cifar_jax.errors import UserError
+
 MAX_JSON_BYTES = 2**26
 _INDEX, _SEAL = "index.json", "own_sha256"
 
@@ -25,6 +27,22 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         cache_dir = os.environ.get("CIFAR_JAX_CACHE") or os.path.join(base, "cifar_jax")
     return Path(os.path.expanduser(cache_dir))
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Checks before any work is done that a file can be written.
+
+    Raises:
+      UserError: if its directory is missing or read-only, or there is already something at the path.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a directory. Choose a file name.")
+    if not os.path.isdir(path.parent):
+        raise UserError(f"{path} is in a directory that does not exist. Create {path.parent} or choose another path.")
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{path} already exists. Pass --overwrite to replace it.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written, as {path.parent} is read-only. Choose another directory.")
 
 
 @contextlib.contextmanager

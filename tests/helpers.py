@@ -21,11 +21,10 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from cifar_jax.cli.main import main
 from cifar_jax.models import resnet
 from cifar_jax.models.resnet import ResNetConfig
-from cifar_jax.pretrained import UNTRAINED, axis_order, variants
+from cifar_jax.pretrained import UNTRAINED, variants
 from cifar_jax.pretrained.formats.keras3 import snake_case
-from cifar_jax.pretrained.from_torch import NAMES
-from cifar_jax.pretrained.merge import variable_shapes
-from cifar_jax.pretrained.names import keras as keras_names
+from cifar_jax.pretrained.merge import from_network, variable_shapes
+from cifar_jax.pretrained.names import keras as keras_names, torch as torch_names
 from cifar_jax.runtime.progress import Silent
 
 TESTS = Path(__file__).resolve().parent
@@ -175,7 +174,7 @@ def narrow_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 def keras_tensors(config: ResNetConfig = NARROW, family: str = "keras") -> dict[str, np.ndarray]:
     """Returns random tensors of a network under their Keras names, in Keras's shapes."""
     rng = np.random.default_rng(0)
-    shapes, names = variable_shapes(config), keras_names.name_map(config.stage_sizes, family)
+    shapes, names = variable_shapes(config), keras_names.FAMILIES[family].name_map(config.stage_sizes)
     tensors = {}
     for path, shape in shapes.items():
         values = rng.uniform(0.5, 1.5, shape) if path[-1] in ("scale", "var") else rng.normal(0, 0.1, shape)
@@ -187,17 +186,17 @@ def keras_tensors(config: ResNetConfig = NARROW, family: str = "keras") -> dict[
 
 def torch_tensors(config: ResNetConfig, family: str = "torchvision", classes: int = 5) -> dict[str, np.ndarray]:
     """Returns random tensors of a network, including its classifier, under a PyTorch family's names and shapes."""
-    rng, names = np.random.default_rng(0), NAMES[family]
+    rng, names = np.random.default_rng(0), torch_names.FAMILIES[family].name_map(config.stage_sizes)
     tensors = {}
     for path, shape in variable_shapes(config).items():
         values = rng.uniform(0.5, 1.5, shape) if path[-1] in ("scale", "var") else rng.normal(0, 0.1, shape)
-        values = axis_order.TORCH.from_network(values) if path[-1] == "kernel" else values
-        name = names.name_map(config.stage_sizes)[path]
-        tensors[name] = np.ascontiguousarray(values, np.float32)
+        name = names[path]
+        tensors[name] = np.ascontiguousarray(from_network(values, torch_axes=True), np.float32)
         if path[-1] == "var":
             tensors[name.replace("running_var", "num_batches_tracked")] = np.array(7)
-    tensors[names.TOP[0]] = rng.normal(size=(classes, config.features)).astype(np.float32)
-    tensors[names.TOP[1]] = rng.normal(size=classes).astype(np.float32)
+    weight, bias = torch_names.top_names(family)
+    tensors[weight] = rng.normal(size=(classes, config.features)).astype(np.float32)
+    tensors[bias] = rng.normal(size=classes).astype(np.float32)
     return tensors
 
 

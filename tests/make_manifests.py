@@ -1,19 +1,15 @@
-"""Makes tests/golden/manifests again: names and shapes, no values, of what the published ResNet50 files hold.
+"""Generates tests/golden/manifests: names and shapes of the tensors in the published ResNet50 files, without values.
 
     PYTHONPATH=. python tests/make_manifests.py
 
-They are derived, not copied, from what the libraries write, in the order in which they do; layers without weights are
-left out.
+They are derived from files that the libraries write, in the libraries' order; layers without weights are left out.
 
-- Keras: the names and shapes of the newer files are those that tf_keras writes, with the top called `probs` as it is
-  published; those of 2016 follow Keras 1's rule, `res2a_branch2a_W:0` right in the layer's group. The order of the
-  layers is today's and decides nothing.
-- torchvision V2, timm, transformers: as they write them today, 320 tensors with `num_batches_tracked`, the steps that a
-  BatchNorm trained for. The published checkpoints of timm and transformers have them: their listings name the
-  LongStorage that only these are kept in.
-- torchvision V1: 267 tensors, without those counts, which PyTorch has had since 0.4.1. The file is an older one saved
-  again, and its published size is the sum: 267 tensors, the trained ones as parameters, in PyTorch's container with
-  storage keys of 15 digits, make 102,530,333 bytes to the byte; 320 never do.
+- Keras: the newer files as tf_keras writes them, with the top called `probs` as published; those of 2016 by Keras 1's
+  rule, `res2a_branch2a_W:0` directly in the layer's group. The order of the layers is today's.
+- torchvision V2, timm, transformers: as they write them today, 320 tensors with `num_batches_tracked`.
+- torchvision V1: 267 tensors, without `num_batches_tracked`, which PyTorch has had since 0.4.1. The published size
+  proves it: 267 tensors, the trained ones as parameters, in PyTorch's container with storage keys of 15 digits make
+  102,530,333 bytes exactly; 320 cannot.
 """
 
 import json
@@ -35,7 +31,7 @@ COUNT = "num_batches_tracked"
 
 
 def of_keras(tf_keras: ModuleType) -> dict[str, Manifest]:
-    """Keras's manifests by the names that weights/registry.json gives the files."""
+    """Returns Keras's manifests by their names in weights/registry.json."""
     modern, of_2016 = networks.modern, networks.of_2016
     return {
         "keras-resnet50": keras_manifest(modern(tf_keras, IMAGE_SIZE, None), "save_weights"),
@@ -46,7 +42,7 @@ def of_keras(tf_keras: ModuleType) -> dict[str, Manifest]:
 
 
 def keras_manifest(model: Any, writer: str) -> Manifest:
-    """What a file of the model's weights holds, as the file itself says."""
+    """Returns the manifest of a file of the model's weights."""
     with TemporaryDirectory() as directory:
         path = Path(directory) / "weights.h5"
         networks.WRITERS[writer](model, path)
@@ -64,7 +60,7 @@ def texts(names: Any) -> list[str]:
 
 
 def of_torch(libs: SimpleNamespace) -> dict[str, Manifest]:
-    """The manifests of PyTorch's libraries."""
+    """Returns the manifests of PyTorch's libraries."""
     torchvision = torch_manifest(libs, TorchCase("torchvision", "pth", 0, IMAGE_SIZE))
     without_counts = {
         module: [(name, shape) for name, shape in tensors if not name.endswith(COUNT)]
@@ -79,7 +75,7 @@ def of_torch(libs: SimpleNamespace) -> dict[str, Manifest]:
 
 
 def torch_manifest(libs: SimpleNamespace, case: TorchCase) -> Manifest:
-    """What a file of the case's network holds, as the file itself says."""
+    """Returns the manifest of a file of the case's network."""
     reference = TorchReference(libs, torch_networks.build(libs, case), case)
     manifest: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     with TemporaryDirectory() as directory:
@@ -90,7 +86,7 @@ def torch_manifest(libs: SimpleNamespace, case: TorchCase) -> Manifest:
 
 
 def names_and_shapes(libs: SimpleNamespace, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Of a file's tensors, or of those in a directory."""
+    """Yields the tensors of a file or a directory."""
     if path.is_file():
         yield from ((name, tuple(tensor.shape)) for name, tensor in libs.torch.load(path).items())
         return

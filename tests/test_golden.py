@@ -1,6 +1,6 @@
-"""What other libraries compute, kept in tests/golden: ours agrees from files as theirs, and no mistake would.
+"""Outputs of other libraries, stored in tests/golden, agree with ours from their files, and no mistake goes unnoticed.
 
-Neither Keras nor PyTorch is needed: tests/make_golden.py asked them. `make parity` asks them again, on real images.
+Neither Keras nor PyTorch is needed: tests/make_golden.py ran them. `make parity` runs them again, on real images.
 """
 
 import json
@@ -22,13 +22,13 @@ from parity.torch_networks import IMAGENET, OTHER
 from cifar_jax import Backbone, load_backbone, make_extractor
 from cifar_jax.features.cache import EXTRACTION_VERSION
 
-# What is made on which network; `make parity` makes all of them on all.
+# Mistakes that are tried on each network; `make parity` tries all of them on all.
 FEW = ("the other stride", "epsilon 1.001e-5", "pixels of another file", "shortcut and last convolution swapped")
 MISTAKEN = {"keras": tuple(MISTAKES), "keras-2016": FEW, "torchvision": FEW}
 
 
 class Golden(NamedTuple):
-    """A network of another library, read by us from a file, and what it gave there."""
+    """A network of another library, loaded from a file, and the outputs of that library."""
 
     name: str
     backbone: Backbone
@@ -36,7 +36,7 @@ class Golden(NamedTuple):
     about: dict[str, str]
 
     def differences(self, backbone: Backbone) -> dict[str, float]:
-        """How far a network of ours is from it."""
+        """Relative differences between a network's outputs and the library's."""
         run = our_outputs(backbone, IMAGE_SIZE, compiled=False)
         ours = outputs.kept(run(draw.draw_images(NUM_IMAGES)))
         return {name: relative_difference(ours[name], kept) for name, kept in self.kept.items()}
@@ -52,7 +52,7 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def write(directory: Path, peer: Peer) -> Path:
-    """The drawn network as the peer's library publishes its own."""
+    """Writes the drawn network in the format of the peer's library."""
     network = peer.network()
 
     def value(layer: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -71,7 +71,7 @@ def write(directory: Path, peer: Peer) -> Path:
 
 
 def descriptions(peer: Peer) -> dict[str, dict[str, object]]:
-    """What lies beside the weights of timm and transformers."""
+    """Configs next to the weights of timm and transformers."""
     mean, std = IMAGENET if peer.usual_pixels else OTHER
     if peer.library == "timm":
         about = {"mean": mean, "std": std, "input_size": (3, IMAGE_SIZE, IMAGE_SIZE)}
@@ -97,7 +97,7 @@ def test_mistakes_are_noticed(golden: Golden) -> None:
         with pytest.MonkeyPatch.context() as patch:
             mistaken = MISTAKES[name](golden.backbone, patch)
             if mistaken is None:
-                continue  # it is how this network is run
+                continue  # no mistake in this network
             found, made = golden.differences(mistaken)["pooled"], made + 1
         assert found > 10 * TOLERANCE, (name, found)
     assert made >= len(FEW)
@@ -105,13 +105,13 @@ def test_mistakes_are_noticed(golden: Golden) -> None:
 
 @pytest.mark.parametrize("golden", ["torchvision"], indirect=True)
 def test_extractor_agrees(golden: Golden) -> None:
-    """The prepared path, whatever it does to be fast."""
+    """Covers the folded network."""
     features = make_extractor(golden.backbone, IMAGE_SIZE)(draw.draw_images(NUM_IMAGES))
     assert relative_difference(features, golden.kept["pooled"]) <= TOLERANCE
 
 
 def test_features_are_those_of_the_extraction_version() -> None:
-    """Caches hold features under that version: where they move and it does not, runs use those of before."""
+    """Feature caches are keyed by the version, so features that change without it would be read from old caches."""
     again = "make the golden file anew: PYTHONPATH=. python tests/make_golden_features.py"
     _, version = make_golden_features.read()
     assert version == EXTRACTION_VERSION, f"EXTRACTION_VERSION is another: {again}"

@@ -1,4 +1,4 @@
-"""Writes PyTorch's checkpoints without PyTorch, those that it would never write included."""
+"""Writes PyTorch checkpoints without PyTorch, including invalid ones."""
 
 import io
 import struct
@@ -22,27 +22,27 @@ STORAGE_OF = {
 
 
 class Global(NamedTuple):
-    """A name that a pickle asks for."""
+    """A global name in a pickle."""
 
     module: str
     name: str
 
 
 class Call(NamedTuple):
-    """What a call gives."""
+    """The result of a call."""
 
     function: Global
     arguments: tuple[Any, ...]
 
 
 class Persistent(NamedTuple):
-    """What a persistent id stands for."""
+    """An object with a persistent id."""
 
     about: tuple[Any, ...]
 
 
 class View(NamedTuple):
-    """A tensor that shares a storage with others, or lies in it in strides of its own."""
+    """A tensor as a view of a storage, with offset and strides in elements."""
 
     key: str
     flat: np.ndarray
@@ -56,12 +56,12 @@ ORDERED_DICT = Global("collections", "OrderedDict")
 
 
 def pickled(value: Any) -> bytes:
-    """A whole pickle of protocol 2."""
+    """Returns a pickle of protocol 2."""
     return b"\x80\x02" + encode(value) + b"."
 
 
 def encode(value: Any) -> bytes:
-    """The instructions that push a value."""
+    """Returns the opcodes that push a value."""
     match value:
         case None | True | False:
             return {None: b"N", True: b"\x88", False: b"\x89"}[value]
@@ -89,7 +89,7 @@ def encode(value: Any) -> bytes:
 
 
 def views(tensors: Mapping[str, Any]) -> dict[str, View]:
-    """Each array as the whole of a storage of its own; views stay what they are."""
+    """Turns each array into a view of its own storage; views stay as they are."""
     made = {}
     for number, (name, tensor) in enumerate(tensors.items()):
         if not isinstance(tensor, View):
@@ -101,13 +101,13 @@ def views(tensors: Mapping[str, Any]) -> dict[str, View]:
 
 
 def tensor(view: View) -> Call:
-    """How a tensor is pickled."""
+    """Returns a tensor as it is pickled."""
     storage = ("storage", Global("torch", STORAGE_OF[view.flat.dtype]), view.key, "cpu", view.flat.size)
     return Call(REBUILD, (Persistent(storage), view.offset, view.shape, view.strides, False, Call(ORDERED_DICT, ())))
 
 
 def write_zip(path: Path, value: Any, storages: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
-    """The container of PyTorch since 1.6, around any value."""
+    """Writes any value in the zip container of PyTorch since 1.6."""
     with zipfile.ZipFile(path, "w", compression) as file:
         file.writestr("archive/data.pkl", value if isinstance(value, bytes) else pickled(value))
         file.writestr("archive/byteorder", "little")
@@ -118,7 +118,7 @@ def write_zip(path: Path, value: Any, storages: Mapping[str, bytes], compression
 
 
 def write_legacy(path: Path, value: Any, storages: Mapping[str, np.ndarray]) -> Path:
-    """The older container."""
+    """Writes any value in the legacy container."""
     file = io.BytesIO()
     for part in (LEGACY_MAGIC, LEGACY_PROTOCOL, {"protocol_version": 1001, "little_endian": True}, value, [*storages]):
         file.write(pickled(part))
@@ -129,7 +129,7 @@ def write_legacy(path: Path, value: Any, storages: Mapping[str, np.ndarray]) -> 
 
 
 def write_torch(path: Path, tensors: Mapping[str, Any], legacy: bool = False, wrap: Any = lambda state: state) -> Path:
-    """A checkpoint of arrays and views, its state dict wrapped in whatever else the file holds."""
+    """Writes a checkpoint of arrays and views, with its state dict wrapped by a function."""
     held = views(tensors)
     state = wrap({name: tensor(view) for name, view in held.items()})
     flats = {view.key: view.flat for view in held.values()}

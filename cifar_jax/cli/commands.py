@@ -54,13 +54,11 @@ def train(arguments: list[str], reporter: ConsoleReporter) -> int:
             config = replace(config, run=replace(config.run, resume=True))
         out = run_job(config, reporter)
     except Interrupted as stop:
-        epoch, step = stop.saved
+        (epoch, step), where = stop.saved, "before the first step"
         if step:
             where = f"in epoch {epoch + 1} of {config.optim.epochs}, after step {step}; progress is saved"
-        else:
-            where = (
-                f"after epoch {epoch} of {config.optim.epochs}; progress is saved" if epoch else "before the first step"
-            )
+        elif epoch:
+            where = f"after epoch {epoch} of {config.optim.epochs}; progress is saved"
         instead = "in place of --overwrite " * config.run.overwrite
         logger.info(
             f"Interrupted {where}. Continue with the same command and --resume {instead}--out "

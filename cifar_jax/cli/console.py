@@ -39,6 +39,8 @@ class _Rate(ProgressColumn):
 class _TimeLeft(TimeRemainingColumn):
     """Estimated time left, or until the first item is done the reason for the wait."""
 
+    max_refresh = 0.0  # seconds; rich would show the first reason for half a second
+
     def render(self, task: Task) -> Text:
         if task.completed:
             return super().render(task)
@@ -68,24 +70,21 @@ class ConsoleHandler(logging.Handler):
 class ConsoleReporter:
     """Reporter that prints to the standard streams."""
 
-    def __init__(self) -> None:
-        """Prints to whatever sys.stdout and sys.stderr are at the time of each call."""
-        # Results go to stdout, warnings and bars to stderr, so that `train.py > log` gives a clean log.
-        self.out = Console(highlight=False, soft_wrap=True, emoji=False)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    def __init__(self, out: Console | None = None, err: Console | None = None) -> None:
+        """Prints results to `out`, warnings and bars to `err`, so that `train.py > log` gives a clean log.
+
+        They default to whatever sys.stdout and sys.stderr are at the time of each call.
+        """
+        self.out = out or Console(highlight=False, soft_wrap=True, emoji=False)
+        self.err = err or Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self.bars = self.err.is_terminal
         self._header_shown = False
 
     @contextlib.contextmanager
     def logged(self) -> Iterator[None]:
-        """Prints the library's log records for the duration of the block, and suspends the handlers of outer commands.
-
-        So a command run inside another one does not print its records twice.
-        """
+        """Prints the library's log records for the duration of the block."""
         library, handler = logging.getLogger("cifar_jax"), ConsoleHandler(self.err)
-        level, outer = library.level, [other for other in library.handlers if isinstance(other, ConsoleHandler)]
-        for other in outer:
-            library.removeHandler(other)
+        level = library.level
         library.addHandler(handler)
         library.setLevel(min(library.getEffectiveLevel(), logging.INFO))
         try:
@@ -93,8 +92,6 @@ class ConsoleReporter:
         finally:
             library.setLevel(level)
             library.removeHandler(handler)
-            for other in outer:
-                library.addHandler(other)
 
     def mute(self) -> None:
         """Prints nothing from now on, as in all processes of a run but the first."""

@@ -8,24 +8,7 @@ from cifar_jax.data.sources.tfds import data_root
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained import UNTRAINED, registry
 from cifar_jax.runtime.caches import contents
-from cifar_jax.runtime.machine_info import device_description, package_versions
-from cifar_jax.runtime.sharding import device_rows
-
-
-def cache_rows(cache_dir: str | None) -> list[dict[str, Any]]:
-    """Rows of the cache's contents."""
-    rows = [
-        {
-            "what": kept.about.get("what", kept.what),
-            "MB": f"{kept.size / 1e6:.1f}",
-            "last used": time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used)),
-            "images": kept.about.get("images", ""),
-            "backbone": kept.about.get("backbone", ""),
-            "path": str(kept.path),
-        }
-        for kept in contents(cache_root(cache_dir))
-    ]
-    return rows or [{"what": "nothing", "path": str(cache_root(cache_dir))}]
+from cifar_jax.runtime.machine_info import device_description, device_rows, package_versions
 
 
 def collect(topic: str = "all", data_dir: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
@@ -36,13 +19,10 @@ def collect(topic: str = "all", data_dir: str | None = None, cache_dir: str | No
     """
     topics: dict[str, Callable[[], Any]] = {
         "environment": lambda: _environment(cache_dir),
-        "weights": lambda: (
-            [_weights_row(entry, cache_dir) for entry in registry.entries().values()]
-            + [_untrained_row(name) for name in UNTRAINED]
-        ),
+        "weights": lambda: _weights_rows(cache_dir),
         "data": lambda: _data(data_dir),
         "devices": device_rows,
-        "cache": lambda: cache_rows(cache_dir),
+        "cache": lambda: _cache_rows(cache_dir),
     }
     only_by_name = {"devices", "cache"}
     chosen = topics.keys() - only_by_name if topic == "all" else {topic}
@@ -54,29 +34,21 @@ def _environment(cache_dir: str | None) -> dict[str, str]:
     return {"device": device_description(), "versions": versions, "cache": str(cache_root(cache_dir))}
 
 
-def _weights_row(entry: registry.Entry, cache_dir: str | None) -> dict[str, str]:
-    found, _ = registry.find_local(entry, cache_dir)
-    return {
-        "name": entry.name,
-        "MB": f"{entry.size / 1e6:.1f}",
-        "digest": entry.digest,
-        "licence": entry.licence,
-        "top-1": entry.top1,
-        "variant": entry.variant,
-        "local copy": str(found or "none"),
-    }
-
-
-def _untrained_row(name: str) -> dict[str, str]:
-    return {
-        "name": name,
-        "MB": "",
-        "digest": "",
-        "licence": "",
-        "top-1": "",
-        "variant": "untrained",
-        "local copy": "made when needed",
-    }
+def _weights_rows(cache_dir: str | None) -> list[dict[str, str]]:
+    rows = [
+        {
+            "name": entry.name,
+            "MB": f"{entry.size / 1e6:.1f}",
+            "digest": entry.digest,
+            "licence": entry.licence,
+            "top-1": entry.top1,
+            "variant": entry.variant,
+            "local copy": str(registry.find_local(entry, cache_dir)[0] or "none"),
+        }
+        for entry in registry.entries().values()
+    ]
+    untrained = dict.fromkeys(rows[0], "") | {"variant": "untrained", "local copy": "made when needed"}
+    return rows + [untrained | {"name": name} for name in UNTRAINED]
 
 
 def _data(data_dir: str | None) -> dict[str, str]:
@@ -84,3 +56,19 @@ def _data(data_dir: str | None) -> dict[str, str]:
     prepared = sorted(path.parent for path in root.glob("*/*/dataset_info.json"))
     found = ", ".join(f"{path.parent.name} {path.name}" for path in prepared)
     return {"data sets": f"{found or 'none'} in {root}", "drawn": "shapes, anywhere"}
+
+
+def _cache_rows(cache_dir: str | None) -> list[dict[str, Any]]:
+    """Rows of the cache's contents."""
+    rows = [
+        {
+            "what": entry.about.get("what", entry.kind),
+            "MB": f"{entry.size / 1e6:.1f}",
+            "last used": time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used)),
+            "images": entry.about.get("images", ""),
+            "backbone": entry.about.get("backbone", ""),
+            "path": str(entry.path),
+        }
+        for entry in contents(cache_root(cache_dir))
+    ]
+    return rows or [{"what": "nothing", "path": str(cache_root(cache_dir))}]

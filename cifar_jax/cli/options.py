@@ -3,11 +3,11 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import tyro
 
@@ -241,7 +241,8 @@ def parse(options: Any, arguments: list[str], command: str, **settings: Any) -> 
       UserError: for a flag that is given a value; tyro's own message would not name the flag.
       SystemExit: if tyro printed an error or the help.
     """
-    flags = set(_flags(options))
+    hints = HINTS if options is TrainConfig else get_type_hints(options)
+    flags = {name for name, hint in hints.items() if hint is bool}
     for argument in arguments:
         flag, given, value = argument.partition("=")
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
@@ -250,12 +251,3 @@ def parse(options: Any, arguments: list[str], command: str, **settings: Any) -> 
     # Groups are sections of the help and not part of an option's name.
     settings |= {"config": (tyro.conf.OmitArgPrefixes,), "registry": REGISTRY}
     return tyro.cli(options, args=arguments, prog=f"{program()} {command}", **settings)
-
-
-def _flags(options: Any) -> Iterator[str]:
-    """Yields the names of the options that take no value."""
-    for field in fields(options):
-        if is_dataclass(field.type):
-            yield from _flags(field.type)
-        elif field.type is bool:
-            yield field.name

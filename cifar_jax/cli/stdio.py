@@ -1,10 +1,9 @@
 """Standard output and error that may be closed pipes or full disks, as with `| head -1` and `> /dev/full`."""
 
 import contextlib
-import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
 # The exit code that shells use for a command ended by SIGPIPE, a signal that Python ignores.
@@ -23,46 +22,38 @@ class Output:
     """
 
     def __init__(self, stream: IO[str], raises: bool = False) -> None:
-        """Wraps a stream.
-
-        Args:
-          stream: the stream to write to.
-          raises: whether a failed write raises OutputLost.
-        """
+        """Wraps a stream; with `raises`, a failed write raises OutputLost."""
         self._stream, self._raises = stream, raises
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
         """Writes to the stream, or does nothing once a write has failed."""
-        if self.error is None:
-            try:
-                return self._stream.write(text)
-            except OSError as error:
-                self._lose(error)
+        self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
         """Flushes the stream, or does nothing once a write has failed."""
-        if self.error is None:
-            try:
-                self._stream.flush()
-            except OSError as error:
-                self._lose(error)
+        self._try(self._stream.flush)
 
     def finish(self) -> None:
         """Flushes the stream without raising; `error` is None if everything was written."""
         self._raises = False
         self.flush()
 
-    def _lose(self, error: OSError) -> None:
-        self.error = error
-        # The interpreter flushes the stream's buffer at exit and complains if that fails.
-        with contextlib.suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
-            os.close(null)
-        if self._raises:
-            raise OutputLost(str(error)) from error
+    def _try(self, write: Callable[[], object]) -> None:
+        if self.error is not None:
+            return
+        try:
+            write()
+        except OSError as error:
+            self.error = error
+            # The interpreter flushes the stream's buffer at exit and complains if that fails.
+            with contextlib.suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+            if self._raises:
+                raise OutputLost(str(error)) from error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -97,11 +88,6 @@ def open_missing() -> None:
                 os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
     sys.stdout = sys.stdout or _devnull()
     sys.stderr = sys.stderr or _devnull()
-
-
-def is_closed_pipe(error: OSError) -> bool:
-    """Whether the reader of a pipe has closed it, which is not an error."""
-    return error.errno == errno.EPIPE
 
 
 def _devnull() -> IO[str]:

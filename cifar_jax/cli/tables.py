@@ -57,23 +57,22 @@ def wrapped(text: str, width: int) -> list[str]:
     parts: list[str] = []
     for part in re.split(r"(?<=[,;]) ", text):
         parts += part.split(" ") if cell_len(part) > width and "/" not in part else [part]
-    lines = parts[:1]
+    return _lines_of(parts, width)
+
+
+def sentence_lines(text: str, width: int) -> list[str]:
+    """Wraps sentences between words; commands in backticks and paths stay whole."""
+    return _lines_of(re.split(r" (?=(?:[^`]*`[^`]*`)*[^`]*$)", text), width)
+
+
+def _lines_of(parts: Sequence[str], width: int) -> list[str]:
+    """Joins parts by spaces into lines of at most `width` columns, or of one part."""
+    lines = list(parts[:1])
     for part in parts[1:]:
         if cell_len(f"{lines[-1]} {part}") <= width:
             lines[-1] += f" {part}"
         else:
             lines.append(part)
-    return lines
-
-
-def sentence_lines(text: str, width: int) -> list[str]:
-    """Wraps sentences between words; commands in backticks and paths stay whole."""
-    lines: list[str] = []
-    for word in re.split(r" (?=(?:[^`]*`[^`]*`)*[^`]*$)", text):
-        if lines and cell_len(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
     return lines
 
 

@@ -1,8 +1,9 @@
 """The configuration of a run, its checks, and the named presets."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -10,6 +11,7 @@ from cifar_jax.config.option_groups import (
     DEFAULTS,
     FINETUNE_ONLY,
     GROUP_OF,
+    GROUPS,
     HINTS,
     PATHS,
     BackboneConfig,
@@ -46,16 +48,8 @@ class TrainConfig:
     ) -> None:
         """Builds a configuration from groups and single options: `TrainConfig(epochs=2, out="runs/two")`.
 
-        `dataclasses.replace` takes the same arguments.
-
-        Args:
-          preset: name of the preset that the options come from; recorded only, use `preset()` for its values.
-          data: group of options; defaults if None, as for the other groups.
-          backbone: group of options.
-          optim: group of options.
-          finetune: group of options.
-          run: group of options.
-          **options: single options by name, which override those of the groups.
+        `dataclasses.replace` takes the same arguments. Groups default to their defaults; single options override those
+        of the groups. The preset is only recorded; use `preset()` for its values.
 
         Raises:
           UserError: for an invalid value, naming the option and the values it takes.
@@ -64,13 +58,8 @@ class TrainConfig:
         for name in options:
             if name not in GROUP_OF:
                 raise TypeError(f"TrainConfig: {no_such('option', name, GROUP_OF)}")
-        groups: dict[str, Any] = {
-            "data": data or DataConfig(),
-            "backbone": backbone or BackboneConfig(),
-            "optim": optim or OptimConfig(),
-            "finetune": finetune or FinetuneConfig(),
-            "run": run or RunConfig(),
-        }
+        given = (data, backbone, optim, finetune, run)
+        groups = {name: group or GROUPS[name]() for name, group in zip(GROUPS, given, strict=True)}
         object.__setattr__(self, "preset", preset)
         for name, group in groups.items():
             own = {option: value for option, value in options.items() if GROUP_OF[option] == name}
@@ -111,42 +100,28 @@ class TrainConfig:
 def _check_values(options: Mapping[str, Any]) -> None:
     """Checks each value by itself, as far as that needs no data or files."""
 
-    def require(name: str, holds: Any, must_be: str) -> None:
-        value = options[name]
-        if not holds(value):
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
-            raise UserError(f"--{name.replace('_', '-')} must be {must_be}, got {shown}.")
+    def require(names: str, holds: Callable[[Any], object], must_be: str) -> None:
+        for name in names.split():
+            value = options[name]
+            if not holds(value):
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+                raise UserError(f"--{name.replace('_', '-')} must be {must_be}, got {shown}.")
 
     for name, hint in {"preset": str, **HINTS}.items():
-        require(name, lambda v, hint=hint: _is_a(v, hint), _type_in_words(hint))
-    counts = (
-        "epochs",
-        "batch_size",
-        "train_examples",
-        "test_examples",
-        "extract_batch_size",
-        "micro_batch",
-        "devices",
-        "checkpoint_every",
-        "keep_checkpoints",
-    )
-    for name in counts:
-        require(name, lambda v: v is None or v >= 1, "at least 1")
+        require(name, partial(_is_a, hint=hint), _type_in_words(hint))
+    counts = "epochs batch_size train_examples test_examples extract_batch_size micro_batch devices"
+    require(f"{counts} checkpoint_every keep_checkpoints", lambda v: v is None or v >= 1, "at least 1")
     require("seed", lambda v: 0 <= v < 2**31, "between 0 and 2147483647")
-    for name in ("learning_rate", "backbone_learning_rate", "clip_norm"):
-        require(name, lambda v: v is None or 0 < v < math.inf, "a positive number")
-    for name in ("momentum", "val_fraction", "label_smoothing", "bn_momentum"):
-        require(name, lambda v: 0 <= v < 1, "at least 0 and below 1")
-    for name in ("weight_decay", "cache_limit"):
-        require(name, lambda v: 0 <= v < math.inf, "a number of at least 0")
-    require("warmup_epochs", lambda v: 0 <= v < math.inf, "a number of at least 0")
+    rates = "learning_rate backbone_learning_rate clip_norm"
+    require(rates, lambda v: v is None or 0 < v < math.inf, "a positive number")
+    fractions = "momentum val_fraction label_smoothing bn_momentum"
+    require(fractions, lambda v: 0 <= v < 1, "at least 0 and below 1")
+    require("weight_decay cache_limit warmup_epochs", lambda v: 0 <= v < math.inf, "a number of at least 0")
     require("freeze_stages", lambda v: 0 <= v <= 4, "between 0 and 4")
     require("augment", lambda v: len(set(v)) == len(v), "a list without repetitions")
     require("hidden", lambda v: all(1 <= width <= 2**20 for width in v), "widths between 1 and 1048576")
-    for name in ("dataset", "weights"):
-        require(name, str.strip, "a name")
-    for name in PATHS:
-        require(name, lambda v: v is None or v.strip(), "a path")
+    require("dataset weights", str.strip, "a name")
+    require(" ".join(PATHS), lambda v: v is None or v.strip(), "a path")
     sides = range(32, 4097, 32)  # the images' own side is 32
     require("image_size", lambda v: v is None or v in sides, "a multiple of 32, at most 4096")
     if options["preset"] not in PRESETS:
@@ -160,44 +135,29 @@ DECIDING = ("mode", "momentum", "schedule", "bn_statistics", "epochs", "batch_si
 def _meaningless(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the options that are set but do not apply given the others, each with its error message."""
     mode, is_set = options["mode"], {name for name, default in DEFAULTS.items() if options[name] != default}
+    epochs, warmup = options["epochs"], options["warmup_epochs"]
+    batch_size, micro_batch = options["batch_size"], options["micro_batch"]
+    not_trained = f"has no meaning in --mode {mode}, which does not train the backbone; leave it out or use"
     for name in FINETUNE_ONLY:
         if mode != "finetune" and name in is_set:
-            yield (
-                name,
-                f"--{name.replace('_', '-')} has no meaning in --mode {mode}, which does not train the backbone; leave "
-                "it out or use --mode finetune.",
-            )
+            yield name, f"--{name.replace('_', '-')} {not_trained} --mode finetune."
     if options["augment"] and mode == "cached":
-        yield (
-            "augment",
-            "--augment needs the pixels at every step, but --mode cached reads them only once; leave it out or use "
-            "--mode live or finetune.",
-        )
+        reads_once = "--augment needs the pixels at every step, but --mode cached reads them only once"
+        yield "augment", f"{reads_once}; leave it out or use --mode live or finetune."
     if "feature_dtype" in is_set and mode != "cached":
-        yield (
-            "feature_dtype",
-            f"--feature-dtype applies to --mode cached only; leave it out in --mode {mode}, which caches no features.",
-        )
+        cached_only = "--feature-dtype applies to --mode cached only"
+        yield "feature_dtype", f"{cached_only}; leave it out in --mode {mode}, which caches no features."
     if options["nesterov"] and not options["momentum"]:
         yield "nesterov", "--nesterov needs --momentum; give both or leave --nesterov out."
-    if options["warmup_epochs"] >= options["epochs"]:
-        yield (
-            "warmup_epochs",
-            f"--warmup-epochs must be at least 0 and below --epochs {options['epochs']}, got "
-            f"{options['warmup_epochs']!r}.",
-        )
-    elif options["warmup_epochs"] and options["schedule"] != "cosine":
+    if warmup >= epochs:
+        yield "warmup_epochs", f"--warmup-epochs must be at least 0 and below --epochs {epochs}, got {warmup!r}."
+    elif warmup and options["schedule"] != "cosine":
         yield "warmup_epochs", "--warmup-epochs goes with --schedule cosine; give that as well, or leave it out."
-    if options["micro_batch"] and options["micro_batch"] > options["batch_size"]:
-        yield (
-            "micro_batch",
-            f"--micro-batch must be at most --batch-size {options['batch_size']}, got {options['micro_batch']}.",
-        )
+    if micro_batch and micro_batch > batch_size:
+        yield "micro_batch", f"--micro-batch must be at most --batch-size {batch_size}, got {micro_batch}."
     if "bn_momentum" in is_set and options["bn_statistics"] == "frozen":
-        yield (
-            "bn_momentum",
-            "--bn-momentum moves no statistics with --bn-statistics frozen; leave one of them out.",
-        )
+        frozen = "--bn-momentum moves no statistics with --bn-statistics frozen"
+        yield "bn_momentum", f"{frozen}; leave one of them out."
 
 
 def _check_together(options: Mapping[str, Any]) -> None:

@@ -38,10 +38,6 @@ class Dataset(NamedTuple):
         update_digest(digest, self.labels)
         return Digests(images, digest.hexdigest())
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the pixels and labels, equal for the same examples in the same order."""
-        return self.digests().examples
-
 
 class Splits(NamedTuple):
     """Training and test images of a data set, with its name, version and classes."""
@@ -53,8 +49,8 @@ class Splits(NamedTuple):
     version: str
 
 
-def check(dataset: Dataset, num_classes: int, what: str) -> Dataset:
-    """Returns the data set if its dtypes, shapes and labels are valid.
+def check(dataset: Dataset, num_classes: int, what: str) -> None:
+    """Checks the dtypes, shapes and labels of a data set.
 
     Raises:
       UserError: for another dtype or shape, no images, unequal counts, or a label outside 0..num_classes - 1.
@@ -71,7 +67,6 @@ def check(dataset: Dataset, num_classes: int, what: str) -> Dataset:
         raise UserError(
             f"{what} has labels in {labels.min()}..{labels.max()}, outside 0..{num_classes - 1}; prepare it again."
         )
-    return dataset
 
 
 def balanced_subset(

@@ -53,9 +53,12 @@ class Problem(NamedTuple):
 
 def images_in_both(train: Dataset, other: Dataset) -> int:
     """Counts the images of `other` that are bit-identical to a training image."""
-    known = {hashlib.blake2b(image, digest_size=16).digest() for image in np.ascontiguousarray(train.images)}
-    images = np.ascontiguousarray(other.images)
-    return sum(hashlib.blake2b(image, digest_size=16).digest() in known for image in images)
+    hashes, others = (
+        [hashlib.blake2b(image, digest_size=16).digest() for image in np.ascontiguousarray(part.images)]
+        for part in (train, other)
+    )
+    known = set(hashes)
+    return sum(one in known for one in others)
 
 
 def load_problem(config: TrainConfig) -> Problem:

@@ -14,7 +14,7 @@ from cifar_jax.data.sources.images import read_image
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.features.extraction import dataset_features
 from cifar_jax.features.extractor import make_extractor
-from cifar_jax.files import replacing
+from cifar_jax.files import check_target, replacing
 from cifar_jax.pretrained import UNTRAINED, AnyBackbone, load_backbone
 from cifar_jax.runs.predict import TRAINED_SIDE
 from cifar_jax.runtime.progress import Reporter, Silent
@@ -61,7 +61,11 @@ def write_features(
       RunError: if the file cannot be written, or the features are not finite.
     """
     path, reporter = Path(os.path.expanduser(out)), reporter or Silent()
-    _check_target(path, bool(images), overwrite)
+    if path.suffix not in (".npz", ".npy"):
+        raise UserError(f"--out must end in .npz or .npy, got {path}.")
+    if path.suffix == ".npy" and not images:
+        raise UserError(f"--out must end in .npz for a data set, as .npy cannot hold splits and labels, got {path}.")
+    check_target(path, overwrite)
     backbone, arrays = _of_images(config, images, direct, reporter) if images else _of_data_set(config, reporter)
     about: dict[str, Any] = {
         "backbone_sha256": backbone.sha256,
@@ -81,22 +85,6 @@ def write_features(
     return _descriptions(path, arrays) | {name: str(value) for name, value in about.items()}
 
 
-def _check_target(path: Path, of_images: bool, overwrite: bool) -> None:
-    """Checks before any work is done that the file can be written."""
-    if path.suffix not in (".npz", ".npy"):
-        raise UserError(f"--out must end in .npz or .npy, got {path}.")
-    if path.suffix == ".npy" and not of_images:
-        raise UserError(f"--out must end in .npz for a data set, as .npy cannot hold splits and labels, got {path}.")
-    if os.path.isdir(path):
-        raise UserError(f"--out {path} is a directory; give the path of a file.")
-    if not os.path.isdir(path.parent):
-        raise UserError(f"--out {path} is in a directory that does not exist; create {path.parent} first.")
-    if os.path.lexists(path) and not overwrite:
-        raise UserError(f"--out {path} already exists; pass --overwrite to replace it.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--out {path} cannot be written, as {path.parent} is read-only; choose another directory.")
-
-
 def _of_data_set(config: TrainConfig, reporter: Reporter) -> tuple[AnyBackbone, dict[str, np.ndarray]]:
     clock = Clock()
     (problem, backbone, image_size) = load_inputs(config, clock, reporter.progress)
@@ -104,7 +92,7 @@ def _of_data_set(config: TrainConfig, reporter: Reporter) -> tuple[AnyBackbone, 
     digests = {name: problem.digests[split].images for split, name in names.items()}
     datasets = {name: parts[split] for split, name in names.items()}
     features = dataset_features(
-        config, backbone, image_size, datasets, digests=digests, reporter=reporter, started=clock.started
+        config, backbone, image_size, datasets, digests=digests, reporter=reporter, clock=clock
     ).features
     return backbone, {
         "train_features": features["training images"],

@@ -1,6 +1,5 @@
 """Features of a configuration's data sets, read from the cache or extracted and stored there, with a progress bar."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from cifar_jax.files import cache_root
 from cifar_jax.pretrained import AnyBackbone
 from cifar_jax.runtime.caches import FEATURES, limit_features
 from cifar_jax.runtime.progress import Reporter, Silent
+from cifar_jax.runtime.timing import Clock
 
 
 class Extracted(NamedTuple):
@@ -36,7 +36,7 @@ def dataset_features(
     *,
     digests: Mapping[str, str] | None = None,
     reporter: Reporter | None = None,
-    started: float | None = None,
+    clock: Clock | None = None,
 ) -> Extracted:
     """Reads or extracts the features of data sets by name, then reduces the cache to `--cache-limit`.
 
@@ -47,7 +47,7 @@ def dataset_features(
       datasets: data sets by human-readable name, such as `training images`.
       digests: SHA-256 of the images of each data set, if known.
       reporter: shows a progress bar for each data set.
-      started: start of the job in `time.perf_counter` seconds, for the time estimate; now if None.
+      clock: the clock of the job, for the time estimate; one that starts now if None.
 
     Raises:
       RunError: if the backbone or its features are not finite, or all features are equal.
@@ -63,27 +63,26 @@ def dataset_features(
     }
     absent = sum(num_absent(root / FEATURES / keys[name], len(data.images)) for name, data in datasets.items())
     faster = faster_ways(config, backbone, image_size)
-    bars = Forecast(absent, started, faster, "Extracting the features").watch(reporter or Silent())
+    clock = clock or Clock()
+    bars = Forecast(absent, clock, faster, "Extracting the features").watch(reporter or Silent())
     made: Extractor | None = None
-    num_images, seconds, compile_seconds = 0, 0.0, 0.0
+    num_images, stopwatch = 0, Clock()
     largest = max(len(data.images) for data in datasets.values())
 
     def stream(images_u8: Images, pieces: Sequence[slice]) -> Iterator[Rows]:
-        nonlocal made, num_images, seconds, compile_seconds
-        start = time.perf_counter()
+        nonlocal made, num_images
         if made is None:  # made here, so that the network is not put on the devices if all features are cached
-            made = make_extractor(
-                backbone,
-                image_size,
-                config.backbone.precision,
-                config.backbone.extract_batch_size,
-                num_images=largest,
-            )
-            made(images_u8[pieces[0]][:1])
-            compile_seconds = time.perf_counter() - start
-            start = time.perf_counter()
-        yield from made.stream(images_u8, pieces)
-        seconds += time.perf_counter() - start
+            with stopwatch("compilation"):
+                made = make_extractor(
+                    backbone,
+                    image_size,
+                    config.backbone.precision,
+                    config.backbone.extract_batch_size,
+                    num_images=largest,
+                )
+                made(images_u8[pieces[0]][:1])
+        with stopwatch("extraction"):
+            yield from made.stream(images_u8, pieces)
         num_images += sum(piece.stop - piece.start for piece in pieces)
 
     for name, dataset in datasets.items():
@@ -99,7 +98,8 @@ def dataset_features(
             )
         _require_different(features[name], dataset.images, f"{backbone.source} gives the same features for all {name}")
     limit_features(root, config.run.cache_limit * 1e9, list(keys.values()))
-    return Extracted(features, num_images, seconds, compile_seconds)
+    seconds = stopwatch.seconds
+    return Extracted(features, num_images, seconds.get("extraction", 0.0), seconds.get("compilation", 0.0))
 
 
 def _require_different(

@@ -1,14 +1,13 @@
 """An estimate of a job's total time, logged once the speed of its first batches is known."""
 
 import logging
-import time
-from collections.abc import Callable
 
 import jax
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.models.backbone import AnyBackbone, Backbone
 from cifar_jax.runtime.progress import Reporter, Watched
+from cifar_jax.runtime.timing import Clock
 
 logger = logging.getLogger(__name__)
 
@@ -20,26 +19,17 @@ LONG = 600.0  # seconds; longer estimates include faster alternatives
 class Forecast:
     """Watches the progress of a job, and logs an estimate of its total time once."""
 
-    def __init__(
-        self,
-        work: float,
-        started: float | None = None,
-        faster: str = "",
-        what: str = "This job",
-        now: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, work: float, clock: Clock, faster: str = "", what: str = "This job") -> None:
         """Starts an estimate.
 
         Args:
           work: total amount of work, in units such as images.
-          started: start of the job in seconds of `now`; the current time if None.
+          clock: the clock of the job, started with it.
           faster: a sentence appended to the estimate of a long job.
           what: name of the job, the subject of the message.
-          now: the clock, in seconds.
         """
-        self._left, self._faster, self._what, self._now = work, faster, what, now
-        self._started = now() if started is None else started
-        self._first: tuple[float, float] | None = None
+        self._left, self._clock, self._faster, self._what = work, clock, faster, what
+        self._first: tuple[float, float] | None = None  # time and work left after the first batch
         self._batches, self._done = 0, False
 
     def watch(self, reporter: Reporter, weight: float = 1.0) -> Reporter:
@@ -51,7 +41,7 @@ class Forecast:
         self._left -= work
         if self._done:
             return
-        now = self._now()
+        now = self._clock.total
         if self._first is None:
             self._first = now, self._left
             return
@@ -60,7 +50,7 @@ class Forecast:
         if self._batches < MIN_BATCHES or seconds < MIN_SECONDS or done <= 0:
             return
         self._done = True
-        total = now - self._started + self._left * seconds / done
+        total = now + self._left * seconds / done
         if total >= WORTH_SAYING:
             faster = f" {self._faster}" if self._faster and total > LONG else ""
             logger.info(f"{self._what} will take about {in_words(total)} in all.{faster}")

@@ -18,7 +18,12 @@ from cifar_jax.models.preprocess import Preprocessing, preprocess
 from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables, network_name
 
 
-@jax.tree_util.register_pytree_node_class
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["variables"],
+    meta_fields=["config", "preprocessing", "image_size"],
+    drop_fields=["sha256", "source", "variant", "top"],
+)
 @dataclass(frozen=True, eq=False)
 class Backbone:
     """A network without its top, as a pytree: the variables are leaves, everything that defines the computation static.
@@ -45,15 +50,6 @@ class Backbone:
     source: str = ""
     variant: str = ""
     top: dict[str, Any] | None = None
-
-    def tree_flatten(self) -> tuple[tuple[Variables], tuple[ResNetConfig, Preprocessing, int]]:
-        """The leaves and the static part."""
-        return (self.variables,), (self.config, self.preprocessing, self.image_size)
-
-    @classmethod
-    def tree_unflatten(cls, static: tuple[ResNetConfig, Preprocessing, int], children: tuple[Variables]) -> "Backbone":
-        """Rebuilds the backbone from its leaves and static part."""
-        return cls(*static, variables=children[0])
 
     def __repr__(self) -> str:
         """A one-line description without the values."""
@@ -85,7 +81,11 @@ class Backbone:
         return dataclasses.replace(self, **changes)
 
 
-@jax.tree_util.register_pytree_node_class
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["variables"],
+    meta_fields=["function", "source", "image_size"],
+)
 @dataclass(frozen=True, eq=False)
 class FunctionBackbone:
     """Any pure function from images to features, used instead of a `Backbone`.
@@ -157,15 +157,6 @@ class FunctionBackbone:
     def about(self) -> dict[str, Any]:
         """Name and program digest of the function as JSON values."""
         return {"function": self.source, "program_sha256": self.program_sha256}
-
-    def tree_flatten(self) -> tuple[tuple[PyTree], tuple[Any, str, int]]:
-        """The leaves and the static part."""
-        return (self.variables,), (self.function, self.source, self.image_size)
-
-    @classmethod
-    def tree_unflatten(cls, static: tuple[Any, str, int], children: tuple[PyTree]) -> "FunctionBackbone":
-        """Rebuilds the backbone from its leaves and static part."""
-        return cls(static[0], children[0], *static[1:])
 
     def replace(self, **changes: Any) -> "FunctionBackbone":
         """Returns a copy with some attributes changed."""

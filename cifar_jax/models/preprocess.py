@@ -37,13 +37,10 @@ class Preprocessing:
             raise ValueError(f"invalid preprocessing {self}")
 
 
-# The modes of keras.applications.imagenet_utils.preprocess_input, and the identity. The means of `caffe` are those of
-# the ImageNet training set in BGR, 0..255; those of `torch` are the usual ImageNet statistics in RGB, 0..1.
+# Modes of keras.applications.imagenet_utils.preprocess_input. The means of `caffe` are those of the ImageNet training
+# set in BGR, 0..255; those of `torch` are the usual ImageNet statistics in RGB, 0..1.
 CAFFE = Preprocessing("caffe", channels="bgr", mean=(103.939, 116.779, 123.68))
 TORCH = Preprocessing("torch", scale=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-TF = Preprocessing("tf", scale=127.5, mean=(1.0, 1.0, 1.0))
-IDENTITY = Preprocessing("identity")
-MODES = {mode.name: mode for mode in (CAFFE, TORCH, TF, IDENTITY)}
 
 
 def upsample(images: Float[Array, "batch h w c"], image_size: int) -> Float[Array, "batch size size c"]:

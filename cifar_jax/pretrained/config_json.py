@@ -1,16 +1,15 @@
 """Configs stored next to a weights file: config.json of timm or transformers, and preprocessor_config.json."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cifar_jax.errors import WeightsError
+from cifar_jax.files import read_json_value
 from cifar_jax.models.preprocess import TORCH, Preprocessing
+from cifar_jax.pretrained.variants import Description
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-MAX_BYTES = 10_000_000  # a thousand class names take 80 kB
 
 # The timm architectures that use torchvision's tensor names and compute the same function as torchvision's ResNets.
 # Others have identical tensors but compute something else: `resnetblur50` and `resnetaa50` blur before they stride.
@@ -25,20 +24,6 @@ TIMM_ARCHITECTURES = frozenset(
 _DEFAULT_ARGS = {"global_pool": "avg", "in_chans": 3, "output_stride": 32}
 
 
-@dataclass(frozen=True)
-class Description:
-    """The settings that a config fixes; None for those it leaves open.
-
-    `other` is an error message if the config describes a different network than the tensor names suggest, else empty.
-    """
-
-    stride_in_1x1: bool
-    stage_sizes: tuple[int, ...] | None
-    preprocessing: Preprocessing | None
-    image_size: int | None
-    other: str = ""
-
-
 def read_json(path: Path) -> dict[str, Any] | None:
     """Reads a JSON object stored next to the weights; returns None if there is no such file.
 
@@ -48,9 +33,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         if not path.is_file():
             return None
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES:,} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_value(path)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
@@ -80,9 +63,9 @@ def read_description(weights: Path, family: str) -> Description | None:
 
 def parse_timm_config(config: Mapping[str, Any], what: str) -> Description:
     """Parses timm's config.json: the mean, std and input size; any other non-default setting is refused."""
-    other, name = "", config["architecture"]
+    refusal, name = "", config["architecture"]
     if name not in TIMM_ARCHITECTURES:
-        other = f"{what} describes {name!r}, which is not a plain ResNet50, ResNet101 or ResNet152. Use one of these."
+        refusal = f"{what} describes {name!r}, which is not a plain ResNet50, ResNet101 or ResNet152. Use one of these."
     arguments = dict(config.get("model_args") or {})
     if special := sorted(key for key in arguments if key != "num_classes" and arguments[key] != _DEFAULT_ARGS.get(key)):
         raise WeightsError(
@@ -92,7 +75,8 @@ def parse_timm_config(config: Mapping[str, Any], what: str) -> Description:
     about = config.get("pretrained_cfg") or config
     mean, std = about.get("mean", TORCH.mean), about.get("std", TORCH.std)
     _, height, width = about.get("input_size", (3, 224, 224))
-    return Description(False, None, _preprocessing(255.0, mean, std), _side(height, width), other)
+    pixels = _preprocessing(255.0, mean, std)
+    return Description({"stride_in_1x1": False}, None, pixels, _side(height, width), refusal)
 
 
 def parse_hf_config(config: Mapping[str, Any], pixels: Mapping[str, Any] | None, what: str) -> Description:
@@ -111,9 +95,9 @@ def parse_hf_config(config: Mapping[str, Any], pixels: Mapping[str, Any] | None,
     in_1x1 = config.get("downsample_in_bottleneck", False)
     if type(in_1x1) is not bool:
         raise ValueError(f"downsample_in_bottleneck must be true or false, got {in_1x1!r}")
-    depths = tuple(config["depths"]) if "depths" in config else None
+    stride, depths = {"stride_in_1x1": in_1x1}, tuple(config["depths"]) if "depths" in config else None
     if pixels is None:
-        return Description(in_1x1, depths, None, None)
+        return Description(stride, depths)
     scale = 1 / pixels.get("rescale_factor", 1 / 255) if pixels.get("do_rescale", True) else 1.0
     mean, std = (
         (pixels["image_mean"], pixels["image_std"]) if pixels.get("do_normalize", True) else ((0,) * 3, (1,) * 3)
@@ -121,7 +105,7 @@ def parse_hf_config(config: Mapping[str, Any], pixels: Mapping[str, Any] | None,
     size = pixels.get("crop_size") or pixels.get("size", 224)
     sides = list(size.values()) if isinstance(size, Mapping) else [size]
     # 1 / 255 is stored with sixteen digits, so its inverse is 255 only up to rounding.
-    return Description(in_1x1, depths, _preprocessing(round(scale, 9), mean, std), _side(*sides))
+    return Description(stride, depths, _preprocessing(round(scale, 9), mean, std), _side(*sides))
 
 
 def _preprocessing(scale: float, mean: Any, std: Any) -> Preprocessing:

@@ -9,9 +9,9 @@ import io
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -19,15 +19,14 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from cifar_jax.errors import RunError, UserError, WeightsError
-from cifar_jax.files import replacing, sha256_of_file
+from cifar_jax.files import check_target, replacing, sha256_of_file
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.resnet import ResNetConfig
-from cifar_jax.pretrained import axis_order
 from cifar_jax.pretrained.formats.keras_h5 import read_keras_h5
 from cifar_jax.pretrained.formats.safetensors_file import read_safetensors, to_bytes
-from cifar_jax.pretrained.from_torch import NAMES
 from cifar_jax.pretrained.load import load_backbone
-from cifar_jax.pretrained.names import huggingface as hf_names, keras as keras_names, torch as torch_names
+from cifar_jax.pretrained.merge import from_network
+from cifar_jax.pretrained.names import Family, keras as keras_names, torch as torch_names
 from cifar_jax.pretrained.variants import VARIANTS, Variant
 
 logger = logging.getLogger(__name__)
@@ -35,14 +34,8 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Target:
-    """An output format.
-
-    Attributes:
-      suffixes: file name suffixes of the format.
-      variants: names of the variants that the format's library can build; empty if the file describes its network.
-    """
+class Target(NamedTuple):
+    """An output format: its file name suffixes, and the variants that its library can build; ours takes any network."""
 
     suffixes: tuple[str, ...]
     variants: tuple[str, ...] = ()
@@ -92,7 +85,12 @@ def convert(
       RunError: if the file cannot be written.
     """
     path = Path(os.path.expanduser(target))
-    to = _resolve_format(path, to, overwrite)
+    to = to or next((name for name, form in TARGETS.items() if path.suffix in form.suffixes), None)
+    if to not in TARGETS:
+        raise UserError(f"Cannot tell the format of {path}: the target must end in .safetensors or .h5.")
+    if path.suffix not in TARGETS[to].suffixes:
+        raise UserError(f"Files in {to} format must end in {TARGETS[to].suffixes[0]}, got {path}.")
+    check_target(path, overwrite)
     backbone = load_backbone(source, variant, **load_kwargs)
     if os.path.exists(path) and os.path.samefile(path, backbone.source or path):
         raise UserError(f"{path} is the file to convert. Choose another name for the result.")
@@ -118,22 +116,6 @@ def convert(
         "bytes": str(path.stat().st_size),
         "sha256": sha256_of_file(path),
     }
-
-
-def _resolve_format(path: Path, to: str | None, overwrite: bool) -> str:
-    """Returns the format to write; checks the target before anything is read."""
-    to = to or next((name for name, form in TARGETS.items() if path.suffix in form.suffixes), None)
-    if to not in TARGETS:
-        raise UserError(f"Cannot tell the format of {path}: the target must end in .safetensors or .h5.")
-    if path.suffix not in TARGETS[to].suffixes:
-        raise UserError(f"Files in {to} format must end in {TARGETS[to].suffixes[0]}, got {path}.")
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a directory. Choose a file name.")
-    if not os.path.isdir(path.parent):
-        raise UserError(f"The directory of {path} does not exist. Create it or choose another path.")
-    if os.path.lexists(path) and not overwrite:
-        raise UserError(f"{path} already exists. Pass --overwrite to replace it.")
-    return to
 
 
 def matching_variant(config: ResNetConfig, to: str, what: str) -> Variant | None:
@@ -187,16 +169,8 @@ def _write(path: Path, backbone: Backbone, to: str, variant: Variant | None) -> 
 
 def keras_tensors(backbone: Backbone, family: str) -> Tensors:
     """Returns a network's tensors as `layer/tensor`, in Keras's layer order."""
-    leaves = flatten_dict(backbone.variables)
-    named = {name: at for at, name in keras_names.name_map(backbone.config.stage_sizes, family).items() if at in leaves}
-    layers = keras_names.layer_order(backbone.config.stage_sizes, family)
-    tensors = {
-        f"{layer}/{tensor}": _to_layout(leaves[named[f"{layer}/{tensor}"]], axis_order.KERAS)
-        for layer in layers
-        for tensor in (keras_names.CONV_TENSORS | keras_names.NORM_TENSORS)
-        if f"{layer}/{tensor}" in named
-    }
-    top = {f"{KERAS_TOP[family]}/{name}": np.asarray((backbone.top or {})[name]) for name in backbone.top or {}}
+    tensors = _tensors(backbone, keras_names.FAMILIES[family], torch_axes=False)
+    top = {f"{KERAS_TOP[family]}/{name}": np.asarray(value) for name, value in (backbone.top or {}).items()}
     return tensors | top
 
 
@@ -224,20 +198,23 @@ def torch_tensors(backbone: Backbone, family: str) -> Tensors:
 
     BatchNorm's `num_batches_tracked` is not kept here, so it is written as zero.
     """
-    names = NAMES[family]
-    leaves = flatten_dict(backbone.variables)
-    named = {at: name for at, name in names.name_map(backbone.config.stage_sizes).items() if at in leaves}
-    tensors = {name: _to_layout(leaves[at], axis_order.TORCH) for at, name in named.items()}
+    tensors = _tensors(backbone, torch_names.FAMILIES[family], torch_axes=True)
     norms = [name.removesuffix(".running_var") for name in tensors if name.endswith(".running_var")]
     tensors |= {f"{name}.{torch_names.IGNORED}": np.zeros((), np.int64) for name in norms}
     if backbone.top is None:
         return tensors
-    if names is hf_names:  # with a classifier, all other tensors have a prefix
-        tensors = {f"{hf_names.PREFIX}{name}": tensor for name, tensor in tensors.items()}
-    kernel, bias = (np.asarray(backbone.top[name], np.float32) for name in ("kernel", "bias"))
-    return tensors | {names.TOP[0]: np.ascontiguousarray(kernel.T), names.TOP[1]: bias}
+    if family == "huggingface":  # with a classifier, all other tensors have a prefix
+        tensors = {f"{torch_names.PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    weight, bias = torch_names.top_names(family)
+    kernel = np.asarray(backbone.top["kernel"], np.float32)
+    return tensors | {weight: np.ascontiguousarray(kernel.T), bias: np.asarray(backbone.top["bias"], np.float32)}
 
 
-def _to_layout(leaf: Any, layout: axis_order.Layout) -> np.ndarray:
-    array = np.asarray(leaf, np.float32)
-    return np.ascontiguousarray(layout.from_network(array) if array.ndim > 1 else array)
+def _tensors(backbone: Backbone, family: Family, torch_axes: bool) -> Tensors:
+    """Returns a network's variables under a family's names and in its axis order, in the order of its files."""
+    leaves = flatten_dict(backbone.variables)
+    return {
+        name: np.ascontiguousarray(from_network(np.asarray(leaves[path], np.float32), torch_axes))
+        for path, name in family.name_map(backbone.config.stage_sizes).items()
+        if path in leaves
+    }

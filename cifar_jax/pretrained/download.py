@@ -41,7 +41,7 @@ class NotDownloaded(Exception):
         self.causes = causes
 
 
-class Failed(Exception):
+class _Failed(Exception):
     """Raised if an attempt failed; `wait` is the delay in seconds the server asks for, None if a retry is pointless."""
 
     def __init__(self, cause: str, wait: float | None = None):
@@ -68,6 +68,7 @@ def download(
     *,
     bar: Callable[[int], None] = lambda _: None,
     sleep: Callable[[float], None] = time.sleep,
+    timeout: float = TIMEOUT,
 ) -> None:
     """Downloads a file from the first source that provides it. Each attempt starts from the beginning.
 
@@ -78,6 +79,7 @@ def download(
       digest: `md5:HEX` or `sha256:HEX`, or a prefix of it.
       bar: called with the number of bytes received so far.
       sleep: waits for a number of seconds.
+      timeout: seconds without a byte after which an attempt fails.
 
     Raises:
       NotDownloaded: if all sources fail.
@@ -95,11 +97,11 @@ def download(
         for wait in (*WAITS, None):
             try:
                 with replacing(target) as temporary:
-                    _bring(place, _Progress(temporary, size, bar))
+                    _fetch(place, _Progress(temporary, size, bar), timeout)
                     if not has_digest(temporary, digest):
-                        raise Failed("what came has another hash")
+                        raise _Failed("what came has another hash")
                 return
-            except Failed as failure:
+            except _Failed as failure:
                 if wait is None or failure.wait is None:
                     causes[shown] = str(failure)
                     break
@@ -127,9 +129,9 @@ class _Progress:
         """Reads the progress from the file, as pooch passes the maximum chunk length, but flushes every chunk."""
         done = self.path.stat().st_size
         if self.total > self.size:
-            raise Failed(f"the file there has {self.total} bytes, not {self.size}")
+            raise _Failed(f"the file there has {self.total} bytes, not {self.size}")
         if done > self.size:
-            raise Failed(f"received more than the file's {self.size} bytes")
+            raise _Failed(f"received more than the file's {self.size} bytes")
         self.bar(done)
 
     def reset(self) -> None:
@@ -138,16 +140,16 @@ class _Progress:
     close = reset
 
 
-def _bring(place: str, progress: _Progress) -> None:
+def _fetch(place: str, progress: _Progress, timeout: float) -> None:
     if "://" not in place or place.startswith("file:"):
         _copy(place, progress)
     else:
-        _get(place, progress)
+        _get(place, progress, timeout)
     with open(progress.path, "rb") as file:
         if file.read(64).lstrip().lower().startswith(WEB_PAGE):
-            raise Failed("received a web page instead of the file")
+            raise _Failed("received a web page instead of the file")
     if (found := progress.path.stat().st_size) != progress.size:
-        raise Failed(f"the file there has {found} bytes, not {progress.size}", None if progress.total else 0)
+        raise _Failed(f"the file there has {found} bytes, not {progress.size}", None if progress.total else 0)
 
 
 def _copy(place: str, progress: _Progress) -> None:
@@ -159,22 +161,22 @@ def _copy(place: str, progress: _Progress) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise Failed(error.strerror or str(error)) from error
+        raise _Failed(error.strerror or str(error)) from error
     progress.update(progress.total)
 
 
-def _get(url: str, progress: _Progress) -> None:
+def _get(url: str, progress: _Progress, timeout: float) -> None:
     from pooch import HTTPDownloader
 
     fetch = HTTPDownloader(
-        progress, CHUNK, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"}, hooks={"response": _check_redirect}
+        progress, CHUNK, timeout=timeout, headers={"Accept-Encoding": "identity"}, hooks={"response": _check_redirect}
     )
     try:
         _require_https(url)
         # Not pooch.retrieve: it logs the URL with its password, and hashes the file once more.
         fetch(url, str(progress.path), None)
     except (exceptions.RequestException, ValueError) as error:  # ValueError: the URL cannot be parsed
-        raise _explained(error) from None  # the chained error would show the password
+        raise _explain(error, timeout) from None  # the chained error would show the password
 
 
 def _check_redirect(response: requests.Response, **_: Any) -> None:
@@ -186,32 +188,32 @@ def _require_https(url: str) -> None:
     """Rejects http, which is open to tampering on the way, except to this machine."""
     parts = parse_url(url)
     if parts.scheme != "https" and (parts.scheme, parts.host) not in THIS_MACHINE:
-        raise Failed(without_password(f"{url} is not https"))
+        raise _Failed(without_password(f"{url} is not https"))
 
 
-def _explained(error: Exception) -> Failed:
+def _explain(error: Exception, timeout: float) -> _Failed:
     """Converts an error to a short cause, and decides whether a retry is worthwhile."""
     if isinstance(error, exceptions.HTTPError) and error.response is not None:
-        return _explained_status(error.response)
+        return _explain_status(error.response)
     if isinstance(error, exceptions.Timeout) or any(isinstance(cause, ReadTimeoutError) for cause in error.args):
-        return Failed(f"nothing came for {TIMEOUT:g} s", 0)
+        return _Failed(f"nothing came for {timeout:g} s", 0)
     if isinstance(error, exceptions.SSLError):
-        return Failed("no secure connection to the server")
+        return _Failed("no secure connection to the server")
     if isinstance(error, exceptions.ConnectionError):
-        return Failed("no connection to the server", 0)
+        return _Failed("no connection to the server", 0)
     if isinstance(error, exceptions.ChunkedEncodingError | exceptions.ContentDecodingError):
-        return Failed("the connection broke off", 0)
-    return Failed(without_password(str(error)))
+        return _Failed("the connection broke off", 0)
+    return _Failed(without_password(str(error)))
 
 
-def _explained_status(response: requests.Response) -> Failed:
+def _explain_status(response: requests.Response) -> _Failed:
     cause = f"the server answered {response.status_code}"
     if response.status_code != 429 and response.status_code < 500:
-        return Failed(cause)
+        return _Failed(cause)
     try:
         wait = Retry().parse_retry_after(response.headers.get("Retry-After", "0"))
     except (InvalidHeader, ValueError, OverflowError):
         wait = 0.0
     if wait > LONGEST_WAIT:
-        return Failed(f"{cause} and asks to retry after {wait:.0f} s")
-    return Failed(cause, wait)
+        return _Failed(f"{cause} and asks to retry after {wait:.0f} s")
+    return _Failed(cause, wait)

@@ -1,37 +1,25 @@
 """Identifies the network in a state dict of torchvision, timm or transformers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from cifar_jax.errors import WeightsError
-from cifar_jax.pretrained import axis_order
-from cifar_jax.pretrained.config_json import CONFIG, PREPROCESSOR, Description, read_description
-from cifar_jax.pretrained.names import huggingface as hf_names, torch as torch_names
-from cifar_jax.pretrained.names.keras import count_blocks
-from cifar_jax.pretrained.parsed_weights import ParsedWeights
-from cifar_jax.pretrained.variants import Variant, check_depth, choose_variant
-
-NAMES: dict[str, ModuleType] = {"torchvision": torch_names, "huggingface": hf_names}  # by family
+from cifar_jax.pretrained.config_json import CONFIG, PREPROCESSOR, read_description
+from cifar_jax.pretrained.merge import ParsedWeights
+from cifar_jax.pretrained.names import detect_family
+from cifar_jax.pretrained.names.torch import FAMILIES, IGNORED, top_names, without_transformers_prefix
+from cifar_jax.pretrained.variants import Description, check_depth, choose_variant
 
 
-def detect_family(tensors: Mapping[str, np.ndarray]) -> str | None:
-    """Returns the family of a state dict's tensor names, or None if it is unknown."""
-    for family, names in NAMES.items():
-        if any(names.BLOCK.fullmatch(name) for name in names.known_names(tensors).values()):
-            return family
-    return None
+def is_known(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Returns whether the tensor names are those of a supported library."""
+    return detect_family([*without_transformers_prefix(tensors).values()], FAMILIES) is not None
 
 
-def parse_torch(
-    path: Path,
-    tensors: Mapping[str, np.ndarray],
-    by_hash: str | None = None,
-    asked: str | None = None,
-) -> ParsedWeights:
+def parse_torch(path: Path, tensors: Mapping[str, np.ndarray], by_hash: str | None, asked: str | None) -> ParsedWeights:
     """Identifies the network in a state dict by its tensor names and the configs next to the file.
 
     Args:
@@ -43,63 +31,45 @@ def parse_torch(
     Raises:
       WeightsError: if the tensors or the configs are those of an unsupported network.
     """
-    family = detect_family(tensors)
+    named = {known: tensors[name] for name, known in without_transformers_prefix(tensors).items()}
+    family = detect_family(named, FAMILIES)
     if family is None:
         shown = ", ".join(sorted(tensors)[:4])
         raise WeightsError(
             f"{path} is not a ResNet of torchvision, timm or transformers: its tensors are named {shown}, ... Use the "
             "weights of a ResNet50, ResNet101 or ResNet152."
         )
-    names = NAMES[family]
-    named = {known: tensors[name] for name, known in names.known_names(tensors).items()}
-    sizes = _stage_sizes(named, names, path)
+    names = FAMILIES[family]
+    sizes = names.stage_sizes(named)
+    conv2, conv3 = (f"{names.block[conv].format(names.label(0, 0))}.weight" for conv in ("conv2", "conv3"))
+    if conv2 in named and conv3 not in named:
+        raise WeightsError(
+            f"{path} is a ResNet with basic blocks, such as ResNet18 or ResNet34. Use a ResNet50, ResNet101 or "
+            "ResNet152."
+        )
+    check_depth(sizes, str(path))
     description = None if by_hash else read_description(path, family)
     if description and description.stage_sizes not in (None, sizes):
         raise WeightsError(
             f"{path} holds a ResNet with {sizes} blocks, but the {CONFIG} next to it describes one with "
             f"{description.stage_sizes}. Use the {CONFIG} that belongs to these weights, or remove it."
         )
-    variant, reason = choose_variant(
-        family, by_hash, _apply_description(description) if description else None, asked, str(path)
-    )
+    variant, reason = choose_variant(family, by_hash, description, asked, str(path))
     assumed = _describe_assumptions(family, description, reason)
-    counts = [name for name in named if name.endswith(f".{torch_names.IGNORED}")]
     return ParsedWeights(
         path,
         family,
         named,
         names.name_map(sizes),
-        names.TOP,
+        top_names(family),
         replace(variant.config, stage_sizes=sizes),
         variant.preprocessing,
         variant.image_size,
         f"{variant.name} (by {reason})",
-        ignored=dict.fromkeys(counts, "number of training steps"),
-        layout=axis_order.TORCH,
-        refusal=description.other if description else "",
+        torch_axes=True,
+        ignored={name: "number of training steps" for name in named if name.endswith(f".{IGNORED}")},
+        refusal=description.refusal if description else "",
         notes=(f"{path} does not specify {assumed}",) if assumed else (),
-    )
-
-
-def _stage_sizes(named: Mapping[str, np.ndarray], names: ModuleType, path: Path) -> tuple[int, ...]:
-    """Counts the bottleneck blocks of each stage."""
-    second = names.BOTTLENECK.replace("conv3", "conv2").replace("layer.2", "layer.1")
-    if second in named and names.BOTTLENECK not in named:
-        raise WeightsError(
-            f"{path} is a ResNet with basic blocks, such as ResNet18 or ResNet34. Use a ResNet50, ResNet101 or "
-            "ResNet152."
-        )
-    sizes = count_blocks(named, names.BLOCK)
-    check_depth(sizes, str(path))
-    return sizes
-
-
-def _apply_description(description: Description) -> Callable[[Variant], Variant]:
-    return lambda variant: replace(
-        variant,
-        config=replace(variant.config, stride_in_1x1=description.stride_in_1x1),
-        preprocessing=description.preprocessing or variant.preprocessing,
-        image_size=description.image_size or variant.image_size,
     )
 
 

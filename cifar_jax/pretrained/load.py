@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from cifar_jax.pretrained.formats.detect import detect_format, find_weights
 from cifar_jax.pretrained.formats.keras_h5 import read_keras_archive, read_keras_h5
 from cifar_jax.pretrained.formats.torch_file import read_torch, without_prefixes
 from cifar_jax.pretrained.from_keras import parse_keras
-from cifar_jax.pretrained.from_torch import detect_family, parse_torch
-from cifar_jax.pretrained.parsed_weights import ParsedWeights, backbone_of
+from cifar_jax.pretrained.from_torch import is_known, parse_torch
+from cifar_jax.pretrained.merge import ParsedWeights, backbone_of
 from cifar_jax.pretrained.random_init import UNTRAINED
 from cifar_jax.pretrained.variants import VARIANTS, check_variant
 
@@ -30,7 +30,8 @@ def load_backbone(
     variant: str | None = None,
     *,
     cache_dir: str | None = None,
-    progress: registry.Progress = registry.no_progress,
+    progress: registry.Progress | None = None,
+    known: Mapping[str, registry.Entry] | None = None,
 ) -> Backbone:
     """Loads a pretrained ResNet50, ResNet101 or ResNet152 without its top.
 
@@ -41,6 +42,7 @@ def load_backbone(
       variant: the variant, for files that leave it open; see `cifar_jax.pretrained.variants`.
       cache_dir: directory for downloads; defaults to $CIFAR_JAX_CACHE, then ~/.cache/cifar_jax.
       progress: creates the progress bar of a download.
+      known: the registry of known files; by default weights/registry.json.
 
     Returns:
       The backbone; its `variant` also names what decided the variant.
@@ -53,8 +55,9 @@ def load_backbone(
       >>> backbone.config.features, backbone.preprocessing.name  # doctest: +SKIP
       (2048, 'caffe')
     """
-    parsed = read_weights(path_or_name, variant, cache_dir=cache_dir, progress=progress)
-    _log(parsed.notes)
+    parsed = read_weights(path_or_name, variant, cache_dir=cache_dir, progress=progress, known=known)
+    for note in parsed.notes:
+        logger.info(note)
     return backbone_of(parsed)
 
 
@@ -63,56 +66,60 @@ def read_weights(
     variant: str | None = None,
     *,
     cache_dir: str | None = None,
-    progress: registry.Progress = registry.no_progress,
+    progress: registry.Progress | None = None,
+    known: Mapping[str, registry.Entry] | None = None,
 ) -> ParsedWeights:
     """Parses weights without building the backbone, so they may still not fit; takes `load_backbone`'s arguments."""
-    path = Path(os.path.expanduser(path_or_name))
-    if str(path_or_name) in UNTRAINED:
+    path, given = Path(os.path.expanduser(path_or_name)), str(path_or_name)
+    known = registry.entries() if known is None else known
+    if given in UNTRAINED:
         raise WeightsError(
-            f"{path_or_name} is an untrained network, which is initialised rather than loaded. Use `random_backbone`."
+            f"{given} is an untrained network, which is initialised rather than loaded. Use `random_backbone`."
         )
-    entry = None if os.path.isfile(path) else registry.entries().get(str(path_or_name))
+    entry = None if os.path.isfile(path) else known.get(given)
     # Checked first, so that a typo in the variant does not cost a download.
-    known = VARIANTS.get(entry.variant) if entry else None
-    check_variant(variant, known.family if known else None, str(path_or_name))
+    by_name = VARIANTS.get(entry.variant) if entry else None
+    check_variant(variant, by_name.family if by_name else None, given)
     if entry is not None:
-        path = registry.fetch(str(path_or_name), cache_dir, progress)
+        path = registry.fetch(entry, cache_dir, progress)
     elif not os.path.exists(path) and path.suffix not in SUFFIXES and path.parent == Path():
-        names = [*registry.entries(), *UNTRAINED]
+        names = [*known, *UNTRAINED]
         raise WeightsError(
-            f"No file or known weights named {str(path_or_name)!r}."
-            f"{did_you_mean(str(path_or_name), names, registry.ALIASES)} --weights takes a path or one of "
-            f"{', '.join(names)}."
+            f"No file or known weights named {given!r}.{did_you_mean(given, names, registry.ALIASES)} --weights takes "
+            f"a path or one of {', '.join(names)}."
         )
-    return _from_file(find_weights(path) if os.path.isdir(path) else path, variant)
-
-
-def _from_file(path: Path, asked: str | None) -> ParsedWeights:
+    if os.path.isdir(path):
+        path = find_weights(path)
     notes: list[str] = []
     try:
-        parsed = _parse(path, asked, notes)
+        parsed = _parse(path, variant, known, notes)
     except WeightsError:
-        _log(notes)  # they may explain the error
+        for note in notes:  # they may explain the error
+            logger.info(note)
         raise
     return replace(parsed, notes=(*notes, *parsed.notes))
 
 
-def _parse(path: Path, asked: str | None, notes: list[str]) -> ParsedWeights:
+def _parse(path: Path, asked: str | None, known: Mapping[str, registry.Entry], notes: list[str]) -> ParsedWeights:
     """Parses a file; appends to `notes` the findings that hold even if parsing fails later."""
     file_format = detect_format(path)
     if file_format == "safetensors":
         safe = safetensors_file.read_safetensors(path)
         tensors = without_prefixes(safe.tensors)
-        if safetensors_file.KEY in safe.metadata or detect_family(tensors) is None:
+        if safetensors_file.KEY in safe.metadata or not is_known(tensors):
             if asked is not None:
                 raise WeightsError(
                     f"--variant {asked} does not apply to {path}, which records its own variant. Omit it."
                 )
             return safetensors_file.parse_native(path, safe)
-        return parse_torch(path, tensors, _known_variant(path, notes), asked)
-    by_hash = _known_variant(path, notes)
+    entry, mismatch = registry.entry_of_file(path, known)
+    by_hash = entry.variant if entry else None
+    if mismatch:
+        notes.append(mismatch)
+    if file_format == "safetensors":
+        return parse_torch(path, tensors, by_hash, asked)
     if file_format == "hdf5":
-        return parse_keras(path, read_keras_h5(path, known=by_hash is not None), by_hash, asked)
+        return parse_keras(path, read_keras_h5(path, known=entry is not None), by_hash, asked)
     if file_format == "zip" and (file := read_keras_archive(path)) is not None:
         return parse_keras(path, file, by_hash, asked)
     checkpoint = read_torch(path)
@@ -120,19 +127,3 @@ def _parse(path: Path, asked: str | None, notes: list[str]) -> ParsedWeights:
         place, others = checkpoint.place, ", ".join(checkpoint.others)
         notes.append(f"{path} holds several state dicts: loading {place}, ignoring {others}.")
     return parse_torch(path, checkpoint.tensors, by_hash, asked)
-
-
-def _known_variant(path: Path, notes: list[str]) -> str | None:
-    """Returns the variant listed in the registry for a file; adds a note if the file matches an entry by size only."""
-    entry = registry.entry_of_file(path)
-    if entry is None and (same_size := registry.entries_of_size(path)):
-        notes.append(
-            f"Checksum mismatch: {path} has the size of {same_size[0].name} but not its checksum "
-            f"{same_size[0].digest}; its weights were modified, or it is corrupt."
-        )
-    return entry.variant if entry else None
-
-
-def _log(notes: Iterable[str]) -> None:
-    for note in notes:
-        logger.info(note)

@@ -1,7 +1,12 @@
-"""A strict merge: every tensor of a file is used or ignored by name, every variable is filled, every shape matches."""
+"""A parsed weights file, and the strict merge that makes it a backbone.
+
+Every tensor of the file is used or ignored by name, every variable is filled, every shape matches.
+"""
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -11,10 +16,68 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cifar_jax.errors import WeightsError
+from cifar_jax.files import sha256_of_file
+from cifar_jax.models.backbone import Backbone
+from cifar_jax.models.preprocess import Preprocessing
 from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables
-from cifar_jax.pretrained import axis_order
 
 Path = tuple[str, ...]  # path of a variable, such as ("params", "stage1_block1", "conv1", "kernel")
+
+
+@dataclass(frozen=True)
+class ParsedWeights:
+    """A parsed weights file whose tensors are not merged yet, so they may still not fit the network.
+
+    Attributes:
+      path: path of the file.
+      family: family of its tensor names: keras, keras-2016, torchvision, huggingface or ours.
+      tensors: tensors by name, without wrapper prefixes, in the file's axis order.
+      names: tensor name by path, for every variable that the network may have.
+      top: tensor names of the classifier's kernel and bias.
+      config: the network.
+      preprocessing: the preprocessing of its input.
+      image_size: side of its input in pixels.
+      variant: display name of the variant and what decided it.
+      torch_axes: whether kernels are in PyTorch's axis order, [out, in, h, w].
+      ignored: names of tensors that are not needed, with the reason.
+      refusal: error message if the weights must not be used even if they fit; empty otherwise.
+      notes: messages for the user, such as assumptions that were made.
+    """
+
+    path: FilePath
+    family: str
+    tensors: Mapping[str, np.ndarray]
+    names: Mapping[Path, str]
+    top: tuple[str, str]
+    config: ResNetConfig
+    preprocessing: Preprocessing
+    image_size: int
+    variant: str
+    torch_axes: bool = False
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    refusal: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def to_network(tensor: np.ndarray, ndim: int, torch_axes: bool) -> np.ndarray:
+    """Returns a view of a file's tensor in our axis order: kernels [h, w, in, out], or [in, out] for 1x1 convolutions.
+
+    Args:
+      tensor: the tensor in the file.
+      ndim: number of axes of the variable that it fills.
+      torch_axes: whether the file has PyTorch's axis order.
+    """
+    if torch_axes and tensor.ndim == 4:
+        tensor = tensor.transpose(2, 3, 1, 0)
+    return tensor[0, 0] if ndim == 2 and tensor.ndim == 4 and tensor.shape[:2] == (1, 1) else tensor
+
+
+def from_network(variable: np.ndarray, torch_axes: bool) -> np.ndarray:
+    """Returns a view of a variable in a file's axis order, the inverse of `to_network`."""
+    if variable.ndim < 2:
+        return variable
+    kernel = variable[None, None] if variable.ndim == 2 else variable
+    return kernel.transpose(3, 2, 0, 1) if torch_axes else kernel
 
 
 @functools.cache
@@ -30,7 +93,7 @@ def variable_shapes(config: ResNetConfig) -> Mapping[Path, tuple[int, ...]]:
 
 
 class Match(NamedTuple):
-    """The result of matching a file's tensors against a network.
+    """The result of matching a file's tensors against its network.
 
     Attributes:
       views: views of the matching tensors by variable path, in the network's axis order.
@@ -45,54 +108,58 @@ class Match(NamedTuple):
     wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
-def match(
-    tensors: Mapping[str, np.ndarray],
-    names: Mapping[Path, str],
-    config: ResNetConfig,
-    ignored: Collection[str],
-    layout: axis_order.Layout,
-) -> Match:
-    """Matches a file's tensors against a network; takes the same arguments as `merge`."""
-    shapes = variable_shapes(config)
-    needed = {path: names.get(path, "/".join(path)) for path in shapes}
+def match(parsed: ParsedWeights) -> Match:
+    """Matches a file's tensors against its network."""
+    tensors, torch_axes, shapes = parsed.tensors, parsed.torch_axes, variable_shapes(parsed.config)
+    needed = {path: parsed.names.get(path, "/".join(path)) for path in shapes}
     present = {path: name for path, name in needed.items() if name in tensors}
-    views = {path: layout.to_network(np.asarray(tensors[name]), len(shapes[path])) for path, name in present.items()}
+    views = {
+        path: to_network(np.asarray(tensors[name]), len(shapes[path]), torch_axes) for path, name in present.items()
+    }
+    # Keras's 1x1 kernels are shown as dense ones. The broadcast array is a view of one number.
+    expected = {
+        path: from_network(np.broadcast_to(np.float32(0), shape), True).shape if torch_axes else shape
+        for path, shape in shapes.items()
+    }
     wrong = {
-        name: (tuple(tensors[name].shape), _file_shape(shapes[path], layout))
+        name: (tuple(tensors[name].shape), expected[path])
         for path, name in present.items()
         if views[path].shape != shapes[path]
     }
     missing = sorted(needed[path] for path in shapes if path not in present)
-    extra = sorted(set(tensors) - set(present.values()) - set(ignored))
+    extra = sorted(set(tensors) - set(present.values()) - set(parsed.ignored) - set(parsed.top))
     return Match(views, missing, extra, wrong)
 
 
-def merge(
-    tensors: Mapping[str, np.ndarray],
-    names: Mapping[Path, str],
-    config: ResNetConfig,
-    ignored: Collection[str] = (),
-    what: str = "the weights",
-    layout: axis_order.Layout = axis_order.KERAS,
-) -> Variables:
-    """Builds a network's variables from the tensors of a file, by name.
+def backbone_of(parsed: ParsedWeights) -> Backbone:
+    """Builds the backbone of a parsed file.
 
-    Args:
-      tensors: the tensors of the file, by name.
-      names: tensor name by variable path.
-      config: the network.
-      ignored: names of known tensors that are not needed, such as the classifier's.
-      what: the file's name in error messages.
-      layout: the axis order in the file.
+    Raises:
+      WeightsError: if the tensors do not fit the network, or the file must not be used.
+    """
+    top, variables = read_classifier(parsed), merge(parsed)
+    if parsed.refusal:  # raised last, because a mismatch of the tensors tells the user more
+        raise WeightsError(parsed.refusal)
+    return Backbone(
+        parsed.config,
+        parsed.preprocessing,
+        parsed.image_size,
+        variables,
+        sha256=sha256_of_file(parsed.path),
+        source=str(parsed.path),
+        variant=parsed.variant,
+        top=top,
+    )
 
-    Returns:
-      float32 variables in the network's structure.
+
+def merge(parsed: ParsedWeights) -> Variables:
+    """Builds a network's float32 variables from the tensors of a file, by name.
 
     Raises:
       WeightsError: if a tensor is neither used nor ignored, a variable is not filled, a shape differs or a value is
         not finite; the message lists both sides.
     """
-    found = match(tensors, names, config, ignored, layout)
+    found, names, what = match(parsed), parsed.names, parsed.path
     if found.missing or found.extra:
         raise WeightsError(
             f"{what} does not match the network: missing tensors: {_join_few(found.missing)}; unexpected tensors: "
@@ -104,31 +171,23 @@ def merge(
             f"{what} does not match the network: {_join_few(wrong)}. Use weights of a supported network, or get a "
             "fresh copy of the file."
         )
-    views = found.views
-    if bad := [names[path] for path, view in views.items() if not jnp.issubdtype(view.dtype, jnp.floating)]:
-        raise WeightsError(
-            f"{what} holds integers instead of floats in {_join_few(bad)}. Get a fresh copy of the file."
-        )
+    integers = [path for path, view in found.views.items() if not jnp.issubdtype(view.dtype, jnp.floating)]
     with np.errstate(over="ignore"):  # float64 values that overflow to infinity are refused below
-        merged = {path: np.ascontiguousarray(view, np.float32) for path, view in views.items()}
-    if bad := [names[path] for path, value in merged.items() if not np.isfinite(value).all()]:
-        raise WeightsError(f"{what} holds non-finite values in {_join_few(bad)}. Get a fresh copy of the file.")
-    if bad := [names[path] for path, value in merged.items() if path[-1] == "var" and (value < 0).any()]:
-        raise WeightsError(f"{what} holds negative variances in {_join_few(bad)}. Get a fresh copy of the file.")
+        merged = {path: np.ascontiguousarray(view, np.float32) for path, view in found.views.items()}
+    problems = {
+        "integers instead of floats": integers,
+        "non-finite values": [path for path, value in merged.items() if not np.isfinite(value).all()],
+        "negative variances": [path for path, value in merged.items() if path[-1] == "var" and (value < 0).any()],
+    }
+    for problem, paths in problems.items():
+        if paths:
+            bad = _join_few([names[path] for path in paths])
+            raise WeightsError(f"{what} holds {problem} in {bad}. Get a fresh copy of the file.")
     return unflatten_dict(merged)
 
 
-def read_classifier(
-    tensors: Mapping[str, np.ndarray], names: tuple[str, str], config: ResNetConfig, what: str, transposed: bool = False
-) -> dict[str, np.ndarray] | None:
+def read_classifier(parsed: ParsedWeights) -> dict[str, np.ndarray] | None:
     """Returns the file's own classifier.
-
-    Args:
-      tensors: the tensors of the file, by name.
-      names: names of the classifier's kernel and bias.
-      config: the network below it.
-      what: the file's name in error messages.
-      transposed: whether the kernel is [classes, features], as in PyTorch.
 
     Returns:
       {"kernel": [features, classes], "bias": [classes]} in float32, or None if the file has no classifier.
@@ -136,22 +195,18 @@ def read_classifier(
     Raises:
       WeightsError: if only one of the two is present, or they do not fit the network's features.
     """
-    if not any(name in tensors for name in names):
+    names, features = parsed.top, parsed.config.features
+    if not any(name in parsed.tensors for name in names):
         return None
-    found = [np.asarray(tensors.get(name, ()), np.float32) for name in names]
-    kernel, bias = np.ascontiguousarray(found[0].T) if transposed else found[0], found[1]
-    if kernel.ndim != 2 or kernel.shape != (config.features, bias.size) or bias.ndim != 1:
+    kernel, bias = (np.asarray(parsed.tensors.get(name, ()), np.float32) for name in names)
+    if parsed.torch_axes:
+        kernel = np.ascontiguousarray(kernel.T)
+    if kernel.ndim != 2 or kernel.shape != (features, bias.size) or bias.ndim != 1:
         raise WeightsError(
-            f"{what} holds a classifier that does not fit its network: {names[0]} has shape {kernel.shape} and "
-            f"{names[1]} {bias.shape}, expected ({config.features}, classes) and (classes,). Get a fresh copy of the "
-            "file."
+            f"{parsed.path} holds a classifier that does not fit its network: {names[0]} has shape {kernel.shape} and "
+            f"{names[1]} {bias.shape}, expected ({features}, classes) and (classes,). Get a fresh copy of the file."
         )
     return {"kernel": kernel, "bias": bias}
-
-
-def _file_shape(shape: tuple[int, ...], layout: axis_order.Layout) -> tuple[int, ...]:
-    """Returns a variable's shape in the file's axis order."""
-    return shape if layout is axis_order.KERAS else layout.shape(np.broadcast_to(np.float32(0), shape))
 
 
 def _join_few(items: list[str], most: int = 6) -> str:

@@ -7,7 +7,7 @@ images. The libraries are needed for nothing else and are imported on first use 
 import importlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +25,7 @@ from cifar_jax.models.preprocess import preprocess
 from cifar_jax.models.resnet import DEPTHS, ResNet, ResNetConfig
 from cifar_jax.pretrained.config_json import CONFIG, PREPROCESSOR, read_json
 from cifar_jax.pretrained.convert import keras_tensors, matching_variant, torch_tensors, write_keras_h5
-from cifar_jax.pretrained.parsed_weights import ParsedWeights
+from cifar_jax.pretrained.merge import ParsedWeights
 
 # Family of tensor names that each reference library loads.
 FAMILIES = {"keras": "keras", "torchvision": "torchvision", "timm": "torchvision", "transformers": "huggingface"}
@@ -33,13 +33,14 @@ NUM_IMAGES = 4
 TOLERANCE = 1e-5  # max|a-b| / max|b| between equivalent float32 programs
 
 Outputs = dict[str, np.ndarray]  # stage1, stage2, ..., pooled, and logits if there is a classifier
+Runner = Callable[[ParsedWeights, Backbone, np.ndarray], Outputs]  # the last argument are uint8 images [n, 32, 32, 3]
 
 
-def differences(library: str, parsed: ParsedWeights, backbone: Backbone) -> dict[str, float]:
+def differences(run: Runner, parsed: ParsedWeights, backbone: Backbone) -> dict[str, float]:
     """Compares our outputs with a library's on synthetic images: max|a-b| / max|b| over each stage's whole tensor.
 
     Args:
-      library: a key of FAMILIES.
+      run: a value of RUNNERS.
       parsed: the parsed file.
       backbone: the backbone built from it.
 
@@ -48,7 +49,7 @@ def differences(library: str, parsed: ParsedWeights, backbone: Backbone) -> dict
     """
     images, _ = draw_shapes(NUM_IMAGES, seed=0)
     ours = our_outputs(backbone, images)
-    theirs = _RUNNERS[library](parsed, backbone, images)
+    theirs = run(parsed, backbone, images)
     return {name: _difference(ours[name], theirs[name]) for name in ours}
 
 
@@ -67,10 +68,9 @@ def our_outputs(backbone: Backbone, images_u8: UInt8[np.ndarray, "n 32 32 3"]) -
         return ResNet(backbone.config).apply(backbone.variables, x)
 
     found = jax.device_get(run(backbone, images_u8))
-    outputs = {f"stage{number + 1}": stage for number, stage in enumerate(found.stages)} | {"pooled": found.pooled}
-    if backbone.top is not None:
-        outputs["logits"] = found.pooled @ backbone.top["kernel"] + backbone.top["bias"]
-    return outputs
+    top = backbone.top
+    logits = None if top is None else found.pooled @ top["kernel"] + top["bias"]
+    return _to_outputs(found.stages, found.pooled, logits)
 
 
 def _import(*names: str) -> list[ModuleType]:
@@ -116,7 +116,7 @@ def _run_keras(parsed: ParsedWeights, backbone: Backbone, images_u8: np.ndarray)
     return _to_outputs(stages, stages[-1].mean(axis=(1, 2)), None if classes is None else found[-1])
 
 
-def _to_outputs(stages: list[np.ndarray], pooled: np.ndarray, logits: np.ndarray | None) -> Outputs:
+def _to_outputs(stages: Sequence[np.ndarray], pooled: np.ndarray, logits: np.ndarray | None) -> Outputs:
     outputs = {f"stage{number + 1}": stage for number, stage in enumerate(stages)} | {"pooled": pooled}
     return outputs if logits is None else outputs | {"logits": logits}
 
@@ -219,14 +219,12 @@ def _run_torch(
 def _load_or_raise(library: str, path: Path, load: Callable[[], Any]) -> None:
     try:
         load()
-    except WeightsError:
-        raise
     except Exception as error:  # the libraries do not document their exceptions
         line = str(error).strip().partition("\n")[0]
         raise UserError(f"{library} cannot load {path} ({line}). Omit --against {library}.") from error
 
 
-_RUNNERS: dict[str, Callable[[ParsedWeights, Backbone, np.ndarray], Outputs]] = {
+RUNNERS: dict[str, Runner] = {
     "keras": _run_keras,
     "torchvision": _run_torchvision,
     "timm": _run_timm,

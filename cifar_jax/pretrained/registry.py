@@ -3,15 +3,16 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_jax.errors import RunError, WeightsError, no_such
+from cifar_jax.errors import RunError, WeightsError
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained.download import NotDownloaded, download, has_digest
 
+# (description, total) -> a context manager whose value is called with the number of bytes done so far
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 # Names used by the libraries that publish the weights.
@@ -20,11 +21,6 @@ ALIASES = {
     **dict.fromkeys(("imagenet1k_v1", "v1"), "torchvision-resnet50-v1"),
     **dict.fromkeys(("imagenet1k_v2", "v2", "torchvision", "pytorch", "default"), "torchvision-resnet50-v2"),
 }
-
-
-def no_progress(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """A progress bar that shows nothing: a context manager whose value is called with the number done so far."""
-    return nullcontext(lambda done: None)
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,6 @@ class Entry:
     top1: str
     about: str
 
-    def is_at(self, path: Path) -> bool:
-        """Returns whether a file is this one, by size and hash."""
-        return path.stat().st_size == self.size and has_digest(path, self.digest)
-
 
 def weights_dir() -> Path:
     """The `weights` directory: inside an installed package, or beside the package in a checkout."""
@@ -73,15 +65,23 @@ def entries() -> dict[str, Entry]:
     return {name: Entry(name, **fields) for name, fields in table.items()}
 
 
-def entries_of_size(path: Path) -> list[Entry]:
-    """The registry's entries with the same size as a file."""
+def entry_of_file(path: Path, known: Mapping[str, Entry]) -> tuple[Entry | None, str]:
+    """Looks a file up among known ones by size and hash.
+
+    Returns:
+      Its entry or None, and an error message if it has the size of a known file but another hash.
+    """
     size = path.stat().st_size
-    return [entry for entry in entries().values() if entry.size == size]
-
-
-def entry_of_file(path: Path) -> Entry | None:
-    """The registry's entry for a file, by size and hash, or None."""
-    return next((entry for entry in entries_of_size(path) if has_digest(path, entry.digest)), None)
+    same_size = [entry for entry in known.values() if entry.size == size]
+    for entry in same_size:
+        if has_digest(path, entry.digest):
+            return entry, ""
+    if not same_size:
+        return None, ""
+    return None, (
+        f"Checksum mismatch: {path} has the size of {same_size[0].name} but not its checksum {same_size[0].digest}; "
+        "its weights were modified, or it is corrupt."
+    )
 
 
 def places(entry: Entry, cache_dir: str | None = None) -> Iterator[Path]:
@@ -118,7 +118,7 @@ def find_local(entry: Entry, cache_dir: str | None = None) -> tuple[Path | None,
         if not os.path.isfile(path):
             continue
         try:
-            if entry.is_at(path):
+            if path.stat().st_size == entry.size and has_digest(path, entry.digest):
                 return path, notes
             notes.append(f"{path} is another file (its size or hash differs)")
         except OSError as error:
@@ -139,45 +139,42 @@ def sources(entry: Entry) -> list[str]:
     return [*copies, *([entry.url] if entry.url else [])]
 
 
-def fetch(name: str, cache_dir: str | None = None, progress: Progress = no_progress) -> Path:
+def fetch(entry: Entry, cache_dir: str | None = None, progress: Progress | None = None) -> Path:
     """Returns a local copy of a known file, downloading it if necessary; its hash is checked either way.
 
     Args:
-      name: name of the registry's entry.
+      entry: the file.
       cache_dir: directory of downloads; if None, $CIFAR_JAX_CACHE, or else ~/.cache/cifar_jax.
       progress: makes the progress bar of a download.
 
     Raises:
-      WeightsError: if the name is not known, or the file is not on this machine and cannot be downloaded. The message
-        lists each source that was tried, the URL, the hash and the path for a manual download.
+      WeightsError: if the file is not on this machine and cannot be downloaded. The message lists each source that was
+        tried, the URL, the hash and the path for a manual download.
       RunError: if the download cannot be written.
     """
-    entry = entries().get(name)
-    if entry is None:
-        raise WeightsError(no_such("known weights file", name, entries(), ALIASES))
     found, notes = find_local(entry, cache_dir)
     if found is not None:
         return found
     also = "".join(f" {note}." for note in notes)
     if entry.url is None:
         raise WeightsError(
-            f"The weights {name} come with this project, and {weights_dir() / entry.file} is missing or incomplete: "
-            f"install it again.{also}"
+            f"The weights {entry.name} come with this project, and {weights_dir() / entry.file} is missing or "
+            f"incomplete: install it again.{also}"
         )
     target = downloaded_to(entry, cache_dir)
     try:
-        with progress(f"Downloading {name}", entry.size) as bar:
+        with progress(f"Downloading {entry.name}", entry.size) if progress else nullcontext(lambda done: None) as bar:
             download(sources(entry), target, entry.size, entry.digest, bar=bar)
     except NotDownloaded as error:
         why = error.causes[entry.url] if list(error.causes) == [entry.url] else error
         raise WeightsError(
-            f"The weights {name} are not on this machine and could not be downloaded ({why}): get {entry.url} "
+            f"The weights {entry.name} are not on this machine and could not be downloaded ({why}): get {entry.url} "
             f"({entry.digest}) on a machine with a network and put it at {target}, or name it with --weights or "
             f"CIFAR_JAX_WEIGHTS.{also}"
         ) from error
     except OSError as error:
         raise RunError(
-            f"The weights {name} cannot be written to {target} ({error.strerror or error}): make room, or name another "
-            f"place with --cache-dir or CIFAR_JAX_CACHE."
+            f"The weights {entry.name} cannot be written to {target} ({error.strerror or error}): make room, or name "
+            "another place with --cache-dir or CIFAR_JAX_CACHE."
         ) from error
     return target

@@ -5,7 +5,6 @@ A file's variant is decided, in this order, by its hash, by a config inside the 
 choose what they leave open.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +30,25 @@ class Variant:
     config: ResNetConfig
     preprocessing: Preprocessing
     image_size: int = 224
+
+
+@dataclass(frozen=True)
+class Description:
+    """The settings that a config inside or next to a weights file fixes; None for those it leaves open.
+
+    Attributes:
+      config: fields of ResNetConfig, without `stage_sizes`.
+      stage_sizes: blocks in each stage.
+      preprocessing: the preprocessing of the input.
+      image_size: side of the input in pixels.
+      refusal: error message if it describes a different network than the tensor names suggest, else empty.
+    """
+
+    config: dict[str, Any]
+    stage_sizes: tuple[int, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    image_size: int | None = None
+    refusal: str = ""
 
 
 _KERAS = ResNetConfig(stride_in_1x1=True, conv_bias=True, bn_epsilon=1.001e-5, pool_padding=1)
@@ -91,14 +109,14 @@ def check_variant(asked: str | None, family: str | None = None, what: str = "") 
 
 
 def choose_variant(
-    family: str, by_hash: str | None, apply_config: Callable[[Variant], Variant] | None, asked: str | None, what: str
+    family: str, by_hash: str | None, description: Description | None, asked: str | None, what: str
 ) -> tuple[Variant, str]:
     """Chooses the variant of a file.
 
     Args:
       family: family of its tensor names.
       by_hash: the variant listed in the registry for this file, if any.
-      apply_config: updates a variant with the settings of the file's config; None if there is no config.
+      description: the settings of the file's config, if any.
       asked: the user's `--variant`.
       what: the file's name in error messages.
 
@@ -110,51 +128,17 @@ def choose_variant(
     """
     check_variant(asked, family, what)
     default = VARIANTS[by_hash or family]
-    if apply_config is not None:
-        described = apply_config(default)
+    if description is not None:
+        described = replace(
+            default,
+            config=replace(default.config, **description.config),
+            preprocessing=description.preprocessing or default.preprocessing,
+            image_size=description.image_size or default.image_size,
+        )
         if asked is not None and VARIANTS[asked].config != described.config:
             raise WeightsError(f"--variant {asked} contradicts the config of {what}. Omit the option.")
         same = [v for v in VARIANTS.values() if replace(v, name="") == replace(described, name="")]
-        chosen = same[0] if same else replace(described, name=f"{family} as described")
-        return chosen, "its description"
+        return same[0] if same else replace(described, name=f"{family} as described"), "its description"
     if asked is not None:
         return VARIANTS[asked], "--variant"
     return default, "its hash" if by_hash else "its tensor names"
-
-
-def parse_keras_config(model_config: Mapping[str, Any], what: str) -> Callable[[Variant], Variant]:
-    """Returns a function that updates a variant with the settings of a Keras model config."""
-    fields = _config_fields(model_config, what)
-    return lambda variant: replace(variant, config=replace(variant.config, **fields))
-
-
-def _config_fields(model_config: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Returns the fields of ResNetConfig that a Keras model config fixes, regardless of layer names."""
-    layers = list(_flat_layers(model_config.get("config", {})))
-    by_class: dict[str, list[Mapping[str, Any]]] = {}
-    for layer in layers:
-        by_class.setdefault(layer["class_name"], []).append(layer["config"])
-    convs, norms = by_class.get("Conv2D", []), by_class.get("BatchNormalization", [])
-    epsilons, biases = {norm["epsilon"] for norm in norms}, {conv["use_bias"] for conv in convs}
-    # After the stem there are only 1x1 and 3x3 convolutions, and one of the two kinds does all the main-path striding.
-    in_3x3 = any(tuple(c["kernel_size"]) == (3, 3) and tuple(c["strides"]) == (2, 2) for c in convs)
-    if len(epsilons) != 1 or len(biases) != 1:
-        raise WeightsError(
-            f"The model config inside {what} is not that of a ResNet: expected one BatchNorm epsilon and one use_bias "
-            f"for all layers, got {sorted(epsilons)} and {sorted(biases)}. Get a fresh copy of the file."
-        )
-    return {
-        "bn_epsilon": epsilons.pop(),
-        "conv_bias": biases.pop(),
-        "stride_in_1x1": not in_3x3,
-        "pool_padding": len(by_class.get("ZeroPadding2D", [])) - 1,  # the other one pads the stem's convolution
-    }
-
-
-def _flat_layers(config: Any) -> Any:
-    """Yields all layers of a model config, including those of nested models."""
-    for layer in config["layers"] if isinstance(config, Mapping) and "layers" in config else []:
-        if "layers" in layer.get("config", {}):
-            yield from _flat_layers(layer["config"])
-        else:
-            yield layer

@@ -12,11 +12,10 @@ from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.errors import WeightsError
 from cifar_jax.files import sha256_of_file, without_nan
 from cifar_jax.models.backbone import Backbone, extract
-from cifar_jax.models.resnet import ResNetConfig, network_name
+from cifar_jax.models.resnet import network_name
 from cifar_jax.pretrained import reference_libraries, registry
 from cifar_jax.pretrained.load import read_weights
-from cifar_jax.pretrained.merge import Match, Path as VariablePath, match
-from cifar_jax.pretrained.parsed_weights import ParsedWeights, backbone_of
+from cifar_jax.pretrained.merge import Match, ParsedWeights, Path as VariablePath, backbone_of, match
 
 IMAGE_SIDE = 32  # of synthetic images; the network's input size must be a multiple of it
 FINGERPRINT_IMAGES = 4
@@ -71,14 +70,20 @@ class Verification:
 
 
 def verify(
-    path_or_name: str | Path, variant: str | None = None, against: str | None = None, **load_kwargs: Any
+    path_or_name: str | Path,
+    variant: str | None = None,
+    against: str | None = None,
+    *,
+    runners: Mapping[str, reference_libraries.Runner] = reference_libraries.RUNNERS,
+    **load_kwargs: Any,
 ) -> Verification:
     """Checks weights as a whole and tensor by tensor.
 
     Args:
       path_or_name: any path or name that `load_backbone` accepts.
       variant: the variant, for files that leave it open.
-      against: a key of `reference_libraries.FAMILIES`, the library to compare outputs with.
+      against: a key of `runners`, the library to compare outputs with.
+      runners: functions that run the network in a reference library, by name.
       load_kwargs: passed to `load_backbone`.
 
     Raises:
@@ -86,12 +91,10 @@ def verify(
       UserError: if the library is not installed, or has no such network.
     """
     parsed = read_weights(path_or_name, variant, **load_kwargs)
-    found = match(parsed.tensors, parsed.names, parsed.config, [*parsed.ignored, *parsed.top], parsed.layout)
-    rows = tensor_rows(parsed, found)
+    rows = tensor_rows(parsed, match(parsed))
     problems = [f"{row.name}: {row.problem}." for row in rows if row.problem]
-    registered = registry.entry_of_file(parsed.path)
-    if registered is None and (same_size := registry.entries_of_size(parsed.path)):
-        problems.append(f"Checksum mismatch: it has the size of {same_size[0].name}, but not {same_size[0].digest}.")
+    registered, mismatch = registry.entry_of_file(parsed.path, load_kwargs.get("known") or registry.entries())
+    problems += [mismatch] if mismatch else []
     fingerprint: dict[str, Any] = {}
     differences: dict[str, float] = {}
     try:
@@ -103,30 +106,28 @@ def verify(
         side = max(IMAGE_SIDE, backbone.image_size // IMAGE_SIDE * IMAGE_SIDE)
         fingerprint = compute_fingerprint(backbone.replace(image_size=side))
         if against is not None:
-            differences = reference_libraries.differences(against, parsed, backbone.replace(image_size=side))
-        problems += _check_features(fingerprint, against, differences)
+            differences = reference_libraries.differences(runners[against], parsed, backbone.replace(image_size=side))
+        if not fingerprint["std"] > 0:
+            problems.append("The network is dead: all synthetic images have the same features.")
+        problems += [
+            f"{name} differs from that of {against} by {value:.2g}, more than {reference_libraries.TOLERANCE:g}."
+            for name, value in differences.items()
+            if not value <= reference_libraries.TOLERANCE
+        ]
     return Verification(_about(parsed, registered), rows, fingerprint, differences, problems)
-
-
-def _check_features(fingerprint: dict[str, Any], against: str | None, differences: dict[str, float]) -> list[str]:
-    """Returns the problems of the network's outputs."""
-    dead = ["The network is dead: all synthetic images have the same features."] if not fingerprint["std"] > 0 else []
-    too_large = {name: value for name, value in differences.items() if not value <= reference_libraries.TOLERANCE}
-    return dead + [
-        f"{name} differs from that of {against} by {value:.2g}, more than {reference_libraries.TOLERANCE:g}."
-        for name, value in too_large.items()
-    ]
 
 
 def _about(parsed: ParsedWeights, registered: registry.Entry | None) -> dict[str, str]:
     config, preprocessing = parsed.config, parsed.preprocessing
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
+    bias = parsed.tensors.get(parsed.top[1])
     counts = f"{sum(np.size(tensor) for tensor in parsed.tensors.values()):,} numbers"
     return {
         "file": str(parsed.path),
         "bytes": f"{parsed.path.stat().st_size:,}",
         "sha256": sha256_of_file(parsed.path),
         "registry": f"{registered.name} ({registered.digest}), {registered.licence}" if registered else "not in it",
-        "network": _describe_network(config),
+        "network": f"{network_name(config)}, {config.features} features",
         "tensors": f"{len(parsed.tensors)} of the family {parsed.family}, {counts}",
         "variant": parsed.variant,
         "assumed": " ".join(parsed.notes) or "nothing",
@@ -135,24 +136,10 @@ def _about(parsed: ParsedWeights, registered: registry.Entry | None) -> dict[str
         "BatchNorm epsilon": f"{config.bn_epsilon:g}",
         "max-pool": "padded" if config.pool_padding else "not padded",
         "preprocessing": f"{preprocessing.name}: {preprocessing.channels.upper()} / {preprocessing.scale:g}, minus "
-        f"{_format_numbers(preprocessing.mean)}, by {_format_numbers(preprocessing.std)}",
+        f"{mean}, by {std}",
         "image size": f"{parsed.image_size}x{parsed.image_size}",
-        "classifier": _describe_classifier(parsed),
+        "classifier": "none" if bias is None else f"{bias.size} classes, kept and not used",
     }
-
-
-def _describe_network(config: ResNetConfig) -> str:
-    """Returns a phrase such as `ResNet50, 2048 features`."""
-    return f"{network_name(config)}, {config.features} features"
-
-
-def _format_numbers(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:g}" for value in values)
-
-
-def _describe_classifier(parsed: ParsedWeights) -> str:
-    bias = parsed.tensors.get(parsed.top[1])
-    return "none" if bias is None else f"{bias.size} classes, kept and not used"
 
 
 def tensor_rows(parsed: ParsedWeights, found: Match) -> list[TensorRow]:

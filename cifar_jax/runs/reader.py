@@ -18,7 +18,7 @@ from cifar_jax.models.head import Head, dense_head
 from cifar_jax.pretrained import AnyBackbone, Backbone, FunctionBackbone, registry
 from cifar_jax.pretrained.formats.safetensors_file import is_ours
 from cifar_jax.pretrained.load import read_weights
-from cifar_jax.pretrained.parsed_weights import backbone_of
+from cifar_jax.pretrained.merge import backbone_of
 from cifar_jax.runs.checkpoint import Position, load_checkpoint
 from cifar_jax.runs.directory import BACKBONE, CHECKPOINTS, CONFIG, FORMAT_VERSION, SUMMARY, is_run, read_json
 from cifar_jax.train.load_inputs import with_digest

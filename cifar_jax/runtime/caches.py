@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import stat
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,33 +17,31 @@ from cifar_jax.files import lock
 FEATURES, DATA, XLA, WEIGHTS = "features", "data", "xla", "weights"
 ABOUT, _LOCK = "about.json", "lock"
 # Everything that can be recomputed: paths, relative to the folder, of files and of directories (with a trailing slash).
-# A killed process may leave names that begin with a dot or end in __lock; zarr.json and .xla are from older versions.
+# A killed process may leave names that begin with a dot or end in __lock.
 _OWN = {
-    FEATURES: re.compile(
-        r"[0-9a-f]{32}/(c/(\d+/(0(\.__lock)?)?)?|\.?about\.json(\.\w+\.json)?|lock|zarr\.json(\.__lock)?)?"
-    ),
+    FEATURES: re.compile(r"[0-9a-f]{32}/(c/(\d+/(0(\.__lock)?)?)?|\.?about\.json(\.\w+\.json)?|lock)?"),
     DATA: re.compile(r"[^/]+/(\w+\.npy|\.?index\.json(\.\w+\.json)?)?"),
-    XLA: re.compile(r"[^/]+-[0-9a-f]{64}-cache|checked|[^/]+\.xla|xla_gpu_per_fusion_autotune_cache_dir/.*"),
+    XLA: re.compile(r"[^/]+-[0-9a-f]{64}-cache|checked|xla_gpu_per_fusion_autotune_cache_dir/.*"),
 }
 
 logger = logging.getLogger(__name__)
 
 
-class Kept(NamedTuple):
+class CacheEntry(NamedTuple):
     """An entry of the cache; `about`, read from its about.json, may be empty."""
 
-    what: str
+    kind: str
     path: Path
     size: int  # bytes
-    used: float  # seconds since 1970
+    last_used: float  # seconds since 1970
     about: dict[str, Any]
 
 
-def contents(root: Path) -> list[Kept]:
+def contents(root: Path) -> list[CacheEntry]:
     """Lists the entries of the cache, grouped by kind."""
     kinds = {FEATURES: "features", DATA: "decoded images", WEIGHTS: "weights"}
-    kept = [_kept(what, path) for kind, what in kinds.items() for path in _directories(root / kind)]
-    return kept + [_kept("compiled functions", path) for path in [root / XLA] if path.is_dir()]
+    entries = [_entry(kind, path) for folder, kind in kinds.items() for path in _directories(root / folder)]
+    return entries + [_entry("compiled functions", path) for path in [root / XLA] if path.is_dir()]
 
 
 def clear(root: Path) -> int:
@@ -55,15 +52,15 @@ def clear(root: Path) -> int:
     Returns:
       The number of bytes freed.
     """
-    freed, in_use = _remove(root / DATA) + _remove(root / XLA), []
-    for path in _entries(root):
+    freed, in_use = _remove(root / DATA) + _remove(root / XLA), set()
+    for path in _feature_entries(root):
         try:
             freed += _remove_entry(path)
         except BlockingIOError:
-            in_use.append(path)
+            in_use.add(path)
             logger.info(f"{path} is kept: another process is using it.")
     for folder in (root / kind for kind in _OWN):
-        others = [folder] if folder.is_symlink() else sorted(set(folder.glob("*")).difference(in_use))
+        others = [folder] if folder.is_symlink() else sorted(set(folder.glob("*")) - in_use)
         if others:
             logger.info(f"{others[0]} is kept: the cache did not write it, or not everything in it.")
     return freed
@@ -77,9 +74,9 @@ def limit_features(root: Path, limit: float, in_use: Collection[str]) -> None:
       limit: maximum size in bytes.
       in_use: names of entries to keep; those in use by another process are kept too.
     """
-    kept = sorted((_kept("features", path) for path in _entries(root)), key=lambda entry: entry.used)
-    total, freed = sum(entry.size for entry in kept), 0
-    for entry in kept:
+    entries = sorted((_entry("features", path) for path in _feature_entries(root)), key=lambda entry: entry.last_used)
+    total, freed = sum(entry.size for entry in entries), 0
+    for entry in entries:
         if total - freed > limit and entry.path.name not in in_use:
             with contextlib.suppress(OSError):
                 freed += _remove_entry(entry.path)
@@ -103,7 +100,7 @@ def locked(path: Path, on_waiting: Callable[[], None]) -> Iterator[None]:
                 return
 
 
-def _entries(root: Path) -> list[Path]:
+def _feature_entries(root: Path) -> list[Path]:
     """The directories of cached features that may be removed."""
     folder = root / FEATURES
     ours = [path for path in _directories(folder) if _OWN[FEATURES].fullmatch(f"{path.name}/")]
@@ -114,14 +111,15 @@ def _directories(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*")) if path.is_dir() and not path.is_symlink()]
 
 
-def _kept(what: str, path: Path) -> Kept:
+def _entry(kind: str, path: Path) -> CacheEntry:
     files = [os.lstat(os.path.join(here, name)) for here, _, names in os.walk(path) for name in names]
-    used = (path / ABOUT if (path / ABOUT).exists() else path).stat().st_mtime
+    last_used = (path / ABOUT if (path / ABOUT).exists() else path).stat().st_mtime
     try:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         about = None  # corrupt or missing
-    return Kept(what, path, sum(file.st_size for file in files), used, about if isinstance(about, dict) else {})
+    about = about if isinstance(about, dict) else {}
+    return CacheEntry(kind, path, sum(file.st_size for file in files), last_used, about)
 
 
 def _remove_entry(path: Path) -> int:
@@ -141,19 +139,17 @@ def _remove_entry(path: Path) -> int:
 def _remove(folder: Path, name: str = "") -> int:
     """Removes the files that the cache wrote to a folder, or to `name` in it, and returns the bytes freed."""
     freed, own = 0, _OWN[folder.name]
-    if not (folder / name).exists():
+    if folder.is_symlink():
         return 0
-    for here, directories, files, handle in os.fwalk(folder / name, topdown=False):
-        place = Path(here).relative_to(folder)
-        for file in files:
-            about = os.stat(file, dir_fd=handle, follow_symlinks=False)
-            if own.fullmatch(str(place / file)) and stat.S_ISREG(about.st_mode):
-                os.unlink(file, dir_fd=handle)
-                freed += about.st_size
-        for directory in directories:
-            if own.fullmatch(f"{place / directory}/"):
+    for here, directories, files in os.walk(folder / name, topdown=False):  # follows no symlinks below
+        for path in (Path(here, file) for file in files):
+            if own.fullmatch(str(path.relative_to(folder))) and not path.is_symlink():
+                freed += path.stat().st_size
+                path.unlink()
+        for path in (Path(here, directory) for directory in directories):
+            if own.fullmatch(f"{path.relative_to(folder)}/"):
                 with contextlib.suppress(OSError):  # a symlink, or not empty
-                    os.rmdir(directory, dir_fd=handle)
+                    path.rmdir()
     if name:
         with contextlib.suppress(OSError):
             (folder / name).rmdir()

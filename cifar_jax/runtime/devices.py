@@ -43,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
-def is_gone(error: BaseException) -> bool:
+def is_device_lost(error: BaseException) -> bool:
     """Whether an error of XLA or of the CUDA or TPU driver means that a device failed or is unreachable."""
     return bool(re.match(r"(UNAVAILABLE|DATA_LOSS|ABORTED)|.*\b(CUDA_ERROR_\w+|device (is )?(lost|gone))", str(error)))
 

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 
 from cifar_jax.runtime.devices import accelerator
+from cifar_jax.runtime.sharding import make_mesh
 from cifar_jax.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "safetensors", "tensorflow-datasets", "numpy")
@@ -30,6 +30,27 @@ def device_description(used: int | None = None) -> str:
     return f"{devices[0].platform} ({kind})" + (f"{share} {len(devices)} devices" if len(devices) > 1 else "")
 
 
+def device_rows() -> list[dict[str, str]]:
+    """Returns a row for every device, with whether training uses it by default."""
+    used = set(make_mesh(None).devices.flat)
+    return [
+        {
+            "device": str(device.id),
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "process": str(device.process_index),
+            "memory": _memory(device),
+            "training": "yes" if device in used else "no",
+        }
+        for device in jax.devices()
+    ]
+
+
+def _memory(device: jax.Device) -> str:
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return f"{limit / 2**30:.1f} GiB" if limit else ""
+
+
 def settings() -> dict[str, Any]:
     """Returns what else affects results to the last bit: JAX's environment variables and this checkout's commit."""
     names = ("XLA_", "JAX_", "LIBTPU_", "NVIDIA_TF32")
@@ -39,10 +60,9 @@ def settings() -> dict[str, Any]:
 
 def _commit(checkout: Path) -> str | None:
     """Returns the commit of a checkout, with `-dirty` if files were changed; None if it is not a Git checkout."""
-    git = shutil.which("git")
-    if git is None or not (checkout / ".git").exists():
+    if not (checkout / ".git").exists():
         return None
-    command = [git, "-C", str(checkout), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -22,23 +22,23 @@ class Progress(Protocol):
     def __call__(
         self, description: str, total: int, compiles: bool = False
     ) -> AbstractContextManager[Callable[[int], None]]:
-        """Shows a progress bar."""
+        """Shows a progress bar for a block; yields a function to call with the number of `total` items done.
+
+        With `compiles`, the first call is with 0 when the work starts, and the bar shows `compiling` until the next.
+        """
         ...
 
 
 class Reporter(Protocol):
     """Receiver of a job's progress: `cifar_jax.cli.console` prints it, `Silent` discards it."""
 
+    @property
+    def progress(self) -> Progress:
+        """Shows a progress bar."""
+        ...
+
     def header(self, rows: dict[str, str]) -> None:
         """Shows the job's settings, before it starts."""
-
-    def progress(
-        self, description: str, total: int, compiles: bool = False
-    ) -> AbstractContextManager[Callable[[int], None]]:
-        """Shows a progress bar for the block; yields a function to call with the number of `total` items done.
-
-        With `compiles`, the first call is with 0 when the work starts, and the bar shows `compiling` until the next.
-        """
 
     def epoch(self, row: EpochRow, num_epochs: int) -> None:
         """Shows the metrics of a finished epoch."""
@@ -47,14 +47,14 @@ class Reporter(Protocol):
 class Silent:
     """A reporter that discards everything."""
 
-    def header(self, rows: dict[str, str]) -> None:
-        """Does nothing."""
-
     def progress(
         self, description: str, total: int, compiles: bool = False
     ) -> AbstractContextManager[Callable[[int], None]]:
         """Does nothing."""
         return nullcontext(lambda done: None)
+
+    def header(self, rows: dict[str, str]) -> None:
+        """Does nothing."""
 
     def epoch(self, row: EpochRow, num_epochs: int) -> None:
         """Does nothing."""

@@ -83,24 +83,3 @@ def rows_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def round_up(mesh: Mesh, count: int) -> int:
     """Rounds a number of examples up to a multiple of the number of devices."""
     return -(-count // mesh.size) * mesh.size
-
-
-def device_rows() -> list[dict[str, str]]:
-    """Returns a row for every device, with whether training uses it by default."""
-    used = set(make_mesh(None).devices.flat)
-    return [
-        {
-            "device": str(device.id),
-            "platform": device.platform,
-            "kind": device.device_kind,
-            "process": str(device.process_index),
-            "memory": _memory(device),
-            "training": "yes" if device in used else "no",
-        }
-        for device in jax.devices()
-    ]
-
-
-def _memory(device: jax.Device) -> str:
-    limit = (device.memory_stats() or {}).get("bytes_limit") if device.process_index == jax.process_index() else None
-    return f"{limit / 2**30:.1f} GiB" if limit else ""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first sets a flag and raises unless exceptions are held; the second ends the process.
+"""Ctrl-C and SIGTERM: the first sets a flag and raises unless the block defers that; the second ends the process.
 
 Python runs signal handlers between bytecode instructions, so after a compiled epoch, not during it.
 """
@@ -17,16 +17,34 @@ class Terminated(KeyboardInterrupt):
 
 
 class Signals:
-    """The handler of Ctrl-C and SIGTERM; made by `listening`.
+    """Handles Ctrl-C and SIGTERM while used as a context manager; does nothing outside the main thread.
 
     Attributes:
       requested: the first signal that asked the process to end; None until then.
     """
 
     def __init__(self, alone: bool = True, on_request: Callable[[signal.Signals, bool], None] | None = None) -> None:
-        """Initialises the handler; for the arguments see `listening`."""
+        """Prepares the handler.
+
+        Args:
+          alone: whether this is the only process of a run. If not, SIGTERM is left to JAX, which notifies the others.
+          on_request: called with the first signal, and whether the current block finishes first.
+        """
         self.requested: signal.Signals | None = None
-        self._held, self._alone, self._on_request = 0, alone, on_request
+        self._alone, self._on_request = alone, on_request
+        self._depth = 0  # of blocks that defer the exception
+        self._usual: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    self._usual[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)
 
     @property
     def exit_code(self) -> int:
@@ -34,61 +52,37 @@ class Signals:
         return 128 + (self.requested or (signal.SIGINT if self._alone else signal.SIGTERM))
 
     @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Suppresses the exception in a block that checks `requested` itself."""
-        self._held += 1
+    def polled(self) -> Iterator[None]:
+        """Raises nothing in a block that checks `requested` itself."""
+        self._depth += 1
         try:
             yield
         finally:
-            self._held -= 1
+            self._depth -= 1
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Defers the exception to the end of a block, such as one that writes files that belong together."""
         before = self.requested
-        with self.noted():
+        with self.polled():
             yield
-        if self.requested is not before and not self._held:
-            raise self._interrupt()
+        if self.requested is not before:
+            self._raise()
 
-    def handle(self, number: int, frame: FrameType | None = None) -> None:
-        """Sets the flag and lets the next signal end the process, which is safe as files are written atomically."""
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number)
-        for other in (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,):
-            if signal.getsignal(other) is not signal.SIG_IGN:
-                signal.signal(other, signal.SIG_DFL)
+        # The second signal may end the process at any point, as files are written atomically.
+        for other in self._usual:
+            signal.signal(other, signal.SIG_DFL)
         with contextlib.suppress(OSError):
             if os.isatty(2):
                 os.write(2, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
         if self._on_request:
-            self._on_request(self.requested, self._held > 0)
+            self._on_request(self.requested, self._depth > 0)
         if not self._alone:
             signal.raise_signal(signal.SIGTERM)  # JAX handles it and notifies the other processes
-        if not self._held:
-            raise self._interrupt()
+        self._raise()
 
-    def _interrupt(self) -> KeyboardInterrupt:
-        return Terminated() if self.requested == signal.SIGTERM else KeyboardInterrupt()
-
-
-@contextlib.contextmanager
-def listening(
-    alone: bool = True, on_request: Callable[[signal.Signals, bool], None] | None = None
-) -> Iterator[Signals]:
-    """Handles Ctrl-C and SIGTERM until the block ends; does nothing outside the main thread.
-
-    Args:
-      alone: whether this is the only process of a run. If not, SIGTERM is left to JAX, which notifies the others.
-      on_request: called with the first signal, and whether the current block finishes first.
-    """
-    signals = Signals(alone, on_request)
-    usual: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                usual[number] = signal.signal(number, signals.handle)
-    try:
-        yield signals
-    finally:
-        for name, handler in usual.items():
-            signal.signal(name, handler)
+    def _raise(self) -> None:
+        if not self._depth:
+            raise Terminated if self.requested == signal.SIGTERM else KeyboardInterrupt

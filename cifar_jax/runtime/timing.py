@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cifar_jax.runtime.progress import Reporter, Watched
 
@@ -10,20 +10,20 @@ from cifar_jax.runtime.progress import Reporter, Watched
 class Clock:
     """Stopwatch that adds up seconds by phase."""
 
-    def __init__(self) -> None:
-        """Starts the clock."""
-        self.started = time.perf_counter()
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        """Starts the clock, which reads seconds from `now`."""
+        self._now, self._started = now, now()
         self.seconds: dict[str, float] = {}
         self.first_step: float | None = None
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Adds the duration of the block to a phase."""
-        start = time.perf_counter()
+        start = self._now()
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - start
 
     def note_first_step(self) -> None:
         """Notes that the network produced its first result, after loading and compilation. Later calls do nothing."""
@@ -37,4 +37,4 @@ class Clock:
     @property
     def total(self) -> float:
         """Seconds since the start."""
-        return time.perf_counter() - self.started
+        return self._now() - self._started

@@ -275,9 +275,7 @@ def extract_features(config: TrainConfig, inputs: Inputs, reporter: Reporter, cl
         own[names[split]] = Dataset(part.images[rows], part.labels[rows])
     if jax.process_count() == 1:
         digests = {names[split]: problem.digests[split].images for split in problem.parts}
-    found = dataset_features(
-        config, backbone, image_size, own, digests=digests, reporter=reporter, started=clock.started
-    )
+    found = dataset_features(config, backbone, image_size, own, digests=digests, reporter=reporter, clock=clock)
     features = {split: gather(found.features[names[split]], len(part.labels)) for split, part in problem.parts.items()}
     return found._replace(features=features)
 
@@ -297,5 +295,5 @@ def _forecast(
     num = {name: len(part.labels) for name, part in inputs.problem.parts.items()}
     evaluated = (config.optim.epochs - first_epoch) * num.get("val", num["test"]) + (num["test"] if "val" in num else 0)
     work = (config.optim.epochs - first_epoch) * num["train"] + share * evaluated
-    forecast = Forecast(work, clock.started, faster_ways(config, inputs.backbone, inputs.image_size))
+    forecast = Forecast(work, clock, faster_ways(config, inputs.backbone, inputs.image_size))
     return forecast.watch(reporter), forecast.watch(reporter, share)

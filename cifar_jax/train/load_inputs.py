@@ -73,9 +73,8 @@ def load_inputs(
     # Weights first, so that a misspelt name fails before a data set is downloaded.
     with clock("weights"):
         if backbone is None and not untrained:
-            more = {"progress": progress} if progress else {}
             backbone = load_backbone(
-                config.backbone.weights, config.backbone.variant, cache_dir=config.run.cache_dir, **more
+                config.backbone.weights, config.backbone.variant, cache_dir=config.run.cache_dir, progress=progress
             )
     with clock("data"):
         problem = load_problem(config)

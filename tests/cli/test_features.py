@@ -5,12 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error, is_refused
+from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error, is_refused, without_pictures
 from PIL import Image
 
 from cifar_jax.data import load_splits
 from cifar_jax.data.sources.images import read_image
-from cifar_jax.features import extraction as extraction
 from cifar_jax.features.extractor import make_extractor
 from cifar_jax.pretrained import load_backbone, random_backbone, save_backbone
 from cifar_jax.runtime.profiling import profiled
@@ -64,13 +63,12 @@ def test_features_of_a_data_set(tmp_path, capsys, weights):
     assert json.loads(result.out)["train_features"] == f"20 x {NARROW.features} float32"
 
 
-def test_features_cached_by_training_are_reused(tmp_path, capsys, weights, monkeypatch):
-    run = ["--preset", "demo", "--weights", weights, "--train-examples", "64", "--test-examples", "10", "--epochs", "1"]
-    cache = ["--cache-dir", tmp_path / "cache"]
-    assert command(capsys, "train", *run, "--hidden", "4", "--out", tmp_path / "run", *cache).code == 0
-    monkeypatch.setattr(extraction, "make_extractor", lambda *_: None)
-    asked = ["shapes", "--weights", weights, "--train-examples", "64", "--test-examples", "10", *cache]
-    result = features(capsys, tmp_path / "features.npz", *asked)
+def test_features_cached_by_training_are_reused(tmp_path, capsys, monkeypatch, weights):
+    without_pictures(monkeypatch)
+    data = ["--weights", weights, "--train-examples", "64", "--test-examples", "10", "--cache-dir", tmp_path / "cache"]
+    train = ["--preset", "demo", *data, "--epochs", "1", "--hidden", "4", "--out", tmp_path / "run"]
+    assert command(capsys, "train", *train).code == 0
+    result = features(capsys, tmp_path / "features.npz", "shapes", *data)
     assert result.code == 0 and result.err.count("The features come from the cache") == 2
     assert f"64 x {NARROW.features} float32" in result.out
 
@@ -78,7 +76,6 @@ def test_features_cached_by_training_are_reused(tmp_path, capsys, weights, monke
 @pytest.mark.parametrize(
     ("options", "side", "size", "precision"),
     [
-        ([], 32, 32, "float32"),
         (["--image-size", "64"], 32, 64, "float32"),
         (["--image-size", "64", "--direct"], 64, 64, "float32"),
         (["--precision", "bfloat16"], 32, 32, "bfloat16"),
@@ -152,14 +149,19 @@ def traces(directory):
     return [path for path in directory.rglob("*.xplane.pb") if path.stat().st_size > 1000]
 
 
-def test_profile_writes_a_trace(tmp_path, capsys, weights, pictures, narrow):
-    of_features, of_train = tmp_path / "trace" / "features", tmp_path / "trace" / "train"
-    result = features(capsys, tmp_path / "of.npz", *pictures, "--weights", weights, "--profile", of_features)
-    assert result.code == 0 and len(traces(of_features)) == 1
-    assert result.err.startswith(f"Profiler trace written to {of_features}")
-    result = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "run", "--profile", of_train)
-    assert result.code == 0 and f"Profiler trace written to {of_train}" in result.err and len(traces(of_train)) == 1
-    assert b"jit_" in traces(of_train)[0].read_bytes()  # contains the compiled functions
+def test_profile_writes_a_trace(tmp_path, capsys, weights, pictures):
+    trace = tmp_path / "trace"
+    result = features(capsys, tmp_path / "of.npz", *pictures, "--weights", weights, "--profile", trace)
+    assert result.code == 0 and len(traces(trace)) == 1
+    assert result.err.startswith(f"Profiler trace written to {trace}")
+    assert b"jit_" in traces(trace)[0].read_bytes()  # contains the compiled functions
+
+
+@pytest.mark.slow
+def test_profile_of_training(tmp_path, capsys, narrow):
+    trace = tmp_path / "trace"
+    result = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "run", "--profile", trace)
+    assert result.code == 0 and f"Profiler trace written to {trace}" in result.err and len(traces(trace)) == 1
 
 
 def test_traces_within_one_second_are_each_logged(tmp_path, caplog):

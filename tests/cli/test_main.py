@@ -1,5 +1,6 @@
 """Tests of the command line: the output of each command, and the errors and exit codes for wrong arguments."""
 
+import io
 import json
 import os
 import re
@@ -26,7 +27,6 @@ from cifar_jax.models.head import init_head
 from cifar_jax.pretrained import UNTRAINED, download, registry
 from cifar_jax.runs.checkpoint import load_checkpoint
 from cifar_jax.runtime.devices import missing_platform
-from cifar_jax.train import load_inputs
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,6 @@ def picture(tmp_path):
     ("typed", "parts"),
     [
         ("--epochs 0", ["--epochs must be at least 1, got 0."]),
-        ("--batch-size 0", ["--batch-size must be at least 1, got 0."]),
         ("--batch-size -3", ["--batch-size must be at least 1, got -3."]),
         ("--batch-size 129", ["--batch-size must be at most 128, the number of training images, got 129."]),
         ("--batch-size 128 --val-fraction 0.5", ["--batch-size must be at most 64, the number of training images"]),
@@ -57,37 +56,23 @@ def picture(tmp_path):
         ("--lr -0.1", ["--learning-rate must be a positive number, got -0.1."]),
         ("--learning-rate nan", ["--learning-rate must be a positive number, got nan."]),
         ("--learning-rate inf", ["--learning-rate must be a positive number, got inf."]),
-        ("--learning-rate 1e999", ["--learning-rate must be a positive number, got inf."]),
         ("--momentum 1", ["--momentum must be at least 0 and below 1, got 1.0."]),
-        ("--momentum -0.5", ["--momentum must be at least 0 and below 1, got -0.5."]),
         ("--momentum nan", ["--momentum must be at least 0 and below 1, got nan."]),
         ("--seed -1", ["--seed must be between 0 and 2147483647, got -1."]),
         ("--seed 2147483648", ["--seed must be between 0 and 2147483647, got 2147483648."]),
-        ("--val-fraction 1", ["--val-fraction must be at least 0 and below 1, got 1.0."]),
-        ("--val-fraction -0.1", ["--val-fraction must be at least 0 and below 1, got -0.1."]),
         ("--val-fraction 1e-9", ["--val-fraction 1e-09 of 128 training images holds out 0"]),
         ("--val-fraction 0.999", ["--val-fraction 0.999 of 128 training images holds out 128"]),
-        ("--hidden 0", ["--hidden must be widths between 1 and 1048576, got 0."]),
         ("--hidden 16 -4", ["--hidden must be widths between 1 and 1048576, got 16 -4."]),
         ("--hidden 99999999", ["--hidden must be widths between 1 and 1048576, got 99999999."]),
         ("--image-size 100", ["--image-size must be a multiple of 32, at most 4096, got 100."]),
-        ("--image-size 0", ["--image-size must be", "got 0."]),
         ("--image-size -32", ["--image-size must be", "got -32."]),
         ("--image-size 1024000000", ["--image-size must be", "at most 4096, got 1024000000."]),
         ("--train-examples 1000001", ["--train-examples must be at most 1000000 for synthetic images, got 1000001."]),
-        ("--train-examples 0", ["--train-examples must be at least 1, got 0."]),
         ("--test-examples -1", ["--test-examples must be at least 1, got -1."]),
-        ("--extract-batch-size 0", ["--extract-batch-size must be at least 1, got 0."]),
-        ("--preset imagenet", ["There is no --preset 'imagenet'.", "Choose one of cifar10, demo, finetune, pretrain."]),
-        ("--preset finetuning", ["There is no --preset 'finetuning'. Did you mean finetune?"]),
+        ("--preset finetuning", ["'finetuning'. Did you mean finetune?", "one of cifar10, demo, finetune, pretrain."]),
         ("--preset=", ["There is no --preset ''. Choose one of cifar10"]),
         ("--variant timm", ["There is no --variant 'timm'. Did you mean torchvision? Choose one of keras, "]),
-        ("--weights imagenet", ["'imagenet'. Did you mean keras-resnet50?", "one of demo, keras-resnet50, "]),
-        ("--weights ResNet50", ["'ResNet50'. Did you mean keras-resnet50?"]),
-        (
-            "--dataset CIFAR10",
-            ["There is no data set 'CIFAR10' in ", "Did you mean cifar10? --dataset takes "],
-        ),
+        ("--weights ResNet50", ["'ResNet50'. Did you mean keras-resnet50?", "one of demo, keras-resnet50, "]),
         ("--no-progress=maybe", ["--no-progress takes no value, got maybe; leave out =maybe."]),
         ("--config there --preset demo", ["--config there includes a preset; leave out --preset demo."]),
     ],
@@ -104,23 +89,17 @@ def test_invalid_option_values_are_refused(tmp_path, capsys, typed, parts):
 @pytest.mark.parametrize(
     ("typed", "parts"),
     [
-        ("--epochs four", ["Error parsing --epochs: expected a whole number, got four."]),
         ("--epochs 2.5", ["Error parsing --epochs: expected a whole number, got 2.5."]),
         ("--epochs=", ["Error parsing --epochs: expected a whole number, got nothing."]),
-        ("--train-examples many", ["Error parsing --train-examples: expected a whole number, got many."]),
         ("--lr small", ["--learning-rate: expected a number, got small."]),
         ("--clip-norm x", ["Error parsing --clip-norm: expected a number, got x."]),
-        ("--hidden wide", ["Error parsing --hidden: expected a whole number, got wide."]),
         ("--hidden 512;256", ["Error parsing --hidden: expected a whole number, got 512;256."]),
         ("--hidden=", ["Error parsing --hidden: expected a whole number, got nothing."]),
         ("--augment flip,turn", ["Error parsing --augment: expected one of flip, crop, cutout, got turn."]),
         ("--epochs", ["Missing value for argument '--epochs'"]),
-        ("--preset", ["Missing value for argument '--preset'"]),
         ("--learning_rate", ["Missing value for argument", "--learning-rate"]),
         ("--mode eager", ["invalid choice 'eager' for argument '--mode'", "'cached', 'live', 'finetune'"]),
-        ("--precision float16", ["invalid choice 'float16' for argument '--precision'", "'float32', 'bfloat16'"]),
         ("--epoch 3", ["Unrecognized options: --epoch, 3", "Perhaps you meant: --epochs INT"]),
-        ("--learning-rates 3", ["Unrecognized options: --learning-rates, 3", "--learning-rate FLOAT"]),
         ("stray words", ["Unrecognized options: stray, words"]),
     ],
 )
@@ -136,15 +115,11 @@ def test_unparsable_options_give_tyros_error(tmp_path, capsys, monkeypatch, type
     [
         ("--lr 0.5", "learning_rate", 0.5),
         ("--lr=0.5", "learning_rate", 0.5),
-        ("--learning-rate 0.5", "learning_rate", 0.5),
         ("--hidden 512,256", "hidden", (512, 256)),
-        ("--hidden=512,256", "hidden", (512, 256)),
         ("--hidden 512, 256", "hidden", (512, 256)),
         ("--hidden 512 256", "hidden", (512, 256)),
-        ("--hidden 512", "hidden", (512,)),
         ("--hidden", "hidden", ()),
         ("--mode live --augment flip,crop", "augment", ("flip", "crop")),
-        ("--mode live --augment flip crop", "augment", ("flip", "crop")),
         ("--preset demo --train-examples None", "train_examples", None),
         ("--train-examples 20", "train_examples", 20),
         ("--momentum 0", "momentum", 0.0),
@@ -191,16 +166,15 @@ def test_train_without_options_is_the_main_job(tmp_path, capsys, monkeypatch):
     assert files_below(tmp_path) == []
 
 
-@pytest.mark.parametrize("verb", ["train", "features"])
 @pytest.mark.parametrize(
-    ("name", "part"),
+    ("verb", "name", "part"),
     [
-        ("CIFAR10", "There is no data set 'CIFAR10'"),
-        ("Cifar_10", "Did you mean cifar10?"),
-        ("shape", "Did you mean shapes?"),
-        ("svhn", "Did you mean svhn_cropped?"),
-        ("Tiny", "Did you mean tiny?"),
-        ("cats", "--dataset takes a name, but cats is a path. Give cifar10, shapes, or another TFDS data set"),
+        ("train", "CIFAR10", "There is no data set 'CIFAR10' in"),
+        ("features", "Cifar_10", "Did you mean cifar10?"),
+        ("train", "shape", "Did you mean shapes?"),
+        ("train", "svhn", "Did you mean svhn_cropped?"),
+        ("features", "Tiny", "Did you mean tiny?"),
+        ("train", "cats", "--dataset takes a name, but cats is a path. Give cifar10, shapes, or another TFDS data set"),
     ],
 )
 def test_unknown_data_set_is_refused_before_any_download(tmp_path, capsys, monkeypatch, verb, name, part):
@@ -208,9 +182,11 @@ def test_unknown_data_set_is_refused_before_any_download(tmp_path, capsys, monke
     (tmp_path / "data" / "tiny" / "1.0.0").mkdir(parents=True)
     (tmp_path / "data" / "tiny" / "1.0.0" / "dataset_info.json").touch()
     (tmp_path / "cats").mkdir()
-    arguments = {"train": ["--dataset", name], "features": [name, "--out", "of.npz"]}[verb]
-    monkeypatch.setattr(registry, "download", lambda *_, **__: pytest.fail("a download begins"))
+    before = files_below(tmp_path)
+    arguments = {"train": ["--dataset", name, "--out", "out"], "features": [name, "--out", "of.npz"]}[verb]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("a download begins"))
     is_one_error(command(capsys, verb, *arguments, "--data-dir", "data"), 2, part)
+    assert written_below(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -246,7 +222,7 @@ def test_data_set_names_are_accepted(tmp_path, name):
     ],
 )
 def test_wrong_variant_is_refused_before_any_download(monkeypatch, capsys, variant, part):
-    monkeypatch.setattr(registry, "download", lambda *_, **__: pytest.fail("a download begins"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("a download begins"))
     is_one_error(command(capsys, "train", "--variant", variant), 2, part)
 
 
@@ -307,50 +283,35 @@ def test_version(capsys):
         assert command(capsys, *typed, "--version") == (0, f"cifar-jax {cifar_jax.__version__}\n", "")
 
 
-@pytest.mark.parametrize(
-    ("platforms", "message"),
-    [
-        ("cuda", "JAX found no CUDA device. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS."),
-        ("gpu", "JAX found no CUDA device. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS."),
-        (
-            "cpu,kuda",
-            "JAX has no platform 'kuda'. Did you mean cuda? Set JAX_PLATFORMS to cpu, cuda or tpu, or ",
-        ),
-    ],
-)
-def test_platform_without_a_device_is_explained(tmp_path, platforms, message):
-    away = environment(tmp_path) | {"JAX_PLATFORMS": platforms}
-    arguments = ["train", *TINY, "--out", tmp_path / "out"] if platforms == "cuda" else ["info"]
-    done = subprocess.run(
-        [sys.executable, "-m", "cifar_jax", *arguments], cwd=tmp_path, env=away, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stderr.startswith(f"Error: {message}") and done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+def test_platform_without_a_device_is_explained(tmp_path):
+    away = environment(tmp_path) | {"JAX_PLATFORMS": "cuda"}
+    train = [sys.executable, "-m", "cifar_jax", "train", *TINY, "--out", tmp_path / "out"]
+    done = subprocess.run(train, cwd=tmp_path, env=away, capture_output=True, text=True)
+    message = "Error: JAX found no CUDA device. Run pip install '.[cuda]' in the checkout, or unset JAX_PLATFORMS.\n"
+    assert (done.returncode, done.stderr) == (2, message) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("platforms", "error", "message"),
+    ("platforms", "reason", "message"),
     [
-        (
-            "tpu",
-            "Unable to initialize backend 'tpu': INTERNAL: Failed to open libtpu.so: x",
-            "JAX found no TPU. Run",
-        ),
+        ("tpu", "INTERNAL: Failed to open libtpu.so: x", "JAX found no TPU. Run"),
         (
             "tpu,cpu",
-            "Unable to initialize backend 'tpu': ABORTED: in use by 7 (set JAX_PLATFORMS='' to automatically choose)",
+            "ABORTED: in use by 7 (set JAX_PLATFORMS='' to automatically choose)",
             "JAX found no TPU (ABORTED: in use by 7). Run pip install '.[tpu]' in the checkout, or unset",
         ),
         (
-            "",
-            "Unable to initialize backend 'tpu': ABORTED: in use",
-            "JAX cannot use the devices of this machine (A",
+            "cpu,kuda",
+            "Backend 'kuda' is not in the list of known backends: ['cpu', 'tpu'].",
+            "JAX has no platform 'kuda'. Did you mean cuda? Set JAX_PLATFORMS to cpu, cuda or tpu, or ",
         ),
+        ("", "ABORTED: in use", "JAX cannot use the devices of this machine (A"),
     ],
 )
-def test_missing_platform_messages(monkeypatch, platforms, error, message):
+def test_missing_platform_messages(monkeypatch, platforms, reason, message):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    assert missing_platform(RuntimeError(error)).startswith(message)
+    name = "kuda" if "kuda" in platforms else "tpu"
+    assert missing_platform(RuntimeError(f"Unable to initialize backend '{name}': {reason}")).startswith(message)
     assert missing_platform(RuntimeError("another")) is None and missing_platform(AssertionError()) is None
 
 
@@ -392,7 +353,7 @@ def test_errors_before_the_run_directory_exists(tmp_path, capsys, monkeypatch, e
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(load_inputs, "load_problem", fail)
+    monkeypatch.setattr(jax, "local_devices", fail)
     result = command(capsys, "train", *TINY, "--out", tmp_path / "out")
     assert result.code == code and len(result.err.splitlines()) == 1, result
     assert all(part in result.err for part in parts) and not (tmp_path / "out").exists()
@@ -402,7 +363,7 @@ def test_unexpected_error_propagates(monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(load_inputs, "load_problem", fail)
+    monkeypatch.setattr(jax, "local_devices", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         main(["train", *TINY])
 
@@ -488,8 +449,32 @@ def test_info_devices_marks_those_used_for_training(capsys):
     assert command(capsys, "info", "devices").out.splitlines()[0].split("\t")[:3] == ["device", "platform", "kind"]
 
 
+class InterruptedAfterAnEpoch(io.StringIO):
+    """An output that gets Ctrl-C when the first epoch is printed."""
+
+    def write(self, text):
+        if text.startswith("epoch 1/"):
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_ctrl_c_ends_a_run_cleanly(tmp_path, capsys, monkeypatch, narrow):
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "stdout", InterruptedAfterAnEpoch())
+    code, _, err = command(capsys, "train", *TINY, "--epochs", "1000", "--out", out)
+    assert code == 130 and "Stopping" in err and "Traceback" not in err
+    advice = f"Continue with the same command and --resume --out {out}."
+    assert f"Interrupted after epoch 1 of 1000; progress is saved. {advice}" in err
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and summary["epochs"] == 1
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    like = {"params": {"head": jax.eval_shape(lambda: init_head(jax.random.key(0), NARROW.features, (8,), 10))}}
+    assert np.isfinite(load_checkpoint(out / "checkpoints", like)["params"]["head"][0]["kernel"]).all()
+    assert not [path for path in files_below(out) if Path(path).name.startswith(".")]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands in separate processes
+# Separate processes
 
 
 def environment(tmp_path):
@@ -497,42 +482,9 @@ def environment(tmp_path):
     return os.environ | {"PYTHONPATH": path, "CIFAR_JAX_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
 
 
-def test_script_runs_from_any_directory_with_few_imports(tmp_path):
-    check = "import sys, cifar_jax, cifar_jax.cli.main; print({'tensorflow', 'matplotlib', 'torch'} & set(sys.modules))"
-    commands = [[sys.executable, ROOT / "train.py", "--help"], [sys.executable, "-c", check]]
+def test_script_runs_from_any_directory(tmp_path):
     ascii_only = environment(tmp_path) | {"PYTHONIOENCODING": "ascii"}
-    shown = [subprocess.run(c, cwd=tmp_path, env=ascii_only, capture_output=True, text=True) for c in commands]
-    assert [one.returncode for one in shown] == [0, 0] and [one.stderr for one in shown] == ["", ""]
-    assert all(option in shown[0].stdout for option in ("--preset", "--weights", "--no-shuffle", "--val-fraction"))
-    assert shown[1].stdout == "set()\n"
-    assert files_below(tmp_path) == []
-
-
-def test_ctrl_c_ends_a_live_run_cleanly(tmp_path):
-    out = tmp_path / "out"
-    start = "import pytest, helpers; from cifar_jax.cli.main import run; "
-    start += "helpers.narrow_networks(pytest.MonkeyPatch()); run()"
-    # An epoch takes about a second, so that the signal arrives in the middle of one.
-    live = ["--mode", "live", "--train-examples", "2000", "--batch-size", "2", "--epochs", "1000", "--out", out]
-    with subprocess.Popen(
-        [sys.executable, "-c", start, "train", *TINY, *live],
-        env=environment(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("epoch "):
-                process.send_signal(signal.SIGINT)
-        code, err = process.wait(), process.stderr.read()
-    assert code == 130, err
-    assert err.splitlines()[-1].startswith("Interrupted ") and "Traceback" not in err
-    summary = json.loads((out / "summary.json").read_text())
-    epochs = len((out / "metrics.jsonl").read_text().splitlines())
-    assert summary["status"] == "interrupted" and summary["epochs"] == epochs >= 1
-    where = rf"(after epoch {epochs} of 1000|in epoch {epochs + 1} of 1000, after step \d+)"
-    assert re.search(rf"^Interrupted {where}; progress is saved\.", err, re.MULTILINE), err
-    assert f"Continue with the same command and --resume --out {out}." in err
-    like = {"params": {"head": jax.eval_shape(lambda: init_head(jax.random.key(0), NARROW.features, (8,), 10))}}
-    assert np.isfinite(load_checkpoint(out / "checkpoints", like)["params"]["head"][0]["kernel"]).all()
-    assert not [path for path in files_below(out) if Path(path).name.startswith(".")]
+    script = [sys.executable, ROOT / "train.py", "--help"]
+    done = subprocess.run(script, cwd=tmp_path, env=ascii_only, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and files_below(tmp_path) == []
+    assert all(option in done.stdout for option in ("--preset", "--weights", "--no-shuffle", "--val-fraction"))

@@ -21,9 +21,10 @@ def accuracy(config: TrainConfig, out: Path) -> float:
 
 
 def test_it_is_small_and_says_itself_how_it_is_run():
-    path = registry.fetch("demo")
+    entry = registry.entries()["demo"]
+    path = registry.fetch(entry)
     about = json.loads(path.with_suffix(".json").read_text())
-    assert path.stat().st_size <= 4_000_000 and registry.entries()["demo"].digest == f"sha256:{about['sha256']}"
+    assert path.stat().st_size <= 4_000_000 and entry.digest == f"sha256:{about['sha256']}"
     assert about["test_accuracy"] >= 0.6 and about["num_test"] == 5000
     backbone = load_backbone("demo")
     assert (backbone.config.width, backbone.config.features, backbone.image_size) == (16, 512, 64)

@@ -47,7 +47,7 @@ def start_two(*arguments):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """The directory that two processes have worked in, and what each wrote to its terminal."""
+    """The directory in which two processes trained, and the output of each."""
     directory = tmp_path_factory.mktemp("together")
     processes = start_two(TESTS / "e2e" / "two_processes.py", directory)
     written = [process.communicate() for process in processes]
@@ -84,7 +84,7 @@ def test_processes_agree(together):
         assert found["codes"] == [0, 0, 2]
 
 
-def test_both_have_the_parameters_that_one_process_has(together, alone):
+def test_both_processes_have_the_parameters_of_a_single_one(together, alone):
     directory, _ = together
     first, second = (np.load(directory / f"process{own}.npz") for own in (0, 1))
     for name, expected in zip(first.files, alone[1], strict=True):
@@ -109,8 +109,8 @@ def test_the_run_is_written_once(together):
 
 
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, [143, 143]), (signal.SIGINT, [143, 130])])
-def test_what_one_process_is_told_ends_both_and_they_go_on_to_the_same_bits(tmp_path, number, codes):
-    """The signal goes to the one that writes nothing."""
+def test_signal_to_one_process_ends_both_and_the_resumed_run_is_identical(tmp_path, number, codes):
+    """The signal goes to the process that writes nothing."""
     train = [TESTS / "narrow_train.py", *JOB, tmp_path / "cache", "--mode", "live", "--epochs", "20"]
     for process in start_two(*train, "--out", tmp_path / "undisturbed"):
         _, errors = process.communicate()
@@ -145,7 +145,7 @@ def test_what_one_process_is_told_ends_both_and_they_go_on_to_the_same_bits(tmp_
         ),
     ],
 )
-def test_half_an_answer_is_refused(monkeypatch, capsys, variables, parts):
+def test_incomplete_or_invalid_variables_are_refused(monkeypatch, capsys, variables, parts):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     is_one_error(command(capsys, "train", *JOB, "unused"), 2, *parts)

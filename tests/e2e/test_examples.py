@@ -1,6 +1,7 @@
 """Each example runs in each of its modes, its part takes effect, and its run is read back and resumed only with it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -301,30 +302,23 @@ def test_augmentation_is_refused_where_pixels_are_seen_once(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("head", [None, dense_head((8,))])
-def test_head_must_be_given_to_read_the_run(made, head):
-    path = made("dropout_head", "cached")
-    with pytest.raises(UserError) as error:
-        load_run(path, head=head)
-    assert str(error.value) == (
-        f"The run in {path} was trained with the head 'DropoutHead(num_classes=10)'; pass it to load_run as head=."
-    )
+HEAD = "the head 'DropoutHead(num_classes=10)'; pass it to load_run as head="
+FUNCTION = "the function 'random convolutions' as its backbone; pass the same one to load_run as backbone="
 
 
-@pytest.mark.parametrize("backbone", [None, another_network.make_backbone(seed=1)])
-def test_network_must_be_given_to_read_the_run(made, backbone):
-    path = made("another_network", "cached")
-    with pytest.raises(UserError) as error:
-        load_run(path, backbone=backbone)
-    assert str(error.value) == (
-        f"The run in {path} was trained with the function 'random convolutions' as its backbone; pass the same one to "
-        "load_run as backbone=."
-    )
-
-
-def test_network_is_not_taken_for_one_that_the_run_did_not_have(made):
-    with pytest.raises(UserError, match=r"was trained with another backbone than FunctionBackbone\(random conv"):
-        load_run(made("none", "cached"), backbone=NETWORK)
+@pytest.mark.parametrize(
+    ("name", "given", "part"),
+    [
+        ("dropout_head", {}, HEAD),
+        ("dropout_head", {"head": dense_head((8,))}, HEAD),
+        ("another_network", {}, FUNCTION),
+        ("another_network", {"backbone": another_network.make_backbone(seed=1)}, FUNCTION),
+        ("none", {"backbone": NETWORK}, "another backbone than FunctionBackbone(random conv"),
+    ],
+)
+def test_run_is_read_back_only_with_its_parts(made, name, given, part):
+    with pytest.raises(UserError, match=re.escape(f"was trained with {part}")):
+        load_run(made(name, "cached"), **given)
 
 
 def test_dense_head_of_other_widths_is_read_back(tmp_path):

@@ -17,8 +17,8 @@ from cifar_jax.runtime import multihost
 JOB = (*TINY, "--schedule", "constant", "--train-examples", "127", "--cache-dir")
 
 
-def sentence(call):
-    """The error that both processes end with."""
+def error_of(call):
+    """Returns the message of the error that a call raises."""
     with pytest.raises(UserError) as raised:
         call()
     return str(raised.value)
@@ -29,15 +29,15 @@ def refuse():
 
 
 def exchange():
-    """What the first says, all know; what they differ in, all are told; shares make a whole."""
+    """Calls each function of `multihost` and returns its results in this process."""
     own = jax.process_index()
     rows = np.arange(14, dtype=np.float32).reshape(7, 2)
     share = rows[multihost.own_rows(7)]
     return {
         "count": jax.process_count(),
         "value": multihost.from_first(lambda: {"process": own}),
-        "error": sentence(lambda: multihost.from_first(refuse)),
-        "differ": sentence(lambda: multihost.require_same({"data": "a", "weights": str(own)})),
+        "error": error_of(lambda: multihost.from_first(refuse)),
+        "differ": error_of(lambda: multihost.require_same({"data": "a", "weights": str(own)})),
         "share": len(share),
         "gathered": np.array_equal(multihost.gather(share, 7), rows),
         "arrays": multihost.arrays_from_first([np.full(2, own, np.int32)])[0].tolist(),
@@ -45,7 +45,7 @@ def exchange():
 
 
 def run(directory):
-    """One epoch, and another by a second command; the run is not begun a second time."""
+    """Trains an epoch, resumes for another, and is refused a third command without --resume."""
     out, found = directory / f"process{jax.process_index()}", exchange()
     train = ["train", *JOB, str(directory / "cache"), "--out", str(directory / "run")]
     usual = experiment.fit

@@ -1,4 +1,4 @@
-"""Features on disk: what is computed, reused, logged and repaired, whatever becomes of the files or of the process."""
+"""Tests of the feature cache: reuse, resumption, repair of corrupt chunks, concurrent processes, full disks."""
 
 import os
 import signal
@@ -18,7 +18,8 @@ from cifar_jax.data import Dataset
 from cifar_jax.errors import RunError
 from cifar_jax.features import cache as feature_cache
 from cifar_jax.features.cache import CHUNK_ROWS, cached_features, features_key
-from cifar_jax.pretrained import random_backbone
+from cifar_jax.models.backbone import Backbone
+from cifar_jax.models.preprocess import CAFFE
 
 KEY = "0123456789abcdef" * 2
 NUM, WIDTH = 2 * CHUNK_ROWS + 500, 6
@@ -76,12 +77,9 @@ def flip(path, position, bit=1):
 # The key
 
 
-@pytest.fixture(scope="module")
-def backbone(shapes):
-    return random_backbone(jax.random.key(0), shapes.images[:64], NARROW, 32)
+def test_key_depends_on_everything_that_changes_features(shapes, monkeypatch):
+    backbone = Backbone(NARROW, CAFFE, 64, {})
 
-
-def test_key_names_all_that_the_features_depend_on(backbone, shapes, monkeypatch):
     def key_of(images, backbone=backbone, image_size=64, precision="float32", dtype="float32"):
         digest = Dataset(images, shapes.labels[:4]).digests().images
         return features_key(backbone, image_size, precision, digest, dtype)
@@ -105,7 +103,7 @@ def test_key_names_all_that_the_features_depend_on(backbone, shapes, monkeypatch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is computed, and what is reused
+# Computation and reuse
 
 
 def test_each_chunk_is_computed_once(tmp_path, said):
@@ -120,7 +118,7 @@ def test_each_chunk_is_computed_once(tmp_path, said):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RunError("the backbone burst")])
-def test_an_extraction_that_was_stopped_goes_on(tmp_path, said, error):
+def test_interrupted_extraction_resumes(tmp_path, said, error):
     done = []
     with pytest.raises(type(error) if isinstance(error, RunError) else error):
         get(tmp_path, extractor=Extractor(stops_at=2, error=error))
@@ -133,7 +131,7 @@ def test_an_extraction_that_was_stopped_goes_on(tmp_path, said, error):
     ]
 
 
-def test_a_killed_process_leaves_whole_chunks_and_no_lock(tmp_path, said):
+def test_killed_process_leaves_whole_chunks_and_no_lock(tmp_path, said):
     code = (
         "import os, signal, sys, pathlib, numpy as np, features.test_cache as t\n"
         "class Killed(t.Extractor):\n"
@@ -153,7 +151,7 @@ def test_a_killed_process_leaves_whole_chunks_and_no_lock(tmp_path, said):
     assert starts in (STARTS[1:], STARTS[2:]) and "continues at image" in said[0] and len(said) == 1
 
 
-def test_features_of_zeros_are_kept_and_missing_ones_are_not_zeros(tmp_path):
+def test_zeros_are_stored_and_missing_chunks_are_not_read_as_zeros(tmp_path):
     zeros = lambda images_u8, on_images: np.zeros((len(images_u8), WIDTH), np.float32)  # noqa: E731
     cached_features(entry(tmp_path), IMAGES, zeros, WIDTH)
     features, starts = get(tmp_path)
@@ -163,14 +161,14 @@ def test_features_of_zeros_are_kept_and_missing_ones_are_not_zeros(tmp_path):
     assert starts == [CHUNK_ROWS] and features[CHUNK_ROWS : 2 * CHUNK_ROWS].any() and not features[:CHUNK_ROWS].any()
 
 
-def test_jax_takes_the_features_without_a_copy(tmp_path):
+def test_jax_uses_the_features_without_a_copy(tmp_path):
     features, _ = get(tmp_path)
     assert jax.device_put(features).unsafe_buffer_pointer() == features.ctypes.data
     assert not features.flags.writeable
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_smaller_types_round_the_first_time_too(tmp_path, dtype):
+def test_16_bit_features_are_rounded_when_extracted_too(tmp_path, dtype):
     first, _ = get(tmp_path, dtype=dtype)
     second, starts = get(tmp_path, dtype=dtype)
     assert starts == []
@@ -179,7 +177,7 @@ def test_smaller_types_round_the_first_time_too(tmp_path, dtype):
     assert chunk(tmp_path, 0).stat().st_size == CHUNK_ROWS * WIDTH * 2 + 4
 
 
-def test_features_that_a_type_cannot_hold_are_an_error(tmp_path):
+def test_features_that_overflow_the_dtype_raise(tmp_path):
     large = lambda images_u8, on_images: np.full((len(images_u8), WIDTH), 1e5, np.float32)  # noqa: E731
     with pytest.raises(RunError, match=r"up to 1e\+05 do not fit in float16; use --feature-dtype bfloat16"):
         cached_features(entry(tmp_path), IMAGES, large, WIDTH, dtype="float16")
@@ -187,7 +185,7 @@ def test_features_that_a_type_cannot_hold_are_an_error(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Damage
+# Corruption
 
 
 @pytest.mark.parametrize(
@@ -199,7 +197,7 @@ def test_features_that_a_type_cannot_hold_are_an_error(tmp_path):
         (1, "1,024", lambda path: path.write_bytes(b"")),
     ],
 )
-def test_a_corrupt_chunk_is_reported_and_computed_again_alone(tmp_path, said, number, num, damage):
+def test_corrupt_chunk_is_reported_and_recomputed_alone(tmp_path, said, number, num, damage):
     get(tmp_path)
     damage(chunk(tmp_path, number))
     said.clear()
@@ -211,7 +209,7 @@ def test_a_corrupt_chunk_is_reported_and_computed_again_alone(tmp_path, said, nu
     assert get(tmp_path)[1] == []
 
 
-def test_no_damage_to_any_file_gives_other_features(tmp_path, said):
+def test_no_corruption_of_any_file_changes_features(tmp_path, said):
     """A hundred files with one byte changed, or cut short: of the chunks, and what is for people."""
     get(tmp_path)
     rng = np.random.default_rng(0)
@@ -230,10 +228,10 @@ def test_no_damage_to_any_file_gives_other_features(tmp_path, said):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several at once
+# Concurrent processes
 
 
-def test_a_second_process_waits_and_computes_nothing_again(tmp_path):
+def test_second_process_waits_and_computes_nothing_again(tmp_path):
     inside, go_on, said = threading.Event(), threading.Event(), []
 
     def slow(images_u8, on_images):
@@ -257,10 +255,10 @@ def test_a_second_process_waits_and_computes_nothing_again(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Places that cannot be written
+# Unwritable directories
 
 
-def test_a_place_that_cannot_be_written_is_said_once(tmp_path, said):
+def test_unwritable_directory_is_logged_once(tmp_path, said):
     place = tmp_path / "cache"
     place.write_text("a file")
     for _ in range(2):
@@ -271,7 +269,7 @@ def test_a_place_that_cannot_be_written_is_said_once(tmp_path, said):
     assert place.read_text() == "a file"
 
 
-def test_a_full_disk_is_said_once_and_keeps_what_is_whole(tmp_path, said):
+def test_full_disk_is_logged_once_and_leaves_no_partial_chunks(tmp_path, said):
     said.clear()
     with full_disk(at=CHUNK_ROWS * WIDTH * 4):  # a chunk has four bytes more
         features, starts = get(tmp_path)

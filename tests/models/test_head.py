@@ -35,14 +35,8 @@ def test_no_hidden_layers_give_a_linear_probe():
     np.testing.assert_allclose(head_logits(params, -x), -head_logits(params, x), rtol=1e-6)
 
 
-def test_init_depends_on_the_key():
-    one, same, other = (init_head(jax.random.key(k), 4)[0]["kernel"] for k in (0, 0, 1))
-    np.testing.assert_array_equal(one, same)
-    assert not np.array_equal(one, other)
-
-
-def test_a_head_is_called_as_its_logits_in_evaluation():
-    """As its contract says, `logits` need not have defaults for `train` and `key`."""
+def test_head_is_called_in_evaluation_mode_by_default():
+    """`logits` need not have defaults for `train` and `key`."""
     seen = []
 
     def logits(params, features, *, train, key):

@@ -21,6 +21,10 @@ def variables():
     return init_variables(jax.random.key(0), NARROW)
 
 
+def apply(network, variables, images):
+    return jax.jit(network.apply)(variables, images)
+
+
 @pytest.fixture(scope="module")
 def images():
     return jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
@@ -62,12 +66,12 @@ def test_unpadded_pool_gives_55():
 
 
 def test_pooled_is_the_mean_of_the_last_stage(variables, images):
-    out = ResNet(NARROW).apply(variables, images)
+    out = apply(ResNet(NARROW), variables, images)
     np.testing.assert_allclose(out.pooled, np.asarray(out.stages[-1]).mean((1, 2)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("as_dot", [False, True])
-@pytest.mark.parametrize("side", [1, 2, 7, 8])
+@pytest.mark.parametrize("side", [2, 8])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [3, 7])
 def test_conv_matches_flax(as_dot, side, stride, size):
@@ -82,8 +86,8 @@ def test_conv_matches_flax(as_dot, side, stride, size):
 
 @pytest.mark.parametrize("change", [{"stride_in_1x1": False}, {"bn_epsilon": 1e-2}, {"pool_padding": 0}])
 def test_each_detail_of_the_variant_changes_the_output(variables, images, change):
-    network = ResNet(NARROW).apply(variables, images).pooled
-    other = ResNet(dataclasses.replace(NARROW, **change)).apply(variables, images).pooled
+    network = apply(ResNet(NARROW), variables, images).pooled
+    other = apply(ResNet(dataclasses.replace(NARROW, **change)), variables, images).pooled
     assert float(jnp.abs(network - other).max() / jnp.abs(network).max()) > 1e-4
 
 
@@ -101,8 +105,8 @@ def test_padding_is_symmetric(variables, images):
     network = ResNet(config)
     # 33 pixels: with an odd side the strided grid itself is symmetric.
     images = jnp.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)), mode="reflect")
-    plain = network.apply({"params": params, "batch_stats": statistics}, images).stages[0]
-    rotated = network.apply({"params": params, "batch_stats": statistics}, images[:, ::-1, ::-1]).stages[0]
+    plain = apply(network, {"params": params, "batch_stats": statistics}, images).stages[0]
+    rotated = apply(network, {"params": params, "batch_stats": statistics}, images[:, ::-1, ::-1]).stages[0]
     np.testing.assert_allclose(rotated[:, ::-1, ::-1], plain, rtol=1e-4, atol=1e-5)
 
 
@@ -127,8 +131,8 @@ def test_evaluation_mode_keeps_statistics(variables, images):
 
 
 def test_bfloat16_activations_give_float32_features(variables, images):
-    exact = ResNet(NARROW).apply(variables, images)
-    rough = ResNet(NARROW, dtype=jnp.dtype("bfloat16")).apply(variables, images)
+    exact = apply(ResNet(NARROW), variables, images)
+    rough = apply(ResNet(NARROW, dtype=jnp.dtype("bfloat16")), variables, images)
     assert rough.stages[0].dtype == jnp.bfloat16 and rough.pooled.dtype == jnp.float32
     difference = float(jnp.abs(rough.pooled - exact.pooled).max() / jnp.abs(exact.pooled).max())
     assert 1e-5 < difference < 5e-2

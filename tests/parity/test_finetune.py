@@ -120,7 +120,7 @@ def keras_fit(keras: ModuleType, reference: Reference, backbone: Backbone, head:
         verbose=0,
         callbacks=[Losses()],
     )
-    names = keras_names.name_map(backbone.config.stage_sizes, "keras")
+    names = keras_names.FAMILIES["keras"].name_map(backbone.config.stage_sizes)
     layers = {layer.name: layer for layer in base.layers}
     end: dict[Any, np.ndarray] = {}
     for path, name in names.items():

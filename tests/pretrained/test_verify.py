@@ -1,13 +1,14 @@
 """`verify-weights`: reports and exit codes for intact files and for files with a single problem."""
 
 import json
-from collections import Counter
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import NARROW_TORCH, command, is_refused, keras_tensors, narrow_networks, torch_tensors, write_keras_h5
+from flax.traverse_util import flatten_dict
+from helpers import NARROW_TORCH, command, is_refused, keras_tensors, torch_tensors, write_keras_h5
 from torch_files import write_torch
 
 from cifar_jax import UserError, load_backbone, save_backbone
@@ -15,10 +16,7 @@ from cifar_jax.files import sha256_of_file
 from cifar_jax.pretrained import reference_libraries, registry
 from cifar_jax.pretrained.verify import verify
 
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    narrow_networks(monkeypatch)
+pytestmark = pytest.mark.usefixtures("narrow_resnet")
 
 
 def keras_file(path, change=lambda tensors: None):
@@ -38,21 +36,15 @@ def our_file(path):
     return path / "ours.safetensors"
 
 
-def fates(found):
-    return Counter(row.fate for row in found.tensors)
-
-
 @pytest.mark.parametrize("make", [keras_file, torch_file, our_file])
 def test_intact_file_has_no_problems(tmp_path, make):
     path = make(tmp_path)
     found = verify(path)
-    assert found.problems == [] and set(fates(found)) == {"used", "ignored"}
-    filled = sorted(row.role for row in found.tensors if row.fate == "used")
-    assert filled == sorted(set(filled)), "no variable is filled twice"
-    assert (len(filled) == len(load_backbone(path).variables["params"]) and False) or len(filled) > 40
+    assert found.problems == [] and {row.fate for row in found.tensors} == {"used", "ignored"}
+    filled = [row.role for row in found.tensors if row.fate == "used"]
+    assert sorted(filled) == sorted("/".join(path) for path in flatten_dict(load_backbone(path).variables))
     assert found.about["sha256"] == sha256_of_file(path) and found.about["registry"] == "not in it"
     assert found.fingerprint["std"] > 0 and len(found.fingerprint["first"]) == 6
-    assert verify(path) == found
 
 
 def test_rows_describe_each_tensor(tmp_path):
@@ -98,7 +90,6 @@ def crop_kernel(tensors):
         (set_value("fc.weight", np.inf), "fc.weight", "non-finite values"),
         (set_value("layer1.0.bn1.running_var", -1.0), "layer1.0.bn1.running_var", "negative variances"),
         (fill("layer1.0.bn1.running_var", 0), "layer1.0.bn1.running_var", "all zeros"),
-        (fill("layer1.0.bn2.weight", 0), "layer1.0.bn2.weight", "all zeros"),
         (fill("layer2.0.conv3.weight", 0), "layer2.0.conv3.weight", "all zeros"),
         (fill("layer2.0.conv3.weight", 3), "layer2.0.conv3.weight", "all values equal"),
         (crop_kernel, "conv1.weight", "shape (4, 3, 5, 5), expected (4, 3, 7, 7)"),
@@ -106,14 +97,10 @@ def crop_kernel(tensors):
         (lambda tensors: tensors.update(more=np.ones(3, np.float32)), "more", "unexpected tensor"),
     ],
 )
-def test_problem_is_reported_with_its_tensor(tmp_path, capsys, change, name, problem):
-    path = torch_file(tmp_path, change)
-    found = verify(path)
+def test_problem_is_reported_with_its_tensor(tmp_path, change, name, problem):
+    found = verify(torch_file(tmp_path, change))
     assert {row.name: row.problem for row in found.tensors if row.problem} == {name: problem}
     assert found.problems == [f"{name}: {problem}."]
-    result = command(capsys, "verify-weights", path)
-    assert result.code == 1 and "Traceback" not in result.err
-    assert result.out.splitlines()[-2:] == ["verdict  1 problems", f"  {name}: {problem}."]
 
 
 def test_zero_bias_is_no_problem(tmp_path):
@@ -126,15 +113,14 @@ def test_dead_network_is_reported(tmp_path):
     assert found.problems == ["The network is dead: all synthetic images have the same features."]
 
 
-def test_modified_copy_of_known_file_is_reported(tmp_path, monkeypatch):
+def test_modified_copy_of_known_file_is_reported(tmp_path):
     path = keras_file(tmp_path)
     entry = replace(registry.entries()["keras-resnet50"], size=path.stat().st_size)
-    monkeypatch.setattr(registry, "entries", lambda: {entry.name: entry})
-    assert verify(path).problems == [f"Checksum mismatch: it has the size of {entry.name}, but not {entry.digest}."]
-    known = replace(entry, digest=f"sha256:{sha256_of_file(path)}", variant="keras")
-    monkeypatch.setattr(registry, "entries", lambda: {known.name: known})
-    found = verify(path)
-    assert found.problems == [] and found.about["registry"] == f"{known.name} ({known.digest}), MIT"
+    (problem,) = verify(path, known={entry.name: entry}).problems
+    assert f"{path} has the size of {entry.name} but not its checksum {entry.digest}" in problem
+    entry = replace(entry, digest=f"sha256:{sha256_of_file(path)}", variant="keras")
+    found = verify(path, known={entry.name: entry})
+    assert found.problems == [] and found.about["registry"] == f"{entry.name} ({entry.digest}), MIT"
     assert found.about["variant"] == "keras (by its hash)"
 
 
@@ -171,6 +157,9 @@ def test_human_readable_table(tmp_path, capsys):
     result = command(capsys, "verify-weights", keras_file(tmp_path))
     assert result.code == 0 and result.out.splitlines()[-1] == "verdict  no problems"
     assert "probs/kernel\t32x5\tignored\tthe classifier\t1\t0\t1\t1" in result.out.splitlines()
+    result = command(capsys, "verify-weights", torch_file(tmp_path, lambda tensors: tensors.pop("bn1.bias")))
+    assert result.code == 1 and "Traceback" not in result.err
+    assert result.out.splitlines()[-2:] == ["verdict  1 problems", "  bn1.bias: missing."]
 
 
 @pytest.mark.parametrize("arguments", [["nowhere.h5"], ["random"], ["demo", "--against", "caffe"], []])
@@ -182,15 +171,14 @@ def test_invalid_arguments_are_refused(capsys, arguments):
 # Against a reference library; tests/parity runs the real ones
 
 
-def test_difference_from_reference_is_reported(tmp_path, monkeypatch):
+def test_difference_from_reference_is_reported(tmp_path):
     path = torch_file(tmp_path)
 
     def fake_library(parsed, backbone, images):
         ours = reference_libraries.our_outputs(backbone, images)
         return ours | {"stage2": ours["stage2"] * np.float32(1.001), "logits": np.zeros(3)}
 
-    monkeypatch.setitem(reference_libraries._RUNNERS, "timm", fake_library)
-    found = verify(path, against="timm")
+    found = verify(path, against="timm", runners={"timm": fake_library})
     assert found.differences["stage1"] == found.differences["pooled"] == 0
     assert found.differences["stage2"] == pytest.approx(1e-3, rel=0.01) and found.differences["logits"] == np.inf
     assert found.problems == [
@@ -200,10 +188,8 @@ def test_difference_from_reference_is_reported(tmp_path, monkeypatch):
 
 
 def test_missing_reference_library_is_reported(tmp_path, monkeypatch):
-    def not_installed(name):
-        raise ImportError(f"no {name}")
-
-    monkeypatch.setattr(reference_libraries.importlib, "import_module", not_installed)
+    for name in ("torch", "keras"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
     for make, library, needs in ((torch_file, "torchvision", "torch and torchvision"), (keras_file, "keras", "keras")):
         with pytest.raises(UserError, match=f"--against needs {needs}, which cannot be imported"):
             verify(make(tmp_path), against=library)
@@ -214,9 +200,7 @@ def test_network_unknown_to_the_reference_library_is_refused(tmp_path):
     of_2016 = write_keras_h5(tmp_path / "2016.h5", keras_tensors(family="keras-2016"))
     for path, library in (
         (of_2016, "keras"),
-        (of_2016, "torchvision"),
         (keras_file(tmp_path), "timm"),
-        (keras_file(tmp_path), "transformers"),
         (torch_file(tmp_path), "keras"),
     ):
         with pytest.raises(UserError, match=f"{library} has no network that matches {path}"):

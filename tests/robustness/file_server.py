@@ -1,4 +1,4 @@
-"""A web server on this machine that answers as a test tells it, and writes down what it was asked."""
+"""A local web server that answers as a test tells it to and records the requested paths."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ PAGE = b"\n<!DOCTYPE html><html><body>Sign in</body></html>"
 
 
 class FileServer(ThreadingHTTPServer):
-    """Gives its answers one after the other, the last one again and again; `asked` are the paths it was asked for."""
+    """Gives its answers in order, the last one repeatedly; `asked` are the requested paths."""
 
     def __init__(self, answers: tuple["Answer", ...]):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -41,7 +41,7 @@ Answer = Callable[[_Handler], None]
 
 @contextlib.contextmanager
 def serving(*answers: Answer) -> Iterator[FileServer]:
-    """Runs a server, which no proxy stands before."""
+    """Runs a server, bypassing any proxy."""
     with mock.patch.dict(os.environ, no_proxy="127.0.0.1"), FileServer(answers) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -54,7 +54,7 @@ def serving(*answers: Answer) -> Iterator[FileServer]:
 
 
 def sends(body: bytes, status: int = 200, *, length: int | None = None, stalls: bool = False, **headers: str) -> Answer:
-    """The body, whose length it declares as told, or leaves to the end of the connection; then perhaps silence."""
+    """Sends a body with the given Content-Length, or none; if it stalls, the connection then stays open in silence."""
 
     def answer(handler: _Handler) -> None:
         handler.send_response(status)
@@ -75,9 +75,9 @@ def whole(content: bytes) -> Answer:
 
 
 def hangs_up(handler: _Handler) -> None:
-    """Closes the connection without a word."""
+    """Closes the connection without an answer."""
 
 
 def by_path(answers: dict[str, Answer]) -> Answer:
-    """Other answers for other paths, and 404 for the rest."""
+    """Answers by path, and 404 for other paths."""
     return lambda handler: answers.get(handler.path, sends(b"not here", 404))(handler)

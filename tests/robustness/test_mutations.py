@@ -1,7 +1,7 @@
-"""Files with a changed byte or without their end: noticed where there is a checksum, else numbers or a sentence.
+"""Files with a changed byte or without their end: detected by a checksum if they have one, else loaded or refused.
 
-`make mutations` tries thousands of each. In an HDF5 file the library itself may go astray, so another process reads it
-first, which takes half a second a file: of these fewer are tried.
+`make mutations` tries thousands of each. HDF5 files are first read in a separate process, which takes half a second, so
+fewer of these are tried.
 """
 
 import json
@@ -29,7 +29,7 @@ from torch_files import write_torch
 from cifar_jax.pretrained import Backbone, WeightsError, load_backbone, save_backbone
 
 COUNT = int(os.environ.get("CIFAR_JAX_MUTATIONS", "40"))
-SECONDS = 5.0  # that no file may take
+SECONDS = 5.0  # at most for any file
 
 
 def zipped(path: Path) -> None:
@@ -62,7 +62,7 @@ def archive(path: Path) -> None:
         file.write(weights, "model.weights.h5")
 
 
-# Forms by name, and whether a checksum in them covers every number.
+# Writer of each kind of file, and whether a checksum in it covers every number.
 FORMS: dict[str, tuple[Callable[[Path], None], bool]] = {
     "zip.pth": (zipped, True),
     "legacy.pth": (legacy, False),

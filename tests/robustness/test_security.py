@@ -1,4 +1,4 @@
-"""What the library must never do, and what it must not follow."""
+"""Nothing in a file is executed, links are not followed, and dependencies are bounded."""
 
 import ast
 import importlib.metadata
@@ -6,19 +6,21 @@ import json
 import re
 
 import pytest
-from helpers import ROOT, TINY, command, files_below
+from helpers import ROOT, TINY, command
 
+from cifar_jax.cli.options import parse_train
+from cifar_jax.experiment import train
 from cifar_jax.runs.directory import CHECKPOINTS
-from cifar_jax.runs.writer import RunWriter
+from cifar_jax.runtime.progress import Silent
 
 SOURCES = [*sorted((ROOT / "cifar_jax").rglob("*.py")), ROOT / "train.py"]
 
-# What would run the content of a file, or a shell.
+# Calls that run the content of a file, or a shell.
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "np.fromfile"}
 
 
 def calls_in(path):
-    """Every call in a source file: the dotted name of what is called, and the call."""
+    """Yields each call in a source file with the dotted name of the function."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
@@ -38,58 +40,56 @@ def test_nothing_is_unpickled_evaluated_or_given_to_a_shell():
     assert {"np.load", "subprocess.run", "json.loads"} <= seen  # so that names are found at all
 
 
-def test_pickles_are_read_by_an_interpreter_that_knows_no_function_to_call():
+def test_pickle_reader_cannot_import_or_look_up_functions():
     path = ROOT / "cifar_jax" / "pretrained" / "formats" / "torch_pickle.py"
     imported = {node.names[0].name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)}
     assert "pickle" not in imported and "importlib" not in imported
     assert not {"getattr", "globals"} & {name for name, _ in calls_in(path)}
 
 
-@pytest.mark.parametrize("name", [CHECKPOINTS, "curves.png", "config.json", "metrics.jsonl"])
-def test_what_a_run_replaces_is_the_link_and_not_what_it_points_to(tmp_path, capsys, narrow, name):
+def test_run_replaces_links_and_not_their_targets(tmp_path, capsys, narrow):
     out, outside = tmp_path / "run", tmp_path / "outside"
+    (outside / CHECKPOINTS / "0001").mkdir(parents=True)
+    (outside / CHECKPOINTS / "0001" / "checkpoint.json").write_text("{}")
+    names = [CHECKPOINTS, "curves.png", "config.json", "metrics.jsonl"]
+    for name in names[1:]:
+        (outside / name).write_text(json.dumps({"preset": "demo", "dataset": "shapes", "weights": "demo"}))
     out.mkdir()
-    (out / "config.json").write_text(json.dumps({"preset": "demo", "dataset": "shapes", "weights": "demo"}))
-    if name == CHECKPOINTS:
-        (outside / "0001").mkdir(parents=True)
-        (outside / "0001" / "checkpoint.json").write_text("{}")
-    else:
-        outside.write_text((out / "config.json").read_text())
-    (out / name).unlink(missing_ok=True)
-    (out / name).symlink_to(outside)
-    before = files_below(outside) if outside.is_dir() else outside.read_bytes()
+    for name in names:
+        (out / name).symlink_to(outside / name)
+    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
     assert command(capsys, "train", *TINY, "--epochs", 1, "--out", out, "--overwrite").code == 0
-    assert (files_below(outside) if outside.is_dir() else outside.read_bytes()) == before
-    assert not (out / name).is_symlink()
+    assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
+    assert not any((out / name).is_symlink() for name in names)
 
 
 class Killed(BaseException):
     """Stands for kill -9: nothing catches it."""
 
 
-def test_leftovers_that_are_links_go_and_what_they_point_to_stays(tmp_path, capsys, narrow, monkeypatch):
+class KillAfterEpoch(Silent):
+    """A reporter that ends the run when an epoch is done."""
+
+    def epoch(self, row, num_epochs):
+        raise Killed
+
+
+def test_leftovers_that_are_links_are_removed_and_not_their_targets(tmp_path, capsys, narrow):
     out, outside = tmp_path / "run", tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("mine")
-    usual = RunWriter.checkpoint
-
-    def killed(self, state, part=None):
-        usual(self, state, part)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunWriter, "checkpoint", killed)
-        with pytest.raises(Killed):
-            command(capsys, "train", *TINY, "--epochs", 2, "--out", out)
+    arguments = [*TINY, "--epochs", "2", "--out", str(out)]
+    with pytest.raises(Killed):
+        train(parse_train(arguments), reporter=KillAfterEpoch())
     (out / CHECKPOINTS / ".0002.abc").symlink_to(outside)
     (out / ".metrics.jsonl.abc").symlink_to(outside / "precious")
-    assert command(capsys, "train", *TINY, "--epochs", 2, "--out", out, "--resume").code == 0
+    assert command(capsys, "train", *arguments, "--resume").code == 0
     assert (outside / "precious").read_text() == "mine"
     assert not [path for path in out.rglob(".*") if path.is_symlink()]
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
-def test_requirements_are_bounded_and_what_is_installed_is_within_them(name):
+def test_requirements_are_bounded_and_installed_versions_satisfy_them(name):
     packaging = pytest.importorskip("packaging.requirements")
     lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
     requirements = [packaging.Requirement(line) for line in lines if line and not line.startswith("-")]

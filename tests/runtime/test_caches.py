@@ -1,4 +1,4 @@
-"""What the cache holds, how it is kept within its limit, and that nothing goes that is not its own."""
+"""Tests of the cache: its contents, its limit, and removal of only what it wrote."""
 
 import contextlib
 import json
@@ -8,9 +8,14 @@ import shutil
 import numpy as np
 import pytest
 from features.test_cache import IMAGES, WIDTH, features_of
-from helpers import TINY, command, files_below, is_one_error
+from features.test_extractor import MEANS
+from helpers import command, files_below, is_one_error
 
+from cifar_jax.config import TrainConfig
+from cifar_jax.data import Dataset
+from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.features.cache import cached_features
+from cifar_jax.features.extraction import dataset_features
 from cifar_jax.files import save_arrays
 from cifar_jax.runtime.caches import FEATURES, clear, contents, limit_features, locked
 
@@ -22,7 +27,7 @@ def name_of(number):
 
 
 def keep(root, *numbers):
-    """Entries of features, each used a minute after the one before."""
+    """Caches features, each entry used a minute after the one before."""
     extractor = lambda images_u8, on_images: features_of(images_u8)  # noqa: E731
     about = {"what": "features of drawn images", "backbone": "a backbone"}
     for number in numbers:
@@ -45,7 +50,7 @@ def kept(root):
         (0, [2, 3], [2, 3]),
     ],
 )
-def test_what_was_used_least_recently_goes_first(tmp_path, said, entries, in_use, left):
+def test_least_recently_used_features_are_evicted_first(tmp_path, said, entries, in_use, left):
     keep(tmp_path, 3, 1, 4, 2)
     said.clear()
     limit_features(tmp_path, entries * ENTRY_BYTES, [name_of(number) for number in in_use])
@@ -55,14 +60,14 @@ def test_what_was_used_least_recently_goes_first(tmp_path, said, entries, in_use
     )
 
 
-def test_what_is_read_was_used(tmp_path):
+def test_reading_counts_as_use(tmp_path):
     keep(tmp_path, 1, 2)
     cached_features(tmp_path / FEATURES / name_of(1), IMAGES, None, WIDTH)  # all of it is there
     limit_features(tmp_path, 1.5 * ENTRY_BYTES, [])
     assert kept(tmp_path) == [1]
 
 
-def test_what_another_process_uses_stays(tmp_path, said):
+def test_entries_in_use_by_another_process_are_kept(tmp_path, said):
     keep(tmp_path, 1, 2)
     with locked(tmp_path / FEATURES / name_of(1), pytest.fail):
         limit_features(tmp_path, 0, [])
@@ -72,7 +77,7 @@ def test_what_another_process_uses_stays(tmp_path, said):
     assert kept(tmp_path) == [1] and "another process is using it" in said[0] and len(said) == 1
 
 
-def test_a_directory_that_is_removed_while_its_lock_is_waited_for_is_made_anew(tmp_path):
+def test_directory_removed_while_waiting_for_its_lock_is_created_again(tmp_path):
     path = tmp_path / "entry"
     with contextlib.ExitStack() as holder:
         holder.enter_context(locked(path, pytest.fail))
@@ -91,7 +96,7 @@ def refuse():
     raise BlockingIOError
 
 
-def test_contents_tell_what_things_are(tmp_path):
+def test_contents(tmp_path):
     keep(tmp_path, 1)
     save_arrays(tmp_path / "data" / "tiny-1.0.0-abc", {"train_images": np.zeros(10)}, {})
     (tmp_path / "weights" / "some").mkdir(parents=True)
@@ -99,23 +104,23 @@ def test_contents_tell_what_things_are(tmp_path):
     (tmp_path / "xla").mkdir()
     features, *others = contents(tmp_path)
     assert features.about.items() >= {"what": "features of drawn images", "images": len(IMAGES)}.items()
-    assert features.used == 60 and ENTRY_BYTES < features.size < ENTRY_BYTES + 1000
-    found = {entry.what: entry.size for entry in others}
+    assert features.last_used == 60 and ENTRY_BYTES < features.size < ENTRY_BYTES + 1000
+    found = {entry.kind: entry.size for entry in others}
     assert list(found) == ["decoded images", "weights", "compiled functions"] and found["weights"] == 5
     for damage in ("{", "[]"):
         (features.path / "about.json").write_text(damage)
-        assert (contents(tmp_path)[0].what, contents(tmp_path)[0].about) == ("features", {})
+        assert (contents(tmp_path)[0].kind, contents(tmp_path)[0].about) == ("features", {})
     assert contents(tmp_path / "nothing") == []
 
 
-def test_clear_removes_what_is_ours_and_nothing_else(tmp_path, said):
+def test_clear_removes_only_files_that_the_cache_wrote(tmp_path, said):
     root, outside = tmp_path / "cache", tmp_path / "outside"
     keep(root, 1, 2, 3)
     keep(outside, 4)
     save_arrays(root / "data" / "tiny", {"train_images": np.zeros(10)}, {})
     (root / "xla").mkdir()
-    (root / "xla" / "jit_f-0123.xla").write_bytes(b"123")
-    for name in ("zarr.json", "c/0/0.__lock", ".about.json.x1.json"):  # of an earlier version, and of kills
+    (root / "xla" / f"jit_f-{'0' * 64}-cache").write_bytes(b"123")
+    for name in ("c/0/0.__lock", ".about.json.x1.json"):  # left by kills
         (root / "features" / name_of(1) / name).touch()
     theirs = [
         root / "features" / "notes.txt",
@@ -144,7 +149,7 @@ def test_clear_removes_what_is_ours_and_nothing_else(tmp_path, said):
     assert all("is kept: the cache did not write it" in text for text in said)
 
 
-def test_a_folder_that_is_a_link_is_not_followed(tmp_path, said):
+def test_symlinked_folder_is_not_followed(tmp_path, said):
     root, outside = tmp_path / "cache", tmp_path / "outside"
     keep(outside, 1)
     root.mkdir()
@@ -172,11 +177,12 @@ def test_info_shows_the_cache_and_clears_it(tmp_path, capsys):
     is_one_error(command(capsys, "info", "--clear", "--cache-dir", tmp_path), 2, "--clear goes with `info cache`")
 
 
-def test_a_run_keeps_to_the_limit_but_for_its_own(tmp_path, capsys, narrow):
-    keep(tmp_path / "cache", 1)
-    arguments = ["--cache-dir", tmp_path / "cache", "--cache-limit", "0"]
-    result = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "run", *arguments)
-    assert result.code == 0 and "GB of least recently used features (--cache-limit)" in result.err
-    assert len(kept(tmp_path / "cache")) == 2 and 1 not in kept(tmp_path / "cache")
-    again = command(capsys, "train", *TINY, "--epochs", "1", "--out", tmp_path / "again", *arguments)
-    assert again.err.count("The features come from the cache") == 2 and "least recently" not in again.err
+def test_extraction_evicts_all_features_but_its_own(tmp_path, said):
+    keep(tmp_path, 1)
+    config = TrainConfig(cache_dir=str(tmp_path), cache_limit=0.0)
+    datasets = {f"images {seed}": Dataset(*draw_shapes(20, seed)) for seed in (0, 1)}
+    extracted = dataset_features(config, MEANS, 32, datasets)
+    own = kept(tmp_path)
+    assert extracted.num_images == 40 and len(own) == 2 and 1 not in own
+    assert "GB of least recently used features (--cache-limit)" in said[-1]
+    assert dataset_features(config, MEANS, 32, datasets).num_images == 0 and kept(tmp_path) == own

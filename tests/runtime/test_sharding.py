@@ -9,12 +9,11 @@ import pytest
 from helpers import ROOT, TINY, command, is_one_error
 
 from cifar_jax.errors import UserError
-from cifar_jax.runtime.machine_info import device_description
-from cifar_jax.runtime.sharding import device_rows, make_mesh
-
-pytestmark = pytest.mark.slow
+from cifar_jax.runtime.machine_info import device_description, device_rows
+from cifar_jax.runtime.sharding import make_mesh
 
 
+@pytest.mark.slow
 def test_eight_devices_match_one():
     flags = "--xla_force_host_platform_device_count=8"
     tests = [sys.executable, "-m", "pytest", "-q", "tests/e2e/eight_devices.py"]

@@ -14,31 +14,18 @@ from helpers import ROOT, TESTS, TINY
 
 from cifar_jax import load_run
 from cifar_jax.runs.directory import SUMMARY
-from cifar_jax.runtime.signals import Terminated, listening
-
-pytestmark = pytest.mark.slow
+from cifar_jax.runtime.signals import Signals, Terminated
 
 # Long enough to be interrupted, short enough to finish soon.
-LIVE = (
-    *TINY,
-    "--mode",
-    "live",
-    "--epochs",
-    "3",
-    "--batch-size",
-    "16",
-    "--train-examples",
-    "400",
-    "--schedule",
-    "constant",
-)
+LIVE = (*TINY, "--mode", "live", "--epochs", "3", "--batch-size", "16", "--train-examples", "400")
+LIVE += ("--schedule", "constant")
 
 
-def test_held_defers_the_signal_to_the_end_of_the_block():
+def test_deferred_raises_at_the_end_of_the_block():
     done = []
-    with listening() as signals:
+    with Signals() as signals:
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the interrupt comes in the middle of the block)
-            with signals.held():
+            with signals.deferred():
                 signal.raise_signal(signal.SIGINT)
                 done.append("the rest of the block")
             done.append("never")
@@ -46,35 +33,39 @@ def test_held_defers_the_signal_to_the_end_of_the_block():
     assert done == ["the rest of the block"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_noted_suppresses_the_exception_and_unheld_signals_raise_at_once():
-    with listening() as signals:
-        with signals.noted():
+def test_polled_raises_nothing_and_other_signals_raise_at_once():
+    with Signals() as signals:
+        with signals.polled():
             signal.raise_signal(signal.SIGTERM)
-            with signals.held():
+            with signals.deferred():
                 pass
         assert signals.requested == signal.SIGTERM and signals.exit_code == 143
-    with listening(), pytest.raises(Terminated):
+    with Signals(), pytest.raises(Terminated):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_second_signal_has_its_default_effect():
-    heard = []
-    with listening(on_request=lambda *request: heard.append(request)) as signals, signals.noted():
+    requests = []
+    with Signals(on_request=lambda *request: requests.append(request)) as signals, signals.polled():
         signal.raise_signal(signal.SIGINT)
-        assert heard == [(signal.SIGINT, True)] and signals.requested == signal.SIGINT
+        assert requests == [(signal.SIGINT, True)] and signals.requested == signal.SIGINT
         assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_the_process_was_told_to_ignore_stays_ignored():
+def test_ignored_signals_stay_ignored():
     usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with listening() as signals:
+        with Signals() as signals:
             signal.raise_signal(signal.SIGTERM)
             assert signals.requested is None
     finally:
         signal.signal(signal.SIGTERM, usual)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs in separate processes
 
 
 def start(out, cache, *more):
@@ -113,15 +104,16 @@ def undisturbed(tmp_path_factory, cache):
     return results_of(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_interrupted_run_resumes_to_identical_results(tmp_path, cache, undisturbed, number, code):
     out = tmp_path / "run"
     process = start(out, cache)
     wait_until((out / "metrics.jsonl").exists, process)  # after the first of three epochs
     process.send_signal(number)
-    said, errors = process.communicate()
+    _, errors = process.communicate()
     assert process.returncode == code, errors
-    assert "Traceback" not in errors and f"--resume --out {out}." in said + errors
+    assert "Traceback" not in errors and f"--resume --out {out}." in errors
     summary = json.loads((out / SUMMARY).read_text())
     assert summary["status"] == "interrupted" and 1 <= summary["epochs"] < 3
     assert not [path for path in out.rglob(".*") if path.name.startswith(".")]
@@ -131,6 +123,7 @@ def test_interrupted_run_resumes_to_identical_results(tmp_path, cache, undisturb
     assert results_of(out) == undisturbed
 
 
+@pytest.mark.slow
 def test_second_signal_ends_the_process_and_the_run_still_resumes(tmp_path, cache, undisturbed):
     out = tmp_path / "run"
     process = start(out, cache)
@@ -145,6 +138,7 @@ def test_second_signal_ends_the_process_and_the_run_still_resumes(tmp_path, cach
     assert results_of(out) == undisturbed
 
 
+@pytest.mark.slow
 def test_early_sigterm_leaves_no_broken_run(tmp_path, cache):
     process = start(tmp_path / "run", cache)
     time.sleep(1.0)  # while it imports or loads

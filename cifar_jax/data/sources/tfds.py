@@ -76,30 +76,13 @@ def load_tfds(name: str, data_dir: str | None = None, cache_dir: str | None = No
     ).hexdigest()
     kept = cache_root(cache_dir) / "data" / f"{name}-{source.name}-{fingerprint[:16]}"
     try:
-        arrays, about = load_arrays(kept)
+        return _splits(*load_arrays(kept))
     except FileNotFoundError:
-        arrays, about = _decode_and_keep(name, source, kept, fingerprint)
+        pass
     except ValueError as error:
         logger.info(f"{error}; decoding {source} again.")
         shutil.rmtree(kept, ignore_errors=True)
-        arrays, about = _decode_and_keep(name, source, kept, fingerprint)
-    return _splits(arrays, about)
-
-
-def _splits(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> Splits:
-    train = Dataset(arrays["train_images"], arrays["train_labels"])
-    test = Dataset(arrays["test_images"], arrays["test_labels"])
-    return Splits(train, test, tuple(about["class_names"]), about["name"], about["version"])
-
-
-def _decode_and_keep(
-    name: str, source: Path, kept: Path, fingerprint: str
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     splits = _decode(name, source)
-    arrays: dict[str, np.ndarray] = {}
-    for split in ("train", "test"):
-        dataset: Dataset = getattr(splits, split)
-        arrays |= {f"{split}_images": dataset.images, f"{split}_labels": dataset.labels}
     about = {
         "name": splits.name,
         "version": splits.version,
@@ -107,12 +90,23 @@ def _decode_and_keep(
         "source_sha256": fingerprint,
     }
     try:
-        save_arrays(kept, arrays, about)
+        save_arrays(kept, _arrays(splits), about)
     except OSError as error:
         logger.info(
             f"The decoded images cannot be cached in {kept.parent} ({error}); they will be decoded again next time."
         )
-    return arrays, about
+    return splits
+
+
+def _arrays(splits: Splits) -> dict[str, np.ndarray]:
+    parts = {"train": splits.train, "test": splits.test}
+    return {f"{name}_{field}": array for name, part in parts.items() for field, array in part._asdict().items()}
+
+
+def _splits(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> Splits:
+    """Reverses `_arrays`."""
+    train, test = (Dataset(arrays[f"{name}_images"], arrays[f"{name}_labels"]) for name in ("train", "test"))
+    return Splits(train, test, tuple(about["class_names"]), about["name"], about["version"])
 
 
 def _decode(name: str, source: Path) -> Splits:
@@ -166,12 +160,7 @@ def _read_split(tfds: Any, builder: Any, split: str) -> Dataset:
 
 def _download(name: str, root: Path) -> Path:
     logger.info(f"{name} is not prepared in {root}; downloading and preparing it there with tensorflow-datasets.")
-    with (
-        _tensorflow(root) as tfds,
-        _few_retries(),
-        _removing_empty_directories(root, name),
-        contextlib.redirect_stdout(sys.stderr),
-    ):
+    with _tensorflow(root) as tfds, _few_retries(), contextlib.redirect_stdout(sys.stderr):
         try:
             builder = tfds.builder(name, data_dir=root)
             builder.download_and_prepare()
@@ -220,21 +209,6 @@ def _tensorflow(place: Path) -> Iterator[Any]:
         # absl, which TFDS logs with, adds a handler to a root logger without one, which would print every log record.
         for handler in set(logging.root.handlers).difference(handlers):
             logging.root.removeHandler(handler)
-
-
-@contextlib.contextmanager
-def _removing_empty_directories(root: Path, name: str) -> Iterator[None]:
-    """Removes the empty directories that the block created if it fails."""
-    own = (root / "downloads", root / name, root, *root.parents)
-    made = [path for path in own if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        for top in made:
-            for directory in (*sorted(top.rglob("*"), reverse=True), top):
-                with contextlib.suppress(OSError):  # a file, or a directory that contains one
-                    directory.rmdir()
-        raise
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ weights, and a `.keras` archive holds the model config, in whose order the layer
 neither are refused rather than guessed at.
 """
 
-import io
 import json
 import re
 from collections import Counter
@@ -36,22 +35,18 @@ def read_archive(path: Path) -> tuple[bytes, dict[str, Any]] | None:
       WeightsError: if the archive or its config is corrupt.
     """
     with open_archive(path) as archive:
-        if not {DESCRIPTION, WEIGHTS} <= set(archive.names):
+        if not {DESCRIPTION, WEIGHTS} <= set(archive.namelist()):
             return None
-        try:
-            description = json.loads(archive.read(DESCRIPTION))
-            if not isinstance(description, dict):
-                raise ValueError("not a JSON object")
-        except (ValueError, RecursionError) as error:
-            raise WeightsError(
-                f"{DESCRIPTION} in {path} cannot be parsed ({error}). Get a fresh copy of the file."
-            ) from error
-        return archive.read(WEIGHTS), description
-
-
-def open_bytes(content: bytes) -> h5py.File:
-    """Opens an HDF5 file in memory."""
-    return h5py.File(io.BytesIO(content), "r")
+        content, description = archive.read(WEIGHTS), archive.read(DESCRIPTION)
+    try:
+        config = json.loads(description)
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{DESCRIPTION} in {path} cannot be parsed ({error}). Get a fresh copy of the file."
+        ) from error
+    return content, config
 
 
 def read_tensors(root: h5py.Group, description: Mapping[str, Any] | None, path: Path) -> dict[str, np.ndarray]:
@@ -66,11 +61,12 @@ def read_tensors(root: h5py.Group, description: Mapping[str, Any] | None, path: 
       WeightsError: if the file does not name the layers, or contradicts itself.
     """
     layers = get_member(root, "layers", path)
+    groups = list(_groups_with_weights(layers, path))
     if description is None:
-        named = list(_layers_by_name(layers, path))
+        named = [(_stored_name(group, path), group) for group in groups]
     else:
         named = list(_layers_by_description(layers, description.get("config", {}), path))
-        unlisted = sorted(_groups_with_weights(layers, path) - {group.name for _, _, group in named})
+        unlisted = sorted({group.name for group in groups} - {group.name for _, group in named})
         if unlisted:
             raise WeightsError(
                 f"{path} holds weights in {unlisted[0]} that its model config does not list. Get a fresh copy of the "
@@ -78,9 +74,10 @@ def read_tensors(root: h5py.Group, description: Mapping[str, Any] | None, path: 
             )
     tensors: dict[str, np.ndarray] = {}
     read = TensorReader(path)
-    for layer, kind, group in named:
+    for layer, group in named:
+        kind = re.sub(r"_\d+$", "", group.name.split("/")[-2])
+        known = TENSORS.get(kind, ())
         for number in group:
-            known = TENSORS.get(kind, ())
             name = known[int(number)] if number.isdecimal() and int(number) < len(known) else number
             if f"{layer}/{name}" in tensors:
                 raise WeightsError(
@@ -90,8 +87,27 @@ def read_tensors(root: h5py.Group, description: Mapping[str, Any] | None, path: 
     return tensors
 
 
-def _layers_by_description(layers: h5py.Group, config: Any, path: Path) -> Iterator[tuple[str, str, h5py.Group]]:
-    """Yields (name, class, variables) of each layer with weights, numbered in the order of the model config."""
+def _groups_with_weights(layers: h5py.Group, path: Path) -> Iterator[h5py.Group]:
+    """Yields all non-empty groups of variables, those of nested models included."""
+    for name in layers:
+        group = get_member(layers, name, path)
+        if "layers" in group:
+            yield from _groups_with_weights(get_member(group, "layers", path), path)
+        if "vars" in group and len(variables := get_member(group, "vars", path)):
+            yield variables
+
+
+def _stored_name(variables: h5py.Group, path: Path) -> str:
+    if "name" not in variables.attrs:
+        raise WeightsError(
+            f"{path} was written by Keras 3's save_weights, which stores no layer names. Save the whole model with "
+            "model.save('model.h5') and use that file."
+        )
+    return str(variables.attrs["name"])
+
+
+def _layers_by_description(layers: h5py.Group, config: Any, path: Path) -> Iterator[tuple[str, h5py.Group]]:
+    """Yields the name and variables of each layer with weights, numbered in the order of the model config."""
     used: Counter[str] = Counter()
     for layer in config["layers"]:
         kind, about = snake_case(layer["class_name"]), layer["config"]
@@ -106,34 +122,7 @@ def _layers_by_description(layers: h5py.Group, config: Any, path: Path) -> Itera
                     f"{path} contradicts itself: {variables.name} is named {variables.attrs['name']!r}, but "
                     f"{about['name']!r} in the model config. Get a fresh copy of the file."
                 )
-            yield about["name"], kind, variables
-
-
-def _layers_by_name(layers: h5py.Group, path: Path) -> Iterator[tuple[str, str, h5py.Group]]:
-    """Yields (name, class, variables) of each layer with weights, by the names stored with them."""
-    for name in layers:
-        group = get_member(layers, name, path)
-        if "layers" in group:
-            yield from _layers_by_name(get_member(group, "layers", path), path)
-        elif "vars" in group and len(variables := get_member(group, "vars", path)):
-            if "name" not in variables.attrs:
-                raise WeightsError(
-                    f"{path} was written by Keras 3's save_weights, which stores no layer names. Save the whole model "
-                    "with model.save('model.h5') and use that file."
-                )
-            yield str(variables.attrs["name"]), re.sub(r"_\d+$", "", name), variables
-
-
-def _groups_with_weights(layers: h5py.Group, path: Path) -> set[str]:
-    """Returns the names of all non-empty groups of variables."""
-    found: set[str] = set()
-    for name in layers:
-        group = get_member(layers, name, path)
-        if "layers" in group:
-            found |= _groups_with_weights(get_member(group, "layers", path), path)
-        if "vars" in group and len(variables := get_member(group, "vars", path)):
-            found.add(variables.name)
-    return found
+            yield about["name"], variables
 
 
 def snake_case(name: str) -> str:

@@ -1,11 +1,10 @@
 """Reader for Keras files, using h5py only: weights files of Keras 1, 2 and 3, whole models of Keras 2 and 3."""
 
+import io
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -16,17 +15,11 @@ from cifar_jax.pretrained.formats.hdf5 import TensorReader, get_member, probe
 from cifar_jax.pretrained.names.keras import OLDEST_TENSORS
 
 
-@dataclass(frozen=True)
-class KerasFile:
+class KerasFile(NamedTuple):
     """The content of a Keras file: its tensors as `layer/tensor`, and the model config if it is a whole model."""
 
     tensors: dict[str, np.ndarray]
     model_config: dict[str, Any] | None
-
-    @property
-    def layers(self) -> set[str]:
-        """Names of the layers with tensors."""
-        return {name.rpartition("/")[0] for name in self.tensors}
 
 
 def read_keras_h5(path: Path, known: bool = False) -> KerasFile:
@@ -41,7 +34,7 @@ def read_keras_h5(path: Path, known: bool = False) -> KerasFile:
     """
     if not known:
         probe(path, path)
-    return _read(lambda: h5py.File(path, "r"), path, None)
+    return _read(path, path, None)
 
 
 def read_keras_archive(path: Path) -> KerasFile | None:
@@ -55,12 +48,12 @@ def read_keras_archive(path: Path) -> KerasFile | None:
         return None
     content, description = found
     probe(content, path)
-    return _read(lambda: keras3.open_bytes(content), path, description)
+    return _read(io.BytesIO(content), path, description)
 
 
-def _read(open_file: Callable[[], h5py.File], path: Path, description: dict[str, Any] | None) -> KerasFile:
+def _read(source: Path | io.BytesIO, path: Path, description: dict[str, Any] | None) -> KerasFile:
     try:
-        with open_file() as file:
+        with h5py.File(source, "r") as file:
             root = get_member(file, "model_weights", path) if "model_weights" in file else file
             if "layers" in root and "layer_names" not in root.attrs:
                 return KerasFile(keras3.read_tensors(root, description, path), description)

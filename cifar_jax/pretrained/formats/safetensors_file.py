@@ -4,9 +4,8 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -18,7 +17,7 @@ from cifar_jax.files import replacing, sha256_of_arrays
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.preprocess import Preprocessing
 from cifar_jax.models.resnet import ResNetConfig
-from cifar_jax.pretrained.parsed_weights import ParsedWeights, backbone_of
+from cifar_jax.pretrained.merge import ParsedWeights
 
 # The only metadata key: safetensors writes several keys in random order, and equal networks must make equal files.
 KEY, FORMAT = "cifar_jax", "backbone 1"
@@ -67,8 +66,7 @@ def _digest(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
     return hashlib.sha256((header + sha256_of_arrays(*(tensors[name] for name in names))).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class SafeFile:
+class SafeFile(NamedTuple):
     """The content of a safetensors file of any origin."""
 
     tensors: dict[str, np.ndarray]
@@ -100,17 +98,12 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def read_backbone(path: Path) -> Backbone:
-    """Reads a file written by `save_backbone`.
+def parse_native(path: Path, file: SafeFile) -> ParsedWeights:
+    """Parses the metadata of a file written by `save_backbone`.
 
     Raises:
-      WeightsError: if the file is corrupt, was not written by this project, or its tensors do not fit its network.
+      WeightsError: if the metadata is corrupt, or was not written by this project.
     """
-    return backbone_of(parse_native(path, read_safetensors(path)))
-
-
-def parse_native(path: Path, file: SafeFile) -> ParsedWeights:
-    """Parses the metadata of a file written by `save_backbone`; see `read_backbone`."""
     tensors, metadata = file.tensors, file.metadata
     if KEY not in metadata:
         raise WeightsError(

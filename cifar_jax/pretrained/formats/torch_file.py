@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.errors import WeightsError
-from cifar_jax.pretrained.formats.archive import Archive, open_archive
+from cifar_jax.pretrained.formats.archive import open_archive
 from cifar_jax.pretrained.formats.torch_pickle import Storage, Tensor, read_pickle
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -56,22 +57,23 @@ def read_torch(path: Path) -> Checkpoint:
         return _read_zip(archive, path)
 
 
-def _read_zip(archive: Archive, path: Path) -> Checkpoint:
-    pickles = [name for name in archive.names if name.endswith("/data.pkl") and name.count("/") == 1]
+def _read_zip(archive: zipfile.ZipFile, path: Path) -> Checkpoint:
+    names = set(archive.namelist())
+    pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise WeightsError(
             f"{path} is a zip file but neither a PyTorch checkpoint nor a Keras archive. Use the weights file itself."
         )
     root = pickles[0].removesuffix("data.pkl")
-    if f"{root}byteorder" in archive.names and archive.read(f"{root}byteorder") != b"little":
+    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
         raise WeightsError(f"{path} was written on a big-endian machine. Save it again on a little-endian one.")
     value = read_pickle(io.BytesIO(archive.read(pickles[0])), str(path))
 
     def content(storage: Storage) -> bytes:
         name = f"{root}data/{storage.key}"
-        if name not in archive.names:
+        if name not in names:
             raise ValueError(f"missing entry {name}")
-        if archive.size(name) != storage.size * storage.dtype.itemsize:
+        if archive.getinfo(name).file_size != storage.size * storage.dtype.itemsize:
             raise ValueError(f"size mismatch in {name}")
         return archive.read(name)
 

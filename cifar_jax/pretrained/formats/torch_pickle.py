@@ -10,7 +10,7 @@ import pickletools
 import struct
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import jax.numpy as jnp
@@ -92,14 +92,15 @@ class _Global:
     name: str
 
 
-def _tensor(storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> Tensor:
-    return Tensor(_expect(storage, Storage), storage.dtype, offset, _expect(shape, tuple), _expect(strides, tuple))
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+    dtype = _expect(storage, Storage).dtype
+    return Tensor(storage, dtype, offset, _expect(shape, tuple), _expect(strides, tuple))
 
 
-def _tensor_v3(storage: Storage, offset: int, shape: Any, strides: Any, grad: bool, hooks: Any, *more: Any) -> Tensor:
-    return Tensor(
-        _expect(storage, Storage), _expect(more[0], np.dtype), offset, _expect(shape, tuple), _expect(strides, tuple)
-    )  # more: dtype, metadata
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> Tensor:
+    return replace(_tensor(storage, offset, shape, strides), dtype=_expect(dtype, np.dtype))
 
 
 def _parameter(tensor: Tensor, *_: Any) -> Tensor:
@@ -107,10 +108,7 @@ def _parameter(tensor: Tensor, *_: Any) -> Tensor:
 
 
 def _ordered_dict(pairs: list[Any] = []) -> dict[Any, Any]:  # noqa: B006 (never mutated)
-    made: dict[Any, Any] = {}
-    for key, value in _expect(pairs, list):
-        made[_key(key)] = value
-    return made
+    return {_key(key): value for key, value in _expect(pairs, list)}
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -135,11 +133,10 @@ def read_pickle(stream: BinaryIO, what: str) -> Any:
     Raises:
       WeightsError: if the pickle is corrupt, or needs more than a plain checkpoint does.
     """
-    machine = _Machine(what)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of invalid escape sequences in strings
-            return machine.run(stream)
+            return _Machine(what).run(stream)
     except (ValueError, TypeError, LookupError, ArithmeticError, struct.error) as error:
         raise WeightsError(
             f"{what} is corrupt: its pickle cannot be read ({error}). Get a fresh copy of the file."
@@ -154,7 +151,6 @@ _PUSHES = {
 }  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_NO_OPS = frozenset(("PROTO", "FRAME", "STOP"))
 
 
 class _Machine:
@@ -178,21 +174,57 @@ class _Machine:
 
     def step(self, name: str, argument: Any) -> None:
         """Executes one opcode."""
-        if name in _PUSHES:
-            self.stack.append(argument)
-        elif name in _CONSTANTS:
-            self.stack.append(_CONSTANTS[name])
-        elif name in _TUPLES:
-            self.stack.append(tuple(reversed([self.pop() for _ in range(_TUPLES[name])])))
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = self.stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            self.stack.append(self.memo[argument])
-        elif name not in _NO_OPS:
-            act = _ACTIONS.get(name)
-            if act is None:
+        stack = self.stack
+        match name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case _ if name in _PUSHES:
+                stack.append(argument)
+            case _ if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            case _ if name in _TUPLES:
+                stack.append(tuple([self.pop() for _ in range(_TUPLES[name])][::-1]))
+            case "MARK":
+                self.marks.append(len(stack))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "TUPLE":
+                stack.append(tuple(self.pop_mark()))
+            case "APPEND":
+                item = self.pop()
+                _expect(stack[-1], list).append(item)
+            case "APPENDS":
+                items = self.pop_mark()
+                _expect(stack[-1], list).extend(items)
+            case "SETITEM":
+                value, key = self.pop(), self.pop()
+                _expect(stack[-1], dict).update(_to_dict([key, value]))
+            case "SETITEMS":
+                items = self.pop_mark()
+                _expect(stack[-1], dict).update(_to_dict(items))
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[argument])
+            case "GLOBAL":
+                stack.append(self.global_value(argument.replace(" ", ".", 1)))
+            case "STACK_GLOBAL":
+                attribute, module = self.pop(), self.pop()
+                stack.append(self.global_value(f"{_expect(module, str)}.{_expect(attribute, str)}"))
+            case "REDUCE":
+                arguments, function = _expect(self.pop(), tuple), _expect(self.pop(), _Global)
+                stack.append(CALLS[function.name](*arguments))
+            case "BUILD":  # an OrderedDict's attributes (`_metadata`) are not needed
+                self.pop()
+                _expect(stack[-1], dict)
+            case "BINPERSID":
+                stack.append(self.storage(self.pop()))
+            case _:
                 raise _unsupported(self.what, f"the pickle opcode {name}")
-            act(self, argument)
 
     def pop(self) -> Any:
         """Pops the top value, never one below a mark."""
@@ -207,71 +239,25 @@ class _Machine:
         del self.stack[at:]
         return items
 
-    def push_global(self, name: str) -> None:
-        """Pushes the value of a global name."""
+    def global_value(self, name: str) -> Any:
+        """Returns the value of a global name."""
         if name not in CALLS and name not in VALUES:
             raise _unsupported(self.what, name)
-        self.stack.append(VALUES[name] if name in VALUES else _Global(name))
+        return VALUES[name] if name in VALUES else _Global(name)
 
-    def reduce(self) -> None:
-        """Calls one of the functions of this module."""
-        arguments, function = _expect(self.pop(), tuple), _expect(self.pop(), _Global)
-        self.stack.append(CALLS[function.name](*arguments))
-
-    def set_items(self, items: list[Any]) -> None:
-        """Adds items, given as key, value, key, value, ..., to the dict on top of the stack."""
-        target = _expect(self.stack[-1], dict)
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_key(key)] = value
-
-    def storage(self, about: Any) -> None:
-        """Pushes the storage described by a persistent id: ("storage", type, key, device, size[, view])."""
+    def storage(self, about: Any) -> Storage:
+        """Returns the storage described by a persistent id: ("storage", type, key, device, size[, view])."""
         kind, dtype, key, _, size, *view = _expect(about, tuple)
         if kind != "storage" or any(part is not None for part in view):
             raise _unsupported(self.what, "a view of a storage, which only the first PyTorch releases wrote")
         if not (isinstance(dtype, np.dtype) and isinstance(key, str) and type(size) is int and 0 <= size < 2**48):
             raise ValueError("a storage has an invalid size")
-        self.stack.append(Storage(key, dtype, size))
-
-    def make_dict(self, items: list[Any]) -> None:
-        """Pushes a dict of items given as key, value, key, value, ..."""
-        self.stack.append({})
-        self.set_items(items)
-
-    def extend(self, items: list[Any]) -> None:
-        """Extends the list on top of the stack."""
-        _expect(self.stack[-1], list).extend(items)
-
-    def drop(self, _: Any) -> None:
-        """Discards a popped value."""
-
-    def build(self) -> None:
-        """Discards an OrderedDict's attributes (`_metadata`), which are not needed."""
-        self.pop()
-        _expect(self.stack[-1], dict)
+        return Storage(key, dtype, size)
 
 
-_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
-    "POP": lambda machine, _: machine.drop(machine.pop()),
-    "POP_MARK": lambda machine, _: machine.drop(machine.pop_mark()),
-    "DUP": lambda machine, _: machine.stack.append(machine.stack[-1]),
-    "EMPTY_LIST": lambda machine, _: machine.stack.append([]),
-    "EMPTY_DICT": lambda machine, _: machine.stack.append({}),
-    "TUPLE": lambda machine, _: machine.stack.append(tuple(machine.pop_mark())),
-    "LIST": lambda machine, _: machine.stack.append(machine.pop_mark()),
-    "DICT": lambda machine, _: machine.make_dict(machine.pop_mark()),
-    "APPEND": lambda machine, _: machine.extend([machine.pop()]),
-    "APPENDS": lambda machine, _: machine.extend(machine.pop_mark()),
-    "SETITEM": lambda machine, _: machine.set_items([machine.pop(), machine.pop()][::-1]),
-    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_mark()),
-    "MEMOIZE": lambda machine, _: machine.memo.__setitem__(len(machine.memo), machine.stack[-1]),
-    "GLOBAL": lambda machine, name: machine.push_global(name.replace(" ", ".", 1)),
-    "STACK_GLOBAL": lambda machine, _: machine.push_global(".".join([machine.pop(), machine.pop()][::-1])),
-    "REDUCE": lambda machine, _: machine.reduce(),
-    "BUILD": lambda machine, _: machine.build(),
-    "BINPERSID": lambda machine, _: machine.storage(machine.pop()),
-}
+def _to_dict(items: list[Any]) -> dict[Any, Any]:
+    """Returns a dict of items given as key, value, key, value, ..."""
+    return {_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)}
 
 
 def _expect(value: Any, kind: Any) -> Any:

@@ -1,82 +1,73 @@
-"""Tensor names of the ResNets in torchvision and timm, as data.
+"""Tensor names of the ResNets in torchvision and timm, and in Hugging Face's transformers, as data.
 
-Only a stage's first block has a projection: `downsample.0` (convolution) and `downsample.1` (BatchNorm). BatchNorm's
-`num_batches_tracked` counts training steps and is not needed to run the network.
+BatchNorm's `num_batches_tracked` counts training steps and is not needed to run the network. Of transformers,
+`ResNetModel` uses the names below; `ResNetForImageClassification` adds the prefix `resnet.` and a classifier.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection
 
-from cifar_jax.models.resnet import block_name
-from cifar_jax.pretrained.merge import Path
+from cifar_jax.pretrained.names import Family
 
-CONV_TENSORS = {"weight": ("params", "kernel"), "bias": ("params", "bias")}
-NORM_TENSORS = {
-    "weight": ("params", "scale"),
-    "bias": ("params", "bias"),
-    "running_mean": ("batch_stats", "mean"),
-    "running_var": ("batch_stats", "var"),
-}
 IGNORED = "num_batches_tracked"  # name suffix of tensors that are not needed
-TOP = ("fc.weight", "fc.bias")
+PREFIX = "resnet."  # of the tensors of transformers
 
-BLOCK = re.compile(r"layer(\d{1,3})\.(\d{1,3})\.conv1\.weight")
-BOTTLENECK = "layer1.0.conv3.weight"  # absent in the basic blocks of ResNet18 and ResNet34
+_CONV = {".weight": ("params", "kernel"), ".bias": ("params", "bias")}
+_NORM = {
+    ".weight": ("params", "scale"),
+    ".bias": ("params", "bias"),
+    ".running_mean": ("batch_stats", "mean"),
+    ".running_var": ("batch_stats", "var"),
+}
 
-_STEM = {"stem_conv": "conv1", "stem_bn": "bn1"}
-_BLOCK = {
-    "conv1": "conv1",
-    "bn1": "bn1",
-    "conv2": "conv2",
-    "bn2": "bn2",
-    "conv3": "conv3",
-    "bn3": "bn3",
-    "conv_proj": "downsample.0",
-    "bn_proj": "downsample.1",
+FAMILIES = {
+    "torchvision": Family(
+        stem={"stem_conv": "conv1", "stem_bn": "bn1"},
+        block={
+            "conv1": "layer{}.conv1",
+            "bn1": "layer{}.bn1",
+            "conv2": "layer{}.conv2",
+            "bn2": "layer{}.bn2",
+            "conv3": "layer{}.conv3",
+            "bn3": "layer{}.bn3",
+            "conv_proj": "layer{}.downsample.0",
+            "bn_proj": "layer{}.downsample.1",
+        },
+        label=lambda stage, block: f"{stage + 1}.{block}",
+        conv=_CONV,
+        norm=_NORM,
+        first=re.compile(r"layer(\d{1,3})\.\d{1,3}\.conv1\.weight"),
+        tops=("fc",),
+    ),
+    "huggingface": Family(
+        stem={"stem_conv": "embedder.embedder.convolution", "stem_bn": "embedder.embedder.normalization"},
+        block={
+            "conv1": "encoder.stages.{}.layer.0.convolution",
+            "bn1": "encoder.stages.{}.layer.0.normalization",
+            "conv2": "encoder.stages.{}.layer.1.convolution",
+            "bn2": "encoder.stages.{}.layer.1.normalization",
+            "conv3": "encoder.stages.{}.layer.2.convolution",
+            "bn3": "encoder.stages.{}.layer.2.normalization",
+            "conv_proj": "encoder.stages.{}.shortcut.convolution",
+            "bn_proj": "encoder.stages.{}.shortcut.normalization",
+        },
+        label=lambda stage, block: f"{stage}.layers.{block}",
+        conv=_CONV,
+        norm=_NORM,
+        first=re.compile(r"encoder\.stages\.(\d{1,3})\.layers\.\d{1,3}\.layer\.0\.convolution\.weight"),
+        tops=("classifier.1",),
+    ),
 }
 
 
-def name_map(stage_sizes: tuple[int, ...]) -> dict[Path, str]:
-    """Returns the tensor name by path, for every variable that the network may have."""
-    return tensor_names(stage_sizes, _STEM, _BLOCK, lambda stage, block: f"layer{stage + 1}.{block}")
+def top_names(family: str) -> tuple[str, str]:
+    """Returns the names of the classifier's kernel and bias."""
+    (top,) = FAMILIES[family].tops
+    return f"{top}.weight", f"{top}.bias"
 
 
-def tensor_names(
-    stage_sizes: tuple[int, ...],
-    stem: Mapping[str, str],
-    roles: Mapping[str, str],
-    block_in_file: Callable[[int, int], str],
-) -> dict[Path, str]:
-    """Returns the tensor name by variable path; the names within a module are PyTorch's, the same in every library.
-
-    Args:
-      stage_sizes: blocks in each stage.
-      stem: the library's name for each of our stem modules.
-      roles: the library's name for each of our modules in a block.
-      block_in_file: returns the library's name of a block, given stage and block counted from zero.
-    """
-    return {
-        (collection, *module, leaf): f"{name}.{tensor}"
-        for module, name in _modules(stage_sizes, stem, roles, block_in_file)
-        for tensor, (collection, leaf) in (NORM_TENSORS if "bn" in module[-1] else CONV_TENSORS).items()
-    }
-
-
-def _modules(
-    stage_sizes: tuple[int, ...],
-    stem: Mapping[str, str],
-    roles: Mapping[str, str],
-    block_in_file: Callable[[int, int], str],
-) -> Iterator[tuple[tuple[str, ...], str]]:
-    for role, name in stem.items():
-        yield (role,), name
-    for stage, num_blocks in enumerate(stage_sizes):
-        for block in range(num_blocks):
-            for role, name in roles.items():
-                if block == 0 or "proj" not in role:
-                    yield (block_name(stage, block), role), f"{block_in_file(stage, block)}.{name}"
-
-
-def known_names(names: Collection[str]) -> dict[str, str]:
-    """Maps a file's names to those of this module, which are the same."""
-    return {name: name for name in names}
+def without_transformers_prefix(names: Collection[str]) -> dict[str, str]:
+    """Maps a file's names to those of FAMILIES: without `resnet.` if all but the classifier's have it."""
+    inside = [name for name in names if name not in top_names("huggingface")]
+    prefixed = inside and all(name.startswith(PREFIX) for name in inside)
+    return {name: name.removeprefix(PREFIX) if prefixed else name for name in names}

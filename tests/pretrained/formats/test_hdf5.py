@@ -9,18 +9,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from helpers import keras_tensors, narrow_networks, write_keras_h5
+from helpers import keras_tensors, write_keras_h5
 
-from cifar_jax.pretrained import WeightsError, load_backbone
+from cifar_jax.files import sha256_of_file
+from cifar_jax.pretrained import WeightsError, load_backbone, registry
 from cifar_jax.pretrained.formats import hdf5
 
 PROBE = Path(hdf5.__file__).with_name("hdf5_probe.py")
 HANGS, CRASHES = "while True: pass", "__import__('os').abort()"
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    narrow_networks(monkeypatch)
+pytestmark = pytest.mark.usefixtures("narrow_resnet")
 
 
 @pytest.fixture(params=["weights.h5", "weights.keras"])
@@ -58,9 +57,10 @@ def test_probe_has_a_wall_clock_timeout(tmp_path, monkeypatch):
 
 def test_known_file_is_not_probed(tmp_path, monkeypatch):
     path = write_keras_h5(tmp_path / "weights.h5", keras_tensors())
-    monkeypatch.setattr(hdf5.subprocess, "run", lambda *_, **__: pytest.fail("probed"))
-    monkeypatch.setattr("cifar_jax.pretrained.load._known_variant", lambda path, notes: "keras")
-    assert load_backbone(path).variant == "keras (by its hash)"
+    digest = f"sha256:{sha256_of_file(path)}"
+    entry = registry.Entry("known", path.name, None, digest, path.stat().st_size, "keras", "MIT", "", "", "A test.")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("probed"))
+    assert load_backbone(path, known={"known": entry}).variant == "keras (by its hash)"
 
 
 def probe(path, memory=10**9):

@@ -1,6 +1,5 @@
 """PyTorch checkpoints are read without PyTorch, and nothing in them is ever executed."""
 
-import contextlib
 import io
 import os
 import pickle
@@ -19,7 +18,6 @@ from torch_files import (
     pickled,
     tensor,
     views,
-    write_legacy,
     write_torch,
     write_zip,
 )
@@ -51,19 +49,18 @@ def assert_same(found, wanted):
         np.testing.assert_array_equal(found[name], value)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_both_containers(tmp_path, legacy):
-    assert_same(read_torch(write_torch(tmp_path / "x.pth", TENSORS, legacy)).tensors, TENSORS)
+@pytest.fixture(params=[False, True], ids=["zip", "legacy"])
+def legacy(request):
+    """Whether files are in the legacy container."""
+    return request.param
 
 
-@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32, np.float64])
 def test_dtypes(tmp_path, legacy, dtype):
-    tensors = {"x": np.linspace(-2, 2, 12).reshape(3, 4).astype(dtype)}
+    tensors = TENSORS | {"x": np.linspace(-2, 2, 12).reshape(3, 4).astype(dtype)}
     assert_same(read_torch(write_torch(tmp_path / "x.pth", tensors, legacy)).tensors, tensors)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
 def test_views_of_one_storage(tmp_path, legacy):
     flat = np.arange(24, dtype=np.float32)
     tensors = {
@@ -79,6 +76,7 @@ def test_views_of_one_storage(tmp_path, legacy):
     found = read_torch(write_torch(tmp_path / "x.pth", tensors, legacy)).tensors
     assert found.pop("none").shape == (0, 3)
     assert_same(found, wanted)
+    assert np.shares_memory(found["whole"], found["last"])
 
 
 @pytest.mark.parametrize(
@@ -86,23 +84,19 @@ def test_views_of_one_storage(tmp_path, legacy):
     [
         View("s", np.zeros(6, np.float32), 0, (7,), (1,)),
         View("s", np.zeros(6, np.float32), 1, (2, 3), (3, 1)),
-        View("s", np.zeros(6, np.float32), 6, (), ()),
         View("s", np.zeros(6, np.float32), -1, (2,), (1,)),
         View("s", np.zeros(6, np.float32), 5, (2,), (-1,)),
         View("s", np.zeros(6, np.float32), 0, (2**40,), (0,)),
         View("s", np.zeros(6, np.float32), 0, (2**30, 2**30), (0, 0)),
-        View("s", np.zeros(6, np.float32), 0, (2**100,), (0,)),
         View("s", np.zeros(6, np.float32), 0, (2,), (2**60,)),
         View("s", np.zeros(6, np.float32), 0, (2, 3), (3,)),
     ],
 )
-@pytest.mark.parametrize("legacy", [False, True])
 def test_views_outside_their_storage_are_refused(tmp_path, legacy, view):
     assert "is corrupt" in refusal(write_torch(tmp_path / "x.pth", {"x": view}, legacy))
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "net"])
-@pytest.mark.parametrize("legacy", [False, True])
 def test_nested_state_dicts(tmp_path, legacy, key):
     def wrap(state):
         return {"epoch": 3, "loss": 0.25, "best": None, "optimizer": {"groups": [{0: (1, 2)}]}, key: state}
@@ -110,12 +104,6 @@ def test_nested_state_dicts(tmp_path, legacy, key):
     checkpoint = read_torch(write_torch(tmp_path / "x.pth", TENSORS, legacy, wrap))
     assert_same(checkpoint.tensors, TENSORS)
     assert (checkpoint.place, checkpoint.others) == (key, ())
-
-
-def test_further_state_dicts_are_listed(tmp_path):
-    path = write_torch(tmp_path / "x.pth", TENSORS, wrap=lambda state: {"state_dict_ema": state, "state_dict": state})
-    checkpoint = read_torch(path)
-    assert (checkpoint.place, checkpoint.others) == ("state_dict", ("state_dict_ema",))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "ema_model.module.", "model."])
@@ -167,10 +155,10 @@ class Runs:
         (pickled({"args": Call(Global("argparse", "Namespace"), ())}), "argparse.Namespace"),
         (b"\x80\x02(i__main__\nx\n.", "INST"),
         (b"\x80\x02\x82\x01.", "EXT1"),
+        (b"\x80\x02N0.", "POP"),
         (b"P1\n.", "PERSID"),
     ],
 )
-@pytest.mark.parametrize("legacy", [False, True])
 def test_unsupported_globals_and_opcodes_are_refused(tmp_path, legacy, value, name):
     path = tmp_path / "x.pth"
     if legacy:
@@ -178,27 +166,21 @@ def test_unsupported_globals_and_opcodes_are_refused(tmp_path, legacy, value, na
     else:
         write_zip(path, value, {})
     message = refusal(path)
-    assert (
-        "a plain checkpoint does not need" in message
-        and name in message
-        and not os.path.exists("/tmp/this-must-not-be")
-    )
+    assert "a plain checkpoint does not need" in message and name in message
+    assert not os.path.exists("/tmp/this-must-not-be")
 
 
 @pytest.mark.parametrize(
     "value",
     [
         b"",
-        b"\x80\x02",
         b"\x80\x02}",
-        b"\x80\x02.",
         b"\x80\x02]K\x01K\x02s.",
         b"\x80\x02}(K\x01u.",
         b"\x80\x02}]K\x01s.",  # a list as a key
         b"S'\\F",  # an invalid escape sequence, of which pickletools warns
         b"\x80\x02h\x05.",  # a missing memo entry
         b"\x80\x02K\x01K\x02R.",
-        b"\x80\x02u.",
         b"\x80\x02(K\x01.",
         b"\x80\x02K\x01Q.",
         b"\x80\x02\x8d\xff\xff\xff\xff\xff\xff\xff\x7fabc.",  # a string of 2^63 bytes
@@ -218,7 +200,7 @@ def test_small_malicious_files_cost_nothing(tmp_path):
     assert torch_pickle.read_pickle(io.BytesIO(put), "x") == 1
     deep = b"\x80\x02}" + b")" + b"\x85" * 400_000 + b"K\x01s."
     assert "is corrupt" in refusal(write_zip(tmp_path / "x.pth", deep, {}))
-    long = b"\x80\x02" + b"}0" * 300_000 + b"}."
+    long = b"\x80\x02" + b"N" * 600_000 + b"."
     assert "too long for a ResNet" in refusal(write_zip(tmp_path / "y.pth", long, {}))
 
 
@@ -226,7 +208,6 @@ def test_small_malicious_files_cost_nothing(tmp_path):
     ("value", "part"),
     [
         ([1, 2], "holds no state dict"),
-        ({}, "holds no state dict"),
         ({"epoch": 3}, "holds no state dict"),
         ({"state_dict": {"x": 3}}, "holds no state dict"),
         ({"x": tensor(View("s", np.zeros(2, np.float32), 0, (2,), (1,))), "y": 3}, "is not a tensor"),
@@ -257,8 +238,6 @@ def rezipped(path, change):
             lambda name, content: [(name.replace("data.pkl", "x.pkl"), content)],
             "neither a PyTorch checkpoint nor a Keras archive",
         ),
-        (lambda name, content: [(f"../{name}", content)], "outside the archive"),
-        (lambda name, content: [(f"/{name}", content)], "outside the archive"),
         (
             lambda name, content: [(name, content), (f"other/{name.removeprefix('archive/')}", content)],
             "neither a PyTorch checkpoint nor",
@@ -269,59 +248,32 @@ def test_malformed_archives_are_refused(tmp_path, change, part):
     assert part in refusal(rezipped(write_torch(tmp_path / "x.pth", TENSORS), change))
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
-def test_duplicate_entry_is_refused(tmp_path):
-    path = rezipped(write_torch(tmp_path / "x.pth", TENSORS), lambda name, content: [(name, content)] * 2)
-    assert "twice" in refusal(path)
-
-
 def test_zip_bomb_is_refused(tmp_path):
     path = write_zip(tmp_path / "x.pth", {}, {"0": bytes(10**7)}, zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 20_000 and "compressed or encrypted" in refusal(path)
 
 
-def test_corrupt_tensor_bytes_are_detected(tmp_path):
-    path = write_torch(tmp_path / "x.pth", TENSORS)
-    content = path.read_bytes()
-    value = TENSORS["conv1.weight"].tobytes()
-    start = content.index(value)
-    for at in np.random.default_rng(0).integers(start, start + len(value), 50):
-        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
-        assert "is corrupt" in refusal(path)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_any_corrupt_byte_loads_or_raises_weights_error(tmp_path, legacy):
+def test_truncated_files_are_refused(tmp_path, legacy):
+    """tests/robustness/test_mutations.py changes bytes."""
     path = write_torch(tmp_path / "x.pth", TENSORS, legacy)
-    content, rng = path.read_bytes(), np.random.default_rng(0)
-    for at in rng.integers(0, len(content), 300):
-        path.write_bytes(content[:at] + bytes([content[at] ^ rng.integers(1, 256)]) + content[at + 1 :])
-        with contextlib.suppress(WeightsError):
-            read_torch(path)
-    for size in (*range(0, 200, 7), *rng.integers(0, len(content), 30)):
+    content = path.read_bytes()
+    for size in (*range(0, 200, 7), *np.random.default_rng(0).integers(0, len(content), 30)):
         path.write_bytes(content[:size])
         refusal(path)
 
 
-@pytest.mark.parametrize("change", [{"count": 3}, {"magic": 5}, {"little_endian": False}])
-def test_malformed_legacy_containers_are_refused(tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda content: content.replace(struct.pack("<q", 6), struct.pack("<q", 3)), "size mismatch"),
+        (lambda content: pickled(5) + content, "not a PyTorch checkpoint"),
+        (
+            lambda content: content.replace(encode("little_endian") + b"\x88", encode("little_endian") + b"\x89"),
+            "big-endian",
+        ),
+    ],
+)
+def test_malformed_legacy_containers_are_refused(tmp_path, change, part):
     path = write_torch(tmp_path / "x.pth", {"x": np.zeros(6, np.float32)}, legacy=True)
-    content = path.read_bytes()
-    if "count" in change:
-        content = content.replace(struct.pack("<q", 6), struct.pack("<q", 3))
-    elif "magic" in change:
-        content = pickled(5) + content
-    else:
-        content = content.replace(encode("little_endian") + encode(True), encode("little_endian") + encode(False))
-    path.write_bytes(content)
-    message = refusal(path)
-    assert any(part in message for part in ("size mismatch", "not a PyTorch checkpoint", "big-endian")), message
-
-
-def test_tensors_of_one_storage_share_memory(tmp_path):
-    """Two tensors of one storage are loaded as two views of the same memory."""
-    flat = np.arange(4, dtype=np.float32)
-    state = {"a": View("s", flat, 0, (4,), (1,)), "b": View("s", flat, 2, (2,), (1,))}
-    found = read_torch(write_torch(tmp_path / "x.pth", state)).tensors
-    assert np.shares_memory(found["a"], found["b"])
-    assert write_legacy(tmp_path / "y.pth", {}, {}).stat().st_size > 0
+    path.write_bytes(change(path.read_bytes()))
+    assert part in refusal(path)
