@@ -22,8 +22,9 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from cifar_jax.cli.main import main
 from cifar_jax.models import resnet
+from cifar_jax.models.backbone import FunctionBackbone
 from cifar_jax.models.resnet import ResNetConfig
-from cifar_jax.pretrained import UNTRAINED, FunctionBackbone, axis_order, variants
+from cifar_jax.pretrained import UNTRAINED, axis_order, variants
 from cifar_jax.pretrained.formats.keras3 import snake_case
 from cifar_jax.pretrained.from_torch import NAMES
 from cifar_jax.pretrained.merge import variable_shapes
@@ -41,18 +42,6 @@ TINY = (
     *("--preset", "demo", "--weights", "random-w16", "--image-size", "32", "--hidden", "8"),
     *("--train-examples", "128", "--test-examples", "20"),
 )
-
-
-class Heard(Silent):
-    """A reporter that records all questions and gives them the same answer."""
-
-    def __init__(self, answer: bool = False) -> None:
-        self.questions: list[str] = []
-        self.answer = answer
-
-    def confirm(self, question: str) -> bool:
-        self.questions.append(question)
-        return self.answer
 
 
 class Disturbance(Silent):

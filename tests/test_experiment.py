@@ -62,7 +62,9 @@ def test_a_run_leaves_the_files_of_the_documents(run):
     assert TrainConfig.from_json(json.loads((run / "config.json").read_text())).train_examples == 160
 
 
-@pytest.mark.parametrize(("mode", "functions"), [("cached", 3), ("live", 2), ("finetune", 2)])
+@pytest.mark.parametrize(
+    ("mode", "functions"), [("cached", 3), ("live", 2), pytest.param("finetune", 2, marks=pytest.mark.slow)]
+)
 def test_a_whole_run_compiles_each_function_once_for_a_shape(tmp_path, narrow, caplog, mode, functions):
     """Epochs, short last batches and evaluations included; JAX's own small operations are no concern of a run."""
     jax.clear_caches()

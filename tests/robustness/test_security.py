@@ -6,10 +6,11 @@ import json
 import re
 
 import pytest
-from helpers import ROOT, TINY, command, files_below
+from helpers import ROOT, TINY, Killed, command, files_below, kill_at
 
+from cifar_jax.cli.options import parse_train
+from cifar_jax.experiment import train
 from cifar_jax.runs.directory import CHECKPOINTS
-from cifar_jax.runs.writer import RunWriter
 
 SOURCES = [*sorted((ROOT / "cifar_jax").rglob("*.py")), ROOT / "train.py"]
 
@@ -63,27 +64,16 @@ def test_what_a_run_replaces_is_the_link_and_not_what_it_points_to(tmp_path, cap
     assert not (out / name).is_symlink()
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
-
-
-def test_leftovers_that_are_links_go_and_what_they_point_to_stays(tmp_path, capsys, narrow, monkeypatch):
+def test_leftovers_that_are_links_go_and_what_they_point_to_stays(tmp_path, capsys, narrow):
     out, outside = tmp_path / "run", tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("mine")
-    usual = RunWriter.checkpoint
-
-    def killed(self, state, part=None):
-        usual(self, state, part)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunWriter, "checkpoint", killed)
-        with pytest.raises(Killed):
-            command(capsys, "train", *TINY, "--epochs", 2, "--out", out)
+    arguments = [*TINY, "--epochs", "2", "--out", str(out)]
+    with pytest.raises(Killed):
+        train(parse_train(arguments), kill_at(1))
     (out / CHECKPOINTS / ".0002.abc").symlink_to(outside)
     (out / ".metrics.jsonl.abc").symlink_to(outside / "precious")
-    assert command(capsys, "train", *TINY, "--epochs", 2, "--out", out, "--resume").code == 0
+    assert command(capsys, "train", *arguments, "--resume").code == 0
     assert (outside / "precious").read_text() == "mine"
     assert not [path for path in out.rglob(".*") if path.is_symlink()]
 

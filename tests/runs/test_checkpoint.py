@@ -1,5 +1,7 @@
 """Checkpoints: the same bits back, only the newest kept, damage noticed and the one before it used."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -129,6 +131,23 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(tmp_path, 
     save_checkpoint(tmp_path, ONE, head)
     with full_disk(at=500), pytest.raises(RunError, match=r"0002 could not be written .*Free some space"):
         save_checkpoint(tmp_path, TWO, head)
+    assert names_of(tmp_path) == ["0001"]
+
+
+def test_what_does_not_read_back_is_not_kept(tmp_path, head, monkeypatch):
+    """A disk that changes what is written: the checkpoint before it stays."""
+    save_checkpoint(tmp_path, ONE, head)
+    flush = os.fsync
+
+    def flush_badly(descriptor):
+        flush(descriptor)
+        for path in tmp_path.glob(".0002.*/*/arrays.safetensors"):
+            flip_bit(path, -1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", flush_badly)
+        with pytest.raises(RunError, match=r"0002 could not be written .*checksum mismatch"):
+            save_checkpoint(tmp_path, TWO, head)
     assert names_of(tmp_path) == ["0001"]
 
 
