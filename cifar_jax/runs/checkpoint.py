@@ -32,6 +32,15 @@ ABOUT, ARRAYS = "checkpoint.json", "arrays.safetensors"
 _NAME = re.compile(r"\d{4,}(\.\d{6,})?")
 
 
+class Corrupt(UserError):
+    """Raised if a checkpoint differs from what was written; `what` is a sentence without its full stop."""
+
+    def __init__(self, what: str) -> None:
+        """Adds the next step to the message."""
+        self.what = what
+        super().__init__(f"{what}. Train again.")
+
+
 class Position(NamedTuple):
     """Progress of a run: completed epochs, and steps of the next one."""
 
@@ -68,16 +77,13 @@ def save_checkpoint(
     tree: Mapping[str, PyTree],
     progress: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a checkpoint atomically, in place of one of the same position.
+    """Writes a checkpoint atomically, in place of one of the same position, and returns its directory.
 
     Args:
       directory: the run's checkpoint directory; created if necessary, but its parent is not.
       position: position of the run.
       tree: arrays on the host; `named_leaves` defines their names.
       progress: JSON values to store with the arrays.
-
-    Returns:
-      The checkpoint's directory.
 
     Raises:
       RunError: if it cannot be written, or reads back differently.
@@ -133,9 +139,7 @@ def newest_whole(
 ) -> tuple[Position, dict[str, Any]] | None:
     """The newest checkpoint that is not corrupt, and the progress stored in it; None if there are no checkpoints.
 
-    Args:
-      directory: the run's checkpoint directory.
-      needed: maps a checkpoint's progress to the positions of other checkpoints that it depends on.
+    `needed` maps a checkpoint's progress to the positions of other checkpoints that it depends on.
 
     Raises:
       UserError: if all of them are corrupt, or the newest has another format.
@@ -147,7 +151,7 @@ def newest_whole(
             for position in needed(progress):
                 _checked(directory / position.name)
         except Corrupt as error:
-            logger.info(f"{error}; using the one before it." if path != found[0] else f"{error}.")
+            logger.info(f"{error.what}{'; using the one before it' if path != found[0] else ''}.")
         else:
             return position_of(path), progress
     if found:
@@ -171,36 +175,24 @@ def load_checkpoint(directory: Path, like: PyTree, at: Position | None = None, w
       UserError: if there is no such checkpoint, an array is missing or has another shape, or it is corrupt; with
         `whole` also if it has other arrays.
     """
-    chosen, described = _fitting(directory, like, at, whole)
-    try:
-        arrays = _read(chosen, described)
-    except Corrupt as error:
-        raise UserError(f"{error}. Train again.") from error
+    arrays = _read(*find_checkpoint(directory, like, at, whole))
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named_leaves(like)])
 
 
-def check_checkpoint(directory: Path, like: PyTree, at: Position) -> None:
-    """Checks that a checkpoint holds the arrays of a tree and no others, without reading them.
-
-    Raises:
-      UserError: as `load_checkpoint` with `whole`.
-    """
-    _fitting(directory, like, at, whole=True)
-
-
-def _fitting(
-    directory: Path, like: PyTree, at: Position | None, whole: bool
+def find_checkpoint(
+    directory: Path, like: PyTree, at: Position | None = None, whole: bool = False
 ) -> tuple[Path, dict[str, Mapping[str, Any]]]:
-    """Finds a checkpoint and checks that it fits a tree; returns it and the descriptions of the tree's arrays."""
+    """Finds a checkpoint that fits a tree, without reading its arrays; for arguments and errors see `load_checkpoint`.
+
+    Returns:
+      The checkpoint's directory, and the descriptions of the tree's arrays by name.
+    """
     checkpoints = [path for path in list_checkpoints(directory) if at in (None, position_of(path))]
     if not checkpoints:
         which = f"no checkpoint {at.name}" if at and list_checkpoints(directory) else "no checkpoint"
         raise UserError(f"There is {which} in {directory}. Train first, or give another run directory.")
     chosen, wanted = checkpoints[-1], named_leaves(like)
-    try:
-        described = _read_about(chosen)["arrays"]
-    except Corrupt as error:
-        raise UserError(f"{error}. Train again.") from error
+    described = _read_about(chosen)["arrays"]
     # A caller that reads a part only, e.g. to predict, must not be told to overwrite the run.
     hint = f"Give what the run was trained with{', or start again with --overwrite' if whole else ''}."
     missing, more = sorted(set(wanted) - set(described)), sorted(set(described) - set(wanted)) if whole else []
@@ -224,10 +216,6 @@ def _checked(checkpoint: Path) -> dict[str, Any]:
     _read(checkpoint, about["arrays"])
     progress: dict[str, Any] = about["progress"]
     return progress
-
-
-class Corrupt(Exception):
-    """Raised if a checkpoint differs from what was written; the message is a sentence without its full stop."""
 
 
 def _read_about(checkpoint: Path) -> dict[str, Any]:
@@ -258,6 +246,8 @@ def _describe(array: np.ndarray) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, Corrupt):
+        return error.what
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).strip().partition("\n")[0]

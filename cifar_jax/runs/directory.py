@@ -110,16 +110,7 @@ def _check_place(path: Path) -> None:
 
 
 def check_contents(path: Path, config: TrainConfig, resumes: bool) -> None:
-    """Checks, before any work is done, that nothing but a run is in the directory, and that it may be replaced.
-
-    Args:
-      path: the run directory.
-      config: the configuration of the run.
-      resumes: whether the run in the directory is resumed, not replaced.
-
-    Raises:
-      UserError: if there are other files, or a run that is neither resumed nor to be overwritten.
-    """
+    """Raises UserError unless the directory is empty, or holds a run that is resumed or may be replaced."""
     with _usable(path):
         entries = sorted(entry.name for entry in path.iterdir() if not _is_leftover(entry.name))
     if not entries:

@@ -34,13 +34,7 @@ def status(out: Path) -> str | None:
 def differing(out: Path, config: TrainConfig, own_tx: bool = False) -> dict[str, tuple[Any, Any]]:
     """Options that differ between the run in a directory and `config`, as pairs of the run's and `config`'s value.
 
-    Args:
-      out: the run directory.
-      config: the configuration to compare.
-      own_tx: whether an optimiser was passed to `train` instead of the one that the options describe.
-
-    Raises:
-      UserError: if its config.json cannot be read.
+    `own_tx`: whether an optimiser was passed to `train` instead of the one that the options describe.
     """
     theirs, ours = recorded(TrainConfig.from_json(read_json(out / CONFIG))), recorded(config)
     # Paths may differ: digests decide whether the images are the same.

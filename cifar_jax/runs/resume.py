@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import UserError
 from cifar_jax.files import without_nan
-from cifar_jax.runs.checkpoint import Position, check_checkpoint, list_checkpoints, load_checkpoint, newest_whole
+from cifar_jax.runs.checkpoint import Position, find_checkpoint, list_checkpoints, load_checkpoint, newest_whole
 from cifar_jax.runs.directory import CHECKPOINTS, INPUTS, METRICS, RunInputs, check_contents, is_run, read_inputs
 from cifar_jax.runs.match import differing, require_lower_rate, require_same_options, require_same_parts, status
 from cifar_jax.runtime.progress import EpochRow
@@ -111,13 +111,8 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def load_state(directory: Path, like: TrainState, at: Position | None = None) -> TrainState:
-    """Reads the state stored in a checkpoint.
-
-    Args:
-      directory: the run's checkpoint directory.
-      like: a state of the same structure.
-      at: position of the checkpoint; the newest one if None.
+def load_state(directory: Path, like: TrainState, at: Position) -> TrainState:
+    """Reads the state stored in a checkpoint; `like` is a state of the same structure.
 
     Raises:
       UserError: if there is no such checkpoint, its structure differs, or it is corrupt.
@@ -131,24 +126,19 @@ def load_state(directory: Path, like: TrainState, at: Position | None = None) ->
 
 
 def check_state(directory: Path, like: TrainState, at: Position) -> None:
-    """Checks that there is a checkpoint with the structure of `like`, whose leaves may be shapes.
-
-    Raises:
-      UserError: if there is none that `load_state` could read.
-    """
-    check_checkpoint(directory, jax.eval_shape(checkpoint_tree, like), at)
+    """Raises UserError if there is no checkpoint that `load_state` could read; the leaves of `like` may be shapes."""
+    find_checkpoint(directory, jax.eval_shape(checkpoint_tree, like), at, whole=True)
 
 
 def find_run(out: Path, config: TrainConfig, parts: Mapping[str, str]) -> dict[str, Any]:
-    """Progress and inputs of the run in a directory (None for a new run), and whether it is finished, as JSON values.
+    """Progress and inputs of the run in a locked directory, and whether it is finished, as JSON values.
 
-    Args:
-      out: the run directory, locked.
-      config: the configuration of the run.
-      parts: names of the components passed to `train` to replace those that the options describe.
+    Progress and inputs are None for a new run. `parts` names the components passed to `train` to replace those that the
+    options describe.
 
     Raises:
-      UserError: if the run can be neither started nor resumed.
+      UserError: if the directory holds other files or a run that may not be replaced, if `config` and `parts` do not
+        describe the run in it, or if that would diverge again or has no checkpoint that is not corrupt.
     """
     resumes = config.run.resume and is_run(out)
     inputs = read_inputs(out) if resumes else None
@@ -175,12 +165,7 @@ def is_unfinished(config: TrainConfig) -> bool:
 
 
 def _find_progress(out: Path, config: TrainConfig, inputs: RunInputs | None, parts: Mapping[str, str]) -> Progress:
-    """Progress of a run that is resumed.
-
-    Raises:
-      UserError: if `config` and `parts` do not describe the run in `out`, the run would diverge again, or its
-        checkpoints are corrupt.
-    """
+    """Progress of a run that is resumed; raises UserError as `find_run`."""
     if inputs:
         require_same_parts(out, inputs.parts, parts)
     elif list_checkpoints(out / CHECKPOINTS):

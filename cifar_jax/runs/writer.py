@@ -50,15 +50,10 @@ class RunWriter:
     def __init__(
         self, out: Path, config: TrainConfig, inputs: Inputs, clock: Clock, progress: Progress, parts: dict[str, str]
     ):
-        """Prepares to write a run; nothing is written before `start`.
+        """Prepares to write a run to a directory that the first process has locked, from where `progress` ends.
 
-        Args:
-          out: the run directory, which this process has locked if it is the first one.
-          config: the configuration of the run.
-          inputs: images and backbone.
-          clock: measures the seconds by phase that the summary records.
-          progress: progress of a resumed run.
-          parts: names of the components that replace those that the options describe.
+        Nothing is written before `start`. `parts` names the components that replace those of the options; the summary
+        records the seconds of `clock` by phase.
         """
         self.out, self.history, self.saved, self.started = out, list(progress.rows), progress.position, False
         self._config, self._clock, self._writes = config, clock, is_first()
@@ -124,9 +119,7 @@ class RunWriter:
     def checkpoint(self, state: TrainState, part: EpochPart | None = None) -> None:
         """Saves a checkpoint of the state, and removes old ones except the newest few and those they depend on.
 
-        Args:
-          state: the state after the last epoch, or after `part`.
-          part: the completed steps of the next epoch.
+        `part` is the completed steps of the next epoch, if any.
         """
         position = Position(len(self.history), len(part.metrics.num) if part else 0)
         if self._writes:
@@ -140,10 +133,13 @@ class RunWriter:
     def _keep_trained_backbone(self) -> None:
         """In `finetune` mode, saves the backbone of the selected epoch as a weights file, the backbone of the run."""
         selected = Position(self.selected_epoch)
-        if self._config.optim.mode != "finetune" or not (self.out / CHECKPOINTS / selected.name).exists():
+        # A `FunctionBackbone` is user code, and its variables are in the checkpoint.
+        if (
+            self._config.optim.mode != "finetune"
+            or not isinstance(self._backbone, Backbone)
+            or not (self.out / CHECKPOINTS / selected.name).exists()
+        ):
             return
-        if not isinstance(self._backbone, Backbone):
-            return  # the function is user code, and its variables are in the checkpoint
         shapes = jax.eval_shape(lambda: self._backbone.variables)
         like = {"params": {"backbone": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
         trained = load_checkpoint(self.out / CHECKPOINTS, like, selected)
@@ -171,10 +167,7 @@ class RunWriter:
     def finish(self, status: str, val: EvalResult | None = None, test: EvalResult | None = None) -> None:
         """Writes summary.json and, in `finetune` mode, the backbone of the selected epoch.
 
-        Args:
-          status: `complete`, `interrupted`, `diverged` or `failed`.
-          val: scores on the validation images.
-          test: scores on the test images.
+        The status is `complete`, `interrupted`, `diverged` or `failed`; only a complete run has scores.
 
         Raises:
           UserError: if the selected epoch's checkpoint is corrupt.
@@ -193,9 +186,8 @@ class RunWriter:
         self._write_summary(status, val, test)
 
     def _write_summary(self, status: str, val: EvalResult | None, test: EvalResult | None) -> None:
-        problem = self._problem
-        selected = self.selected_epoch
-        last = self.history[selected - 1] if selected else None
+        problem, selected = self._problem, self.selected_epoch
+        row = self.history[selected - 1] if selected else None
         summary: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "status": status,
@@ -203,8 +195,8 @@ class RunWriter:
             "selected_epoch": selected,
             "learning_rates": [rate.to_json() for rate in self._rates],
             "val_split": problem.val_split,
-            "val_loss": last and last.val_loss,
-            "val_accuracy": last and last.val_accuracy,
+            "val_loss": row and row.val_loss,
+            "val_accuracy": row and row.val_accuracy,
         }
         if val is not None:
             summary |= _scores("val", val, problem.splits.class_names)
