@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import logging
+import math
 import re
 import resource
 from collections import Counter
@@ -48,7 +49,8 @@ class Disturbance(Silent):
     """A reporter that calls a function when an epoch is done, or once as many of its examples are, before it is."""
 
     def __init__(self, happens: Callable[[], object], epoch: int, examples: int | None = None) -> None:
-        self._happens, self._epoch, self._examples = happens, epoch, examples
+        self._happens, self._epoch = happens, epoch
+        self._examples: float | None = examples
 
     def epoch(self, row: EpochRow, num_epochs: int) -> None:
         if self._examples is None and row.epoch == self._epoch:
@@ -58,6 +60,7 @@ class Disturbance(Silent):
     def progress(self, description: str, total: int, compiles: bool = False) -> Iterator[Callable[[int], None]]:
         def update(done: int) -> None:
             if description == f"Epoch {self._epoch}" and self._examples is not None and done >= self._examples:
+                self._examples = math.inf  # once
                 self._happens()
 
         yield update
