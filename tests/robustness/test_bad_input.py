@@ -129,14 +129,6 @@ def test_places_that_cannot_be_written(tmp_path, capsys, make, part, overwrite):
     assert files_below(tmp_path) == before
 
 
-@pytest.mark.parametrize("out", ["out", "new/deep/out"])
-def test_a_read_only_directory(tmp_path, capsys, monkeypatch, out):
-    # To root nothing is read-only, so the answer of the system is put in its mouth.
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    is_one_error(try_to_train(capsys, tmp_path / out), 2, f"as {tmp_path} is read-only; choose another directory")
-    assert files_below(tmp_path) == []
-
-
 def test_a_run_is_replaced_only_when_asked_to(tmp_path, capsys, narrow, run):
     a_file(run / "my notes.txt")
     (run / CHECKPOINTS / "9999").mkdir()
