@@ -40,7 +40,7 @@ ANY_BACKBONE = {
     "label_smoothing": 0.1,
     "batch_size": 32,
 }
-RESNET = {"mode": "finetune", "weights": "random-w16", "image_size": 32}
+RESNET = {"mode": "finetune", "weights": "random-w16", "image_size": 32, "batch_size": 32}
 OPTIONS = {
     "cached": {"momentum": 0.9, "val_fraction": 0.25, "batch_size": 8},
     "live": {"mode": "live", "augment": ("flip", "crop"), "momentum": 0.9, "batch_size": 32},
