@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 def train(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Trains a head. Returns 0, or after Ctrl-C or SIGTERM the exit code that shells use for that signal."""
     config = parse_train(arguments)
-    from cifar_jax.experiment import Interrupted, train as run_job
+    from cifar_jax.experiment import train as run_job
     from cifar_jax.runs.directory import SUMMARY, read_json
+    from cifar_jax.runs.ending import Interrupted
     from cifar_jax.runs.resume import is_unfinished
     from cifar_jax.runtime.devices import use_deterministic_algorithms
     from cifar_jax.runtime.machine_info import unused_accelerator

@@ -16,14 +16,9 @@ NUM_PREDICTIONS = 32
 
 
 def write_samples(out: Path, problem: Problem) -> None:
-    """Writes samples.png to the run directory.
-
-    Raises:
-      OSError: if it cannot be written.
-    """
-    train, val = problem.train, problem.val
+    """Writes samples.png to the run directory. Raises OSError if it cannot be written."""
     names = problem.splits.class_names
-    figure = plot_samples(train.images, train.labels, val.images, val.labels, names, val_name=problem.val_name)
+    figure = plot_samples(*problem.train, *problem.val, names, val_name=problem.val_name)
     save_figure(figure, out / "samples.png")
 
 
@@ -32,15 +27,7 @@ def write_pictures(
 ) -> None:
     """Writes curves.png, and predictions.png and confusion.png for the validation images.
 
-    If these were held out, also test_predictions.png and test_confusion.png.
-
-    Args:
-      out: the run directory.
-      problem: the images.
-      rows: metrics of the epochs.
-      val: evaluation on the validation images.
-      test: evaluation on the test images.
-      seed: seed of the choice of images shown.
+    If these were held out, also test_predictions.png and test_confusion.png. The seed chooses the images shown.
 
     Raises:
       OSError: if a file cannot be written.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Heard, command, is_one_error, narrow_networks, without_pictures
+from helpers import Silent, command, is_one_error, narrow_networks, without_pictures
 
 from cifar_jax import FunctionBackbone, TrainConfig, UserError, dense_head, flax_head, load_backbone, load_run
 from cifar_jax.experiment import train
@@ -66,11 +66,10 @@ class Killed(BaseException):
     """Stands for kill -9: nothing catches it."""
 
 
-class Stops(Heard):
+class Stops(Silent):
     """Raises when the first epoch begins, or when it is done."""
 
     def __init__(self, error, done=False):
-        super().__init__()
         self.error, self.done = error, done
 
     @contextlib.contextmanager
@@ -310,7 +309,7 @@ def test_the_loss_of_an_evaluation_is_named_with_its_smoothing(tmp_path, said):
     assert [sentence for sentence in said if text in sentence]
 
 
-class Guarded(Heard):
+class Guarded(Silent):
     """Lets nothing go to the devices unasked while test images are scored."""
 
     scored = False
