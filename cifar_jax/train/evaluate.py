@@ -2,8 +2,8 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,12 +91,8 @@ def eval_step(params: PyTree, batch: Batch) -> EvalSums:
     return _head_eval_step(params, {}, {}, batch)
 
 
-class Evaluate(Protocol):
-    """Scores a state on a split of a task."""
-
-    def __call__(self, state: TrainState, frozen: PyTree = None, split: str | None = None) -> EvalResult:
-        """Returns the scores. `frozen` defaults to the task's, `split` to `val`, or to `test` if there is no `val`."""
-        ...
+# `(state, frozen, split) -> EvalResult`. `frozen` defaults to the task's, `split` to `val`, or to `test` without one.
+Evaluate = Callable[..., EvalResult]
 
 
 def make_evaluate(
@@ -145,14 +141,16 @@ def make_evaluate(
         inputs, labels, resident = scored[split]
         batches = kept[split] if resident else eval_batches(inputs, labels, batch_size, mesh)
         name, shown = {"val": "held-out"}.get(split, split), Silent() if resident else reporter
-        with shown.progress(f"Evaluating {name} images", len(labels), next(compiles, False)) as bar:
-            bar(0)
-            tally = _Tally(len(labels), bar)
+
+        def sums() -> Iterator[EvalSums]:
             for batch in batches:
                 if not resident and stopping and stopping():
                     raise KeyboardInterrupt
-                tally.add(step(*placed, batch))
-            return tally.result()
+                yield step(*placed, batch)
+
+        with shown.progress(f"Evaluating {name} images", len(labels), next(compiles, False)) as bar:
+            bar(0)
+            return _scores(sums(), len(labels), bar)
 
     return evaluate
 
@@ -181,10 +179,8 @@ def evaluate(
       ValueError: if there are no examples.
     """
     mesh = mesh or make_mesh()
-    tally, params = _Tally(len(labels), on_examples), replicate(mesh, params)
-    for batch in eval_batches(inputs, labels, min(batch_size, len(labels)), mesh):
-        tally.add(step(params, batch))
-    return tally.result()
+    params, batches = replicate(mesh, params), eval_batches(inputs, labels, min(batch_size, len(labels)), mesh)
+    return _scores((step(params, batch) for batch in batches), len(labels), on_examples)
 
 
 def eval_batches(
@@ -199,40 +195,34 @@ def eval_batches(
         yield Batch(*shard(mesh, (inputs[rows], labels[rows], real.astype(np.float32))))
 
 
-class _Tally:
-    """Accumulates the sums of batches, reading results a few batches late so that the devices stay busy."""
+def _scores(
+    sums_of_batches: Iterable[EvalSums], num_examples: int, on_examples: Callable[[int], None] | None
+) -> EvalResult:
+    """Adds up the sums of all batches."""
+    if not num_examples:
+        raise ValueError("there are no examples to evaluate on")
+    loss_sum, confusion, logits, done = 0.0, np.zeros((), np.int64), [], 0
+    for sums in _read_late(sums_of_batches):
+        batch_loss, batch_confusion, batch_logits = jax.device_get(sums)
+        loss_sum += float(batch_loss)
+        confusion = confusion + batch_confusion
+        logits.append(batch_logits)
+        done = min(done + len(batch_logits), num_examples)
+        if on_examples:
+            on_examples(done)
+    assert confusion.sum() == num_examples, "every example is counted once"
+    accuracy = float(np.trace(confusion) / num_examples)
+    return EvalResult(loss_sum / num_examples, accuracy, confusion, np.concatenate(logits)[:num_examples])
 
-    def __init__(self, num_examples: int, on_examples: Callable[[int], None] | None = None) -> None:
-        if not num_examples:
-            raise ValueError("there are no examples to evaluate on")
-        self._num, self._on_examples = num_examples, on_examples
-        self._running: deque[EvalSums] = deque()
-        self._loss_sum, self._done = 0.0, 0
-        self._confusions: list[np.ndarray] = []
-        self._logits: list[np.ndarray] = []
 
-    def add(self, sums: EvalSums) -> None:
-        """Adds the sums of the next batch."""
-        self._running.append(sums)
-        self._wait_for(AHEAD)
-
-    def _wait_for(self, left: int) -> None:
-        while len(self._running) > left:
-            loss_sum, confusion, logits = jax.device_get(self._running.popleft())
-            self._loss_sum += float(loss_sum)
-            self._confusions.append(confusion)
-            self._logits.append(logits)
-            self._done = min(self._done + len(logits), self._num)
-            if self._on_examples:
-                self._on_examples(self._done)
-
-    def result(self) -> EvalResult:
-        """Waits for the last batch and returns the scores."""
-        self._wait_for(0)
-        confusion = np.stack(self._confusions).astype(np.int64).sum(axis=0)
-        assert confusion.sum() == self._num, "every example is counted once"
-        accuracy = float(np.trace(confusion) / self._num)
-        return EvalResult(self._loss_sum / self._num, accuracy, confusion, np.concatenate(self._logits)[: self._num])
+def _read_late(sums_of_batches: Iterable[EvalSums]) -> Iterator[EvalSums]:
+    """Yields each batch's sums after more batches have been dispatched, so that the devices stay busy."""
+    running: deque[EvalSums] = deque()
+    for sums in sums_of_batches:
+        running.append(sums)
+        if len(running) > AHEAD:
+            yield running.popleft()
+    yield from running
 
 
 def wilson_interval(accuracy: float, count: int, z: float = 1.959964) -> tuple[float, float]:
