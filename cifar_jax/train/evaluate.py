@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -141,16 +141,14 @@ def make_evaluate(
         inputs, labels, resident = scored[split]
         batches = kept[split] if resident else eval_batches(inputs, labels, batch_size, mesh)
         name, shown = {"val": "held-out"}.get(split, split), Silent() if resident else reporter
-
-        def sums() -> Iterator[EvalSums]:
+        with shown.progress(f"Evaluating {name} images", len(labels), next(compiles, False)) as bar:
+            bar(0)
+            tally = _Tally(len(labels), bar)
             for batch in batches:
                 if not resident and stopping and stopping():
                     raise KeyboardInterrupt
-                yield step(*placed, batch)
-
-        with shown.progress(f"Evaluating {name} images", len(labels), next(compiles, False)) as bar:
-            bar(0)
-            return _scores(sums(), len(labels), bar)
+                tally.add(step(*placed, batch))
+            return tally.result()
 
     return evaluate
 
@@ -179,8 +177,10 @@ def evaluate(
       ValueError: if there are no examples.
     """
     mesh = mesh or make_mesh()
-    params, batches = replicate(mesh, params), eval_batches(inputs, labels, min(batch_size, len(labels)), mesh)
-    return _scores((step(params, batch) for batch in batches), len(labels), on_examples)
+    tally, params = _Tally(len(labels), on_examples), replicate(mesh, params)
+    for batch in eval_batches(inputs, labels, min(batch_size, len(labels)), mesh):
+        tally.add(step(params, batch))
+    return tally.result()
 
 
 def eval_batches(
@@ -195,34 +195,38 @@ def eval_batches(
         yield Batch(*shard(mesh, (inputs[rows], labels[rows], real.astype(np.float32))))
 
 
-def _scores(
-    sums_of_batches: Iterable[EvalSums], num_examples: int, on_examples: Callable[[int], None] | None
-) -> EvalResult:
-    """Adds up the sums of all batches."""
-    if not num_examples:
-        raise ValueError("there are no examples to evaluate on")
-    loss_sum, confusion, logits, done = 0.0, np.zeros((), np.int64), [], 0
-    for sums in _read_late(sums_of_batches):
-        batch_loss, batch_confusion, batch_logits = jax.device_get(sums)
-        loss_sum += float(batch_loss)
-        confusion = confusion + batch_confusion
-        logits.append(batch_logits)
-        done = min(done + len(batch_logits), num_examples)
-        if on_examples:
-            on_examples(done)
-    assert confusion.sum() == num_examples, "every example is counted once"
-    accuracy = float(np.trace(confusion) / num_examples)
-    return EvalResult(loss_sum / num_examples, accuracy, confusion, np.concatenate(logits)[:num_examples])
+class _Tally:
+    """Accumulates the sums of batches, reading each a few batches late so that the devices stay busy."""
 
+    def __init__(self, num_examples: int, on_examples: Callable[[int], None] | None = None) -> None:
+        if not num_examples:
+            raise ValueError("there are no examples to evaluate on")
+        self._num, self._on_examples = num_examples, on_examples
+        self._running: deque[EvalSums] = deque()
+        self._loss_sum, self._confusion, self._logits = 0.0, np.zeros((), np.int64), list[np.ndarray]()
 
-def _read_late(sums_of_batches: Iterable[EvalSums]) -> Iterator[EvalSums]:
-    """Yields each batch's sums after more batches have been dispatched, so that the devices stay busy."""
-    running: deque[EvalSums] = deque()
-    for sums in sums_of_batches:
-        running.append(sums)
-        if len(running) > AHEAD:
-            yield running.popleft()
-    yield from running
+    def add(self, sums: EvalSums) -> None:
+        """Adds the sums of the next batch."""
+        self._running.append(sums)
+        self._wait_for(AHEAD)
+
+    def _wait_for(self, left: int) -> None:
+        while len(self._running) > left:
+            loss_sum, confusion, logits = jax.device_get(self._running.popleft())
+            self._loss_sum += float(loss_sum)
+            self._confusion = self._confusion + confusion
+            self._logits.append(logits)
+            if self._on_examples:
+                self._on_examples(min(len(self._logits) * len(logits), self._num))
+
+    def result(self) -> EvalResult:
+        """Waits for the last batch and returns the scores."""
+        self._wait_for(0)
+        assert self._confusion.sum() == self._num, "every example is counted once"
+        accuracy = float(np.trace(self._confusion) / self._num)
+        return EvalResult(
+            self._loss_sum / self._num, accuracy, self._confusion, np.concatenate(self._logits)[: self._num]
+        )
 
 
 def wilson_interval(accuracy: float, count: int, z: float = 1.959964) -> tuple[float, float]:

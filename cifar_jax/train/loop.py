@@ -40,25 +40,15 @@ class EpochOrder(NamedTuple):
 
 
 class Advance(NamedTuple):
-    """Runs compiled steps of an epoch; made by `make_advance`.
+    """Runs compiled steps of an epoch; made by `make_advance`."""
 
-    Attributes:
-      run: `(state, frozen, *arguments) -> (state, metrics)`, compiled; the state is donated. The metrics have one entry
-        per step and may not be ready yet.
-      arguments: `(epoch, steps) -> arguments` of `run` for these steps.
-      batch: `(epoch, step) -> Batch`, the examples of a step.
-      order: order of the examples.
-      num_examples: number of training examples.
-      one_by_one: whether `run` takes a single step rather than any number of consecutive ones.
-      mesh: the devices.
-    """
-
+    # `(state, frozen, *arguments) -> (state, metrics)`; donates the state. The metrics, one per step, may not be ready.
     run: Callable[..., tuple[TrainState, StepMetrics]]
-    arguments: Callable[[int, range], tuple[Any, ...]]
-    batch: Callable[[int, int], Batch]
+    arguments: Callable[[int, range], tuple[Any, ...]]  # `(epoch, steps) -> arguments` of `run` for these steps
+    batch: Callable[[int, int], Batch]  # `(epoch, step) -> Batch`
     order: EpochOrder
     num_examples: int
-    one_by_one: bool
+    one_by_one: bool  # whether `run` takes a single step rather than any number of consecutive ones
     mesh: Mesh
 
     @property

@@ -111,12 +111,9 @@ def make_train_step(
 
 
 def scan_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Makes a scan of a training step over inputs that reside on the devices.
+    """Makes a scan of a training step over inputs that reside on the devices, a pure function with metrics by step.
 
-    Returns:
-      `(state, frozen, inputs [n, ...], labels [n], indices [steps, batch], counts [steps], key) -> (state, metrics)`, a
-      pure function whose metrics have one entry per step. `counts` is the number of indices of each step that are not
-      padding.
+    Its `counts` are the numbers of indices of each step that are not padding.
     """
 
     def run(
