@@ -40,7 +40,7 @@ def frames_to_the_stem(*options):
 
 
 @pytest.mark.parametrize("mode", ["cached", "live", "finetune"])
-def test_at_most_ten_frames_lead_from_the_command_to_the_stem(tmp_path, narrow, mode):
+def test_at_most_ten_frames_lead_from_the_command_to_the_stem(tmp_path, narrow, quick_compile, mode):
     stacks = frames_to_the_stem("--mode", mode, "--out", tmp_path / "run", "--cache-dir", tmp_path / "cache")
 
     assert stacks and all(stack[0] == "main" for stack in stacks)
