@@ -78,7 +78,7 @@ class Composed(NamedTuple):
 
 def compose(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, extracted: Extracted | None) -> Composed:
     """Builds the task, loss and optimiser of a configuration, with `parts` replacing its own; see `prepare`."""
-    task = make_task(config, inputs, mesh, extracted, parts.head or dense_head(config.optim.hidden), parts.augment)
+    task = make_task(config, inputs, parts, mesh, extracted)
     tx = make_optimizer(config, -(-len(inputs.problem.train.labels) // config.optim.batch_size), parts.tx)
     loss_fn = parts.loss_fn or smoothed_cross_entropy(config.optim.label_smoothing)
     return Composed(task, loss_fn, tx, config.finetune.micro_batch)
@@ -208,26 +208,20 @@ def init_params(config: TrainConfig, inputs: Inputs, head: Head) -> PyTree:
     return params
 
 
-def make_task(
-    config: TrainConfig,
-    inputs: Inputs,
-    mesh: Mesh,
-    extracted: Extracted | None,
-    head: Head,
-    augment: Augment | None = None,
-) -> Task:
+def make_task(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, extracted: Extracted | None) -> Task:
     """Builds the task of a configuration, with its frozen variables replicated over the mesh.
 
     Raises:
       UserError: if the head's number of logits differs from the number of classes.
     """
     problem, backbone, image_size = inputs
+    head = parts.head or dense_head(config.optim.hidden)
     head_params = init_params(config, inputs, head)
     if extracted:
         features = {name: Split(extracted.features[name], part.labels) for name, part in problem.parts.items()}
         return cached_task(head_params, head, features)
     images = {name: Split(*part) for name, part in problem.parts.items()}
-    augment = augment or image_augmentation(config.data.augment)
+    augment = parts.augment or image_augmentation(config.data.augment)
     if config.optim.mode == "live":
         function = partial(extract, image_size=image_size, precision=config.backbone.precision)
         return live_task(head_params, head, replicate(mesh, backbone), function, images, augment)

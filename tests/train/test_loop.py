@@ -62,8 +62,9 @@ def test_wherever_training_stops_the_rest_of_it_gives_the_same_bits(resident):
 
     whole, expected = run(start_of(task, TX))
     expected = [row._replace(seconds=0) for row in expected]
-    calls = 3 if resident else 5  # of `stopping` within an epoch, and one after it
-    for polls, at_evaluation in ((1, 0), (calls + 2, 0), (0, 2)):
+    calls, first = (3, 2) if resident else (5, 1)  # compiled calls of an epoch, and steps in the first of them
+    # Stops at a poll of `stopping`, once after each call and once after an epoch, or when an epoch is evaluated.
+    for polls, at_evaluation, completed in ((1, 0, first), (calls + 2, 0, first), (0, 2, 5)):
         polled, parts, rows = [], [], []
 
         def stopping(polled=polled, polls=polls):
@@ -84,8 +85,8 @@ def test_wherever_training_stops_the_rest_of_it_gives_the_same_bits(resident):
                 stopping=stopping,
             )
         part, state = parts[-1]
-        assert len(rows) == (0 if polls == 1 else 1)
-        assert int(state.step) == 5 * len(rows) + len(part.metrics.num) < 15
+        assert len(rows) == (0 if polls == 1 else 1) and len(part.metrics.num) == completed
+        assert int(state.step) == 5 * len(rows) + completed
         resumed, rest = run(state, first_epoch=len(rows), part=part)
         assert_same_bits(resumed, whole)
         assert rows + [row._replace(seconds=0) for row in rest] == expected
