@@ -15,14 +15,7 @@ from cifar_jax.data import Dataset, Problem, load_problem
 from cifar_jax.data.dataset import IMAGE_SHAPE
 from cifar_jax.data.splits import images_in_both
 from cifar_jax.errors import UserError
-from cifar_jax.pretrained import (
-    UNTRAINED,
-    AnyBackbone,
-    Backbone,
-    FunctionBackbone,
-    load_backbone,
-    random_backbone,
-)
+from cifar_jax.pretrained import UNTRAINED, AnyBackbone, Backbone, FunctionBackbone, load_backbone, random_backbone
 from cifar_jax.pretrained.formats.safetensors_file import to_bytes
 from cifar_jax.pretrained.random_init import calibration_images
 from cifar_jax.rng import stream_key
@@ -50,16 +43,11 @@ class Inputs(NamedTuple):
         return found
 
 
-def load_inputs(
-    config: TrainConfig, clock: Clock, progress: Progress | None = None, backbone: AnyBackbone | None = None
-) -> Inputs:
+def load_inputs(config: TrainConfig, clock: Clock, progress: Progress, backbone: AnyBackbone | None = None) -> Inputs:
     """Loads the images and the backbone of a configuration; an untrained backbone is calibrated on the images.
 
-    Args:
-      config: the configuration.
-      clock: records the seconds of the phases `weights` and `data`.
-      progress: makes the progress bar of a download.
-      backbone: replaces the backbone that the configuration names.
+    `backbone` replaces the one that the configuration names, `progress` shows downloads, and `clock` records the
+    seconds of the phases `weights` and `data`.
 
     Raises:
       UserError: if either cannot be loaded, or they are incompatible.
@@ -73,9 +61,8 @@ def load_inputs(
     # Weights first, so that a misspelt name fails before a data set is downloaded.
     with clock("weights"):
         if backbone is None and not untrained:
-            backbone = load_backbone(
-                config.backbone.weights, config.backbone.variant, cache_dir=config.run.cache_dir, progress=progress
-            )
+            weights, variant = config.backbone.weights, config.backbone.variant
+            backbone = load_backbone(weights, variant, cache_dir=config.run.cache_dir, progress=progress)
     with clock("data"):
         problem = load_problem(config)
     with clock("weights"):

@@ -20,13 +20,8 @@ from cifar_jax.train.task import Batch
 def state_shapes(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, steps: bool = False) -> TrainState:
     """Shapes of the initial state that `prepare` would make, without computing anything or reading image data.
 
-    Args:
-      config: the configuration.
-      inputs: images and backbone.
-      parts: replacements for the components that the configuration describes.
-      mesh: the devices.
-      steps: whether to trace a step as well, so that errors in user-supplied functions are raised here. Takes seconds
-        if the step includes a large network.
+    With `steps` a step is traced as well, so that errors in user-supplied functions are raised here; takes seconds if
+    it includes a large network.
     """
     features = np.zeros((1, inputs.backbone.num_features), np.float32)
     is_cached = config.optim.mode == "cached"
