@@ -97,7 +97,7 @@ def train(
         require_same_inputs_everywhere(config, inputs, names)
         if found["inputs"]:
             require_same_inputs(out, RunInputs(*found["inputs"]), RunInputs(inputs.digests(), names))
-        warn_of_shared_images(inputs.problem)
+        warn_of_shared_images(inputs.data)
         reporter.header(_header(config, inputs, names, out, mesh.size))
         _rehearse(config, inputs, parts, mesh, out, progress)
         if progress.position > (0, 0):
@@ -108,11 +108,11 @@ def train(
         with summary_written(writer, signals):
             with signals.deferred():
                 writer.start(resumes=found["progress"] is not None)
-            writer.draw(write_samples, inputs.problem)
+            writer.draw(write_samples, inputs.data)
             training = prepare(config, inputs, parts, mesh, clock, reporter, progress.position.epoch, stopping)
             if training.extracted:
                 writer.extracted(training.extracted.num_images, training.extracted.seconds)
-            scores = _Scores(config, training, writer, inputs.problem.held_out, reporter)
+            scores = _Scores(config, training, writer, inputs.data.held_out, reporter)
             with signals.polled(), divergence_explained(config, training, writer, own_tx=tx is not None):
                 with clock("training"):
                     state, _ = fit(
@@ -133,7 +133,7 @@ def train(
                     val, test = scores.of_selected(state)
                 if stopping():
                     raise KeyboardInterrupt
-            writer.draw(write_pictures, inputs.problem, writer.history, val, test, config.optim.seed)
+            writer.draw(write_pictures, inputs.data, writer.history, val, test, config.optim.seed)
             with signals.deferred():
                 writer.finish("complete", val, test)
     return out
@@ -212,16 +212,16 @@ def _check(config: TrainConfig, parts: Parts, mesh: Mesh) -> None:
 
 
 def _header(config: TrainConfig, inputs: Inputs, parts: Mapping[str, str], out: Path, devices: int) -> dict[str, str]:
-    problem, backbone, image_size = inputs
-    counts = f"{len(problem.train.labels):,} training, {len(problem.val.labels):,} {problem.val_name}"
-    if problem.held_out:
-        counts += f", {len(problem.test.labels):,} test"
+    data, backbone, image_size = inputs
+    counts = f"{len(data.train.labels):,} training, {len(data.val.labels):,} {data.val_name}"
+    if data.held_out:
+        counts += f", {len(data.test.labels):,} test"
     optim = config.optim
-    chosen = "held-out training images" if problem.held_out else "test images (hold some out with --val-fraction)"
+    chosen = "held-out training images" if data.held_out else "test images (hold some out with --val-fraction)"
     sgd = f", SGD {optim.learning_rate:g}" + (f", momentum {optim.momentum:g}" if optim.momentum else "")
     replaced = ", ".join(f"{part} {name}" for part, name in parts.items())
     return {
-        "data": f"{problem.splits.name} {problem.splits.version}: {counts} images",
+        "data": f"{data.splits.name} {data.splits.version}: {counts} images",
         "val_ figures": f"of the {chosen}",
         "weights": f"{backbone.source}, SHA-256 {backbone.sha256[:16]}",
         "variant": f"{backbone.variant}; {backbone.input_words(image_size)}",

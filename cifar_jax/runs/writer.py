@@ -186,7 +186,7 @@ class RunWriter:
         self._write_summary(status, val, test)
 
     def _write_summary(self, status: str, val: EvalResult | None, test: EvalResult | None) -> None:
-        problem, selected = self._problem, self.selected_epoch
+        data, selected = self._problem, self.selected_epoch
         row = self.history[selected - 1] if selected else None
         summary: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
@@ -194,25 +194,25 @@ class RunWriter:
             "epochs": self.saved.epoch,
             "selected_epoch": selected,
             "learning_rates": [rate.to_json() for rate in self._rates],
-            "val_split": problem.val_split,
+            "val_split": data.val_split,
             "val_loss": row and row.val_loss,
             "val_accuracy": row and row.val_accuracy,
         }
         if val is not None:
-            summary |= _scores("val", val, problem.splits.class_names)
-        if problem.held_out and test is not None:
-            summary |= _scores("test", test, problem.splits.class_names)
+            summary |= _scores("val", val, data.splits.class_names)
+        if data.held_out and test is not None:
+            summary |= _scores("test", test, data.splits.class_names)
         summary |= self._about()
         with _or_run_error(self.out):
             write_json(self.out / SUMMARY, without_nan(summary))
 
     def _about(self) -> dict[str, Any]:
         """Context of the scores: data, timings, backbone, device and software versions."""
-        problem, backbone = self._problem, self._backbone
+        data, backbone = self._problem, self._backbone
         return {
-            "num_train": len(problem.train.labels),
-            "num_val": len(problem.val.labels),
-            "num_test": len(problem.test.labels),
+            "num_train": len(data.train.labels),
+            "num_val": len(data.val.labels),
+            "num_test": len(data.test.labels),
             "seconds": {
                 phase: round(s, 3) for phase, s in (self._clock.seconds | {"total": self._clock.total}).items()
             },
@@ -227,9 +227,9 @@ class RunWriter:
                 "image_size": self._image_size,
             },
             "dataset": {
-                "name": problem.splits.name,
-                "version": problem.splits.version,
-                "class_names": list(problem.splits.class_names),
+                "name": data.splits.name,
+                "version": data.splits.version,
+                "class_names": list(data.splits.class_names),
                 "train_sha256": self._began.digests["training images"],
                 "test_sha256": self._began.digests["test images"],
             },

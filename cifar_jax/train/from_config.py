@@ -79,7 +79,7 @@ class Composed(NamedTuple):
 def compose(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, extracted: Extracted | None) -> Composed:
     """Builds the task, loss and optimiser of a configuration, with `parts` replacing its own; see `prepare`."""
     task = make_task(config, inputs, parts, mesh, extracted)
-    tx = make_optimizer(config, -(-len(inputs.problem.train.labels) // config.optim.batch_size), parts.tx)
+    tx = make_optimizer(config, -(-len(inputs.data.train.labels) // config.optim.batch_size), parts.tx)
     loss_fn = parts.loss_fn or smoothed_cross_entropy(config.optim.label_smoothing)
     return Composed(task, loss_fn, tx, config.finetune.micro_batch)
 
@@ -196,7 +196,7 @@ def init_params(config: TrainConfig, inputs: Inputs, head: Head) -> PyTree:
     Raises:
       UserError: if the number of logits differs from the number of classes.
     """
-    num_features, num_classes = inputs.backbone.num_features, len(inputs.problem.splits.class_names)
+    num_features, num_classes = inputs.backbone.num_features, len(inputs.data.splits.class_names)
     params = head.init(stream_key(config.optim.seed, "init"), num_features, num_classes)
     features = jax.ShapeDtypeStruct((1, num_features), jnp.float32)
     logits = jax.eval_shape(lambda params, features: head(params, features), params, features)
@@ -214,18 +214,18 @@ def make_task(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, ext
     Raises:
       UserError: if the head's number of logits differs from the number of classes.
     """
-    problem, backbone, image_size = inputs
+    data, backbone, image_size = inputs
     head = parts.head or dense_head(config.optim.hidden)
     head_params = init_params(config, inputs, head)
     if extracted:
-        features = {name: Split(extracted.features[name], part.labels) for name, part in problem.parts.items()}
+        features = {name: Split(extracted.features[name], part.labels) for name, part in data.parts.items()}
         return cached_task(head_params, head, features)
-    images = {name: Split(*part) for name, part in problem.parts.items()}
+    images = {name: Split(*part) for name, part in data.parts.items()}
     augment = parts.augment or image_augmentation(config.data.augment)
     if config.optim.mode == "live":
         function = partial(extract, image_size=image_size, precision=config.backbone.precision)
         return live_task(head_params, head, replicate(mesh, backbone), function, images, augment)
-    counts = (config.optim.batch_size, len(problem.train.labels) % config.optim.batch_size)
+    counts = (config.optim.batch_size, len(data.train.labels) % config.optim.batch_size)
     has_padding = any(count % mesh.size for count in counts)
     variables, trainable = trainable_backbone(config, backbone, image_size, mesh, has_padding)
     return finetune_task(head_params, head, variables, trainable, images, augment)
@@ -240,16 +240,16 @@ def image_augmentation(names: tuple[str, ...]) -> Augment | None:
 
 def extract_features(config: TrainConfig, inputs: Inputs, reporter: Reporter, clock: Clock) -> Extracted:
     """Extracts the features of all images by split. Each process extracts a share into its own cache."""
-    problem, backbone, image_size = inputs
-    names = {"train": "training images", "val": f"{problem.val_name} images", "test": "test images"}
+    data, backbone, image_size = inputs
+    names = {"train": "training images", "val": f"{data.val_name} images", "test": "test images"}
     own, digests = {}, None
-    for split, part in problem.parts.items():
+    for split, part in data.parts.items():
         rows = own_rows(len(part.labels))
         own[names[split]] = Dataset(part.images[rows], part.labels[rows])
     if jax.process_count() == 1:
-        digests = {names[split]: problem.digests[split].images for split in problem.parts}
+        digests = {names[split]: data.digests[split].images for split in data.parts}
     found = dataset_features(config, backbone, image_size, own, digests=digests, reporter=reporter, clock=clock)
-    features = {split: gather(found.features[names[split]], len(part.labels)) for split, part in problem.parts.items()}
+    features = {split: gather(found.features[names[split]], len(part.labels)) for split, part in data.parts.items()}
     return found._replace(features=features)
 
 
@@ -260,7 +260,7 @@ def _forecast(
     if config.optim.mode == "cached":
         return reporter, reporter  # an epoch takes seconds
     share = FORWARD_SHARE if config.optim.mode == "finetune" else 1.0
-    num = {name: len(part.labels) for name, part in inputs.problem.parts.items()}
+    num = {name: len(part.labels) for name, part in inputs.data.parts.items()}
     evaluated = (config.optim.epochs - first_epoch) * num.get("val", num["test"]) + (num["test"] if "val" in num else 0)
     work = (config.optim.epochs - first_epoch) * num["train"] + share * evaluated
     forecast = Forecast(work, clock, faster_ways(config, inputs.backbone, inputs.image_size))

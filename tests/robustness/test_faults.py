@@ -31,7 +31,7 @@ from cifar_jax import load_run
 from cifar_jax.cli.console import ConsoleReporter
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Splits
-from cifar_jax.data.splits import make_problem
+from cifar_jax.data.splits import make_data
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.experiment import train
 from cifar_jax.features import extraction as extraction, extractor as features
@@ -284,8 +284,8 @@ def test_images_that_are_all_the_same_have_the_same_features(tmp_path, backbone)
 
 def test_validation_images_that_are_training_images_are_warned_of(shapes, caplog):
     train, test = shapes.take(np.arange(60)), shapes.take(np.arange(53, 73))
-    problem = make_problem(train, test, Splits(train, test, (), "some", "1.0.0"))
-    warn_of_shared_images(problem)
+    data = make_data(train, test, Splits(train, test, (), "some", "1.0.0"))
+    warn_of_shared_images(data)
     assert caplog.messages == ["7 of 20 test images are identical to training images, so accuracy on them says little."]
 
 
