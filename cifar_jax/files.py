@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -48,13 +49,10 @@ def check_target(path: Path, overwrite: bool) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Writes a file atomically: yields a temporary path beside it, and renames that to `path` if the block succeeds."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
-        # mkstemp creates files with mode 0600; results get the usual permissions.
-        temporary.chmod(0o666 & ~_umask())
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -99,13 +97,18 @@ def locked_directory(path: Path, on_waiting: Callable[[], None] = lambda: None) 
         os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """Removes a file, a link or a directory; it need not exist."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_leftovers(directory: Path, pattern: str) -> None:
     """Removes temporary files left by killed processes. The caller must be the only one that writes there."""
     for path in directory.glob(pattern):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -197,26 +200,20 @@ def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray], about: Mappin
     directory.parent.mkdir(parents=True, exist_ok=True)
     with locked_directory(directory.parent) as locked:
         if locked:
-            remove_leftovers(directory.parent, f".{glob.escape(directory.name)}.????????")  # as mkdtemp names them
-        _save_arrays(directory, arrays, about)
-
-
-def _save_arrays(directory: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array)
-        digests = {name: sha256_of_arrays(array) for name, array in arrays.items()}
-        write_sealed(temporary / _INDEX, {"about": dict(about), "sha256": digests})
-        temporary.chmod(0o777 & ~_umask())
-        # If another process has created the directory meanwhile, it has the same content and is kept.
-        try:
-            os.replace(temporary, directory)
-        except OSError:
-            if not directory.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            remove_leftovers(directory.parent, f".{glob.escape(directory.name)}.*")
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as parent:
+            temporary = Path(parent) / "arrays"
+            temporary.mkdir()
+            for name, array in arrays.items():
+                np.save(temporary / f"{name}.npy", array)
+            digests = {name: sha256_of_arrays(array) for name, array in arrays.items()}
+            write_sealed(temporary / _INDEX, {"about": dict(about), "sha256": digests})
+            try:
+                temporary.rename(directory)
+            except OSError:
+                # Another process may have created the directory meanwhile; its content is the same.
+                if not directory.is_dir():
+                    raise
 
 
 def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -247,9 +244,3 @@ def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
 
 def _sha256_of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -70,6 +70,14 @@ def compile_cache(request: pytest.FixtureRequest, compiled: str, monkeypatch: py
     keep_compiled_in(None)
 
 
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """Compiles without most optimisations, which takes a third of the time for the step of a network."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def said() -> Iterator[list[str]]:
     """The messages that the library logs during the test."""

@@ -2,7 +2,9 @@
 
 import functools
 import io
+import json
 import logging
+import math
 import re
 import resource
 from collections import Counter
@@ -14,18 +16,21 @@ from typing import Any, NamedTuple
 
 import h5py
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from cifar_jax.cli.main import main
 from cifar_jax.models import resnet
+from cifar_jax.models.backbone import FunctionBackbone
 from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import UNTRAINED, variants
 from cifar_jax.pretrained.formats.keras3 import snake_case
 from cifar_jax.pretrained.merge import from_network, variable_shapes
 from cifar_jax.pretrained.names import keras as keras_names, torch as torch_names
-from cifar_jax.runtime.progress import Silent
+from cifar_jax.runs.directory import METRICS, SUMMARY
+from cifar_jax.runtime.progress import EpochRow, Silent
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -39,16 +44,61 @@ TINY = (
 )
 
 
-class Heard(Silent):
-    """A reporter that records all questions and gives them the same answer."""
+class Disturbance(Silent):
+    """A reporter that calls a function when an epoch is done, or once as many of its examples are, before it is."""
 
-    def __init__(self, answer: bool = False) -> None:
-        self.questions: list[str] = []
-        self.answer = answer
+    def __init__(self, happens: Callable[[], object], epoch: int, examples: int | None = None) -> None:
+        self._happens, self._epoch = happens, epoch
+        self._examples: float | None = examples
 
-    def confirm(self, question: str) -> bool:
-        self.questions.append(question)
-        return self.answer
+    def epoch(self, row: EpochRow, num_epochs: int) -> None:
+        if self._examples is None and row.epoch == self._epoch:
+            self._happens()
+
+    @contextmanager
+    def progress(self, description: str, total: int, compiles: bool = False) -> Iterator[Callable[[int], None]]:
+        def update(done: int) -> None:
+            if description == f"Epoch {self._epoch}" and self._examples is not None and done >= self._examples:
+                self._examples = math.inf  # once
+                self._happens()
+
+        yield update
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+def kill_at(epoch: int, examples: int | None = None) -> Disturbance:
+    """A reporter that ends a run like kill -9 when an epoch is done, or once as many of its examples are."""
+
+    def kill() -> None:
+        raise Killed
+
+    return Disturbance(kill, epoch, examples)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's epochs without their duration."""
+    rows = (json.loads(line) for line in (run / METRICS).read_text().splitlines())
+    return [{name: row[name] for name in EpochRow._fields} | {"seconds": 0} for row in rows]
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    """The contents of a run's summary.json."""
+    summary: dict[str, Any] = json.loads((run / SUMMARY).read_text())
+    return summary
+
+
+def mean_fields(variables: Any, images: jax.Array) -> jax.Array:
+    """Means of 4 x 4 fields of 32 x 32 images, and a layer behind them: a backbone that compiles in no time."""
+    x = images.astype(jnp.float32).reshape(len(images), 4, 8, 4, 8, 3).mean(axis=(2, 4)).reshape(len(images), -1)
+    return jnp.tanh((x / 127.5 - 1) @ variables["kernel"])
+
+
+FIELDS = FunctionBackbone(
+    mean_fields, {"kernel": np.random.default_rng(0).normal(0, 0.3, (48, 16)).astype(np.float32)}, "fields"
+)
 
 
 class _Hearing(logging.Handler):

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -17,7 +18,7 @@ from cifar_jax.train.finetune import trainable_backbone
 from cifar_jax.train.loop import Advance, EpochOrder, fit, make_advance
 from cifar_jax.train.losses import cross_entropy
 from cifar_jax.train.step import TrainState, init_state, make_train_step
-from cifar_jax.train.task import Split, Task, cached_task, finetune_task, live_task
+from cifar_jax.train.task import Batch, Split, Task, cached_task, finetune_task, live_task
 
 
 def on_features(params: Any, train: Any, val: Any = None, head: Any = dense_logits) -> Task:
@@ -94,3 +95,15 @@ def assert_same_bits(a: Any, b: Any) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def assert_close(a: Any, b: Any, rtol: float, atol: float | None = None) -> None:
+    """Two trees hold the same values up to tolerances; `atol` defaults to `rtol`."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol if atol is None else atol)
+
+
+def batch_of(inputs: Any, labels: Any, num_examples: int | None = None) -> Batch:
+    """A batch of examples; those after the first `num_examples`, if given, are padding."""
+    mask = np.arange(len(labels)) < (len(labels) if num_examples is None else num_examples)
+    return Batch(jnp.asarray(inputs), jnp.asarray(labels), jnp.asarray(mask, jnp.float32))

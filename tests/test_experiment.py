@@ -6,8 +6,11 @@ import re
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from helpers import FIELDS, narrow_networks, rows_of, summary_of
 from PIL import Image
 
 from cifar_jax import load_run, make_extractor, predict_probs
@@ -33,9 +36,11 @@ TINY = {
 OURS = {"features_of", "run", "eval_step", "train_step"}
 
 
-def rows_of(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in ("seconds", "val_split")} for row in rows]
+@pytest.fixture(scope="module", autouse=True)
+def narrow_resnets():
+    with pytest.MonkeyPatch.context() as patch:
+        narrow_networks(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +49,11 @@ def run(tmp_path_factory):
     return train(TrainConfig(**TINY, out=str(root / "run"), cache_dir=str(root / "cache")))
 
 
-def test_leaves_what_it_says_it_leaves(run):
+def test_a_run_leaves_the_files_of_the_documents(run):
     of_test_beside_held_out = {"test_predictions.png", "test_confusion.png"}
     assert {path.name for path in run.iterdir()} == set(CONTENTS) - of_test_beside_held_out
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in run.glob("*.png"))
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     assert summary["status"] == "complete" and summary["format_version"] == 2
     assert summary["num_train"] == 160 and summary["num_test"] == 50 and summary["val_split"] == "test"
     assert np.sum(summary["val_confusion"]) == 50
@@ -57,12 +62,14 @@ def test_leaves_what_it_says_it_leaves(run):
     assert TrainConfig.from_json(json.loads((run / "config.json").read_text())).train_examples == 160
 
 
-@pytest.mark.parametrize(("mode", "functions"), [("cached", 3), ("live", 2), ("finetune", 2)])
+@pytest.mark.parametrize(
+    ("mode", "functions"), [("cached", 3), ("live", 2), pytest.param("finetune", 2, marks=pytest.mark.slow)]
+)
 def test_a_whole_run_compiles_each_function_once_for_a_shape(tmp_path, narrow, caplog, mode, functions):
     """Epochs, short last batches and evaluations included; JAX's own small operations are no concern of a run."""
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
-        options = TINY | {"epochs": 3, "train_examples": 170, "mode": mode, "val_fraction": 0.2}
+        options = TINY | {"epochs": 3, "train_examples": 85, "test_examples": 20, "mode": mode, "val_fraction": 0.2}
         train(TrainConfig(**options, out=str(tmp_path / "run")))
     pattern = r"Compiling jit\((\w+)\) with global shapes and types (.*?)\. Argument mapping"
     compiled = Counter(re.findall(pattern, caplog.text, re.DOTALL))
@@ -73,8 +80,7 @@ def test_a_whole_run_compiles_each_function_once_for_a_shape(tmp_path, narrow, c
 
 
 def test_run_reads_back_and_scores_the_same(run):
-    summary = json.loads((run / "summary.json").read_text())
-    scores = evaluate_run(run)
+    summary, scores = summary_of(run), evaluate_run(run)
     assert scores["test_accuracy"] == summary["val_accuracy"]
     assert scores["test_loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
     assert scores["test_class_accuracy"] == summary["val_class_accuracy"]
@@ -94,26 +100,26 @@ def test_predict_probs_is_pure_and_agrees_with_the_run(run, shapes, tmp_path):
         assert prediction.top[0] == (read.class_names[int(row.argmax())], pytest.approx(float(row.max()), rel=1e-4))
 
 
-def test_same_command_same_bits(run, tmp_path):
-    again = train(TrainConfig(**TINY, out=str(tmp_path / "again"), cache_dir=str(tmp_path / "cache")))
-    assert rows_of(again) == rows_of(run)
-    a, b = (jax.tree.leaves(load_run(path).head_params) for path in (run, again))
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_array_equal(x, y)
+def test_same_command_same_bits(run, narrow, tmp_path):
+    """With features from the cache too, which the second run reads."""
+    cache = json.loads((run / "config.json").read_text())["cache_dir"]
+    for directory in (cache, str(tmp_path / "cache")):
+        again = train(TrainConfig(**TINY, out=str(tmp_path / "again"), cache_dir=directory, overwrite=True))
+        assert (summary_of(again)["images_per_second"] is None) == (directory == cache)
+        assert rows_of(again) == rows_of(run)
+        jax.tree.map(np.testing.assert_array_equal, load_run(again).head_params, load_run(run).head_params)
 
 
-def test_live_gives_what_cached_gives(run, tmp_path):
+def test_live_gives_what_cached_gives(run, narrow, tmp_path):
     live = train(TrainConfig(**TINY, mode="live", out=str(tmp_path / "live"), cache_dir=str(tmp_path)))
     for a, b in zip(rows_of(run), rows_of(live), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_held_out_images_choose_the_epoch_and_the_test_images_do_not(tmp_path):
-    config = TrainConfig(
-        **(TINY | {"epochs": 4}), val_fraction=0.25, out=str(tmp_path / "run"), cache_dir=str(tmp_path)
-    )
-    run = train(config)
-    summary = json.loads((run / "summary.json").read_text())
+    run = tmp_path / "run"
+    train(TrainConfig(**TINY | {"epochs": 4}, val_fraction=0.25, out=str(run), cache_dir=str(tmp_path / "cache")))
+    summary = summary_of(run)
     assert (summary["num_train"], summary["num_val"], summary["num_test"]) == (120, 40, 50)
     rows = rows_of(run)
     best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
@@ -129,11 +135,18 @@ def test_held_out_images_choose_the_epoch_and_the_test_images_do_not(tmp_path):
     assert summary["test_accuracy"] == evaluate_run(run)["test_accuracy"]
 
 
-def test_features_come_from_the_cache_the_second_time(run):
-    config = TrainConfig.from_json(json.loads((run / "config.json").read_text()))
-    again = train(TrainConfig.from_json(config.to_json() | {"out": str(run.parent / "second")}))
-    assert json.loads((again / "summary.json").read_text())["images_per_second"] is None
-    assert rows_of(again) == rows_of(run)
+def test_an_earlier_epoch_that_was_the_best_is_scored_and_not_the_last(tmp_path, narrow):
+    """The learning rate rises until the head is spoilt."""
+    options = TINY | {"epochs": 3, "learning_rate": 0.01, "hidden": ()}
+    tx = optax.sgd(lambda count: jnp.where(count < 4, 0.1, -3.0))
+    run = train(
+        TrainConfig(**options, val_fraction=0.25, out=str(tmp_path / "run"), cache_dir=str(tmp_path)),
+        backbone=FIELDS,
+        tx=tx,
+    )
+    summary = summary_of(run)
+    assert summary["selected_epoch"] == 1 and summary["val_accuracy"] == rows_of(run)[0]["val_accuracy"]
+    assert summary["test_accuracy"] == evaluate_run(run, backbone=FIELDS)["test_accuracy"]
 
 
 def test_presets_are_what_the_readme_says():
@@ -143,15 +156,16 @@ def test_presets_are_what_the_readme_says():
     assert (demo.dataset, demo.train_examples, demo.test_examples, demo.epochs) == ("shapes", 5000, 1000, 4)
 
 
-def test_real_images_train(cifar10, session_cache, tmp_path):
+def test_real_images_train(cifar10, session_cache, narrow, tmp_path):
     config = TrainConfig(
-        weights="random-w16",
         train_examples=2000,
         test_examples=500,
+        hidden=(64,),
+        learning_rate=0.1,
         cache_dir=str(session_cache),
         out=str(tmp_path / "run"),
     )
-    summary = json.loads((train(config) / "summary.json").read_text())
+    summary = summary_of(train(config, backbone=FIELDS))
     assert summary["dataset"]["name"] == "cifar10" and summary["dataset"]["version"] == "3.0.2"
     rows = rows_of(tmp_path / "run")
     assert rows[-1]["train_accuracy"] > rows[0]["train_accuracy"] + 0.03

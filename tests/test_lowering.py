@@ -1,4 +1,4 @@
-"""What runs on GPUs and TPUs is lowered for them here, where there is none: no step may lean on the machine at hand."""
+"""Programs lowered for GPUs and TPUs on a machine without any: no step depends on the machine at hand."""
 
 import re
 
@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax.traverse_util import unflatten_dict
 from helpers import NARROW
-from tasks import on_features, on_images, start_of
+from tasks import batch_of, on_features, on_images, start_of
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.data.augment import AUGMENTATIONS
@@ -21,7 +21,7 @@ from cifar_jax.train.finetune import make_network, trainable
 from cifar_jax.train.from_config import image_augmentation
 from cifar_jax.train.losses import cross_entropy
 from cifar_jax.train.step import make_train_step, scan_steps
-from cifar_jax.train.task import Batch, finetune_task
+from cifar_jax.train.task import finetune_task
 
 TX = optax.sgd(0.1, momentum=0.9)
 AUGMENT = image_augmentation(tuple(AUGMENTATIONS))
@@ -44,22 +44,19 @@ def platform(request):
     return request.param
 
 
-def batch_of(inputs):
-    return Batch(inputs, jnp.zeros(8, jnp.int32), jnp.ones(8))
-
-
 IMAGES = jnp.zeros((8, 32, 32, 3), jnp.uint8)
+BATCH = batch_of(IMAGES, jnp.zeros(8, jnp.int32))
 
 
 def lowered(platform, function, *args):
-    """The program that the platform's compiler is given."""
+    """The StableHLO program for a platform."""
     exported = jax.export.export(function, platforms=[platform])(*args)
     assert exported.platforms == (platform,)
     return exported.mlir_module()
 
 
 def products(program):
-    """Matrix products and convolutions, a line each."""
+    """Lines of a program with matrix products and convolutions."""
     return re.findall(r"stablehlo\.(?:dot_general|convolution).*", program)
 
 
@@ -67,7 +64,7 @@ def products(program):
 def test_extraction(backbone, platform, precision):
     prepared = prepare(backbone, precision=precision, platform={"cuda": "gpu"}.get(platform, platform))
     program = lowered(platform, jax.jit(features_of), prepared, IMAGES)
-    # The stem and the 3x3s are convolutions, the small ones too, which on a CPU would be products.
+    # The stem and the 3x3 kernels are convolutions, also small ones, which are matrix products on a CPU.
     assert len(products(program)) == 9 and len(re.findall(r"stablehlo\.convolution", program)) == 3
     full = [line for line in products(program) if "HIGHEST" in line]
     assert len(full) == (9 if precision == "float32" else 0)
@@ -80,15 +77,15 @@ def step_of(task, augment=None):
 
 def test_live_step(backbone, head, platform):
     task = on_images(head, backbone, (IMAGES, jnp.zeros(8, jnp.int32)), size=64)
-    program = lowered(platform, step_of(task, AUGMENT), start_of(task, TX), backbone, batch_of(IMAGES), KEY)
+    program = lowered(platform, step_of(task, AUGMENT), start_of(task, TX), backbone, BATCH, KEY)
     assert "stablehlo.convolution" in program and all("HIGHEST" in line for line in products(program))
 
 
 def test_finetune_step(backbone, head, platform):
     function = trainable(make_network(TrainConfig(mode="finetune"), NARROW, platform), backbone, 64)
     task = finetune_task(head, dense_logits, backbone.variables, function, {})
-    program = lowered(platform, step_of(task, AUGMENT), start_of(task, TX), {}, batch_of(IMAGES), KEY)
-    # Three of them, forward, and both ways back: as matrix products they would be the CPU's.
+    program = lowered(platform, step_of(task, AUGMENT), start_of(task, TX), {}, BATCH, KEY)
+    # Three forward, and their gradients by images, but for the stem, and by kernels. On a CPU they are matrix products.
     assert len(re.findall(r"stablehlo\.convolution", program)) == 8
     assert all("HIGHEST" in line for line in products(program))
 

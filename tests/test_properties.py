@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from helpers import NARROW
 from hypothesis import given, settings, strategies as st
@@ -15,17 +14,13 @@ from hypothesis.extra import numpy as arrays
 from cifar_jax.data import Dataset
 from cifar_jax.features.cache import features_key
 from cifar_jax.files import read_sealed, write_sealed
-from cifar_jax.models.head import dense_logits, init_head
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.runs.checkpoint import Position, position_of
 from cifar_jax.runs.resume import Progress, RateChange
 from cifar_jax.runtime.progress import EpochRow
-from cifar_jax.runtime.sharding import make_mesh
-from cifar_jax.train.evaluate import eval_step, evaluate, make_evaluate
-from cifar_jax.train.loop import EpochOrder, EpochPart, fit, make_advance
-from cifar_jax.train.losses import cross_entropy
-from cifar_jax.train.step import StepMetrics, init_state, make_train_step
-from cifar_jax.train.task import Split, cached_task
+from cifar_jax.train.evaluate import eval_step, evaluate
+from cifar_jax.train.loop import EpochPart
+from cifar_jax.train.step import StepMetrics
 
 FAST = settings(max_examples=40, deadline=None)
 IDENTITY = {"head": ({"kernel": jnp.eye(4), "bias": jnp.zeros(4)},)}  # of one layer, whose logits are its features
@@ -128,38 +123,3 @@ def test_what_a_checkpoint_keeps_of_progress_comes_back_to_the_bit(tmp_path_fact
         assert found.part.seconds == progress.part.seconds
         for ours, theirs in zip(found.part.metrics, progress.part.metrics, strict=True):
             np.testing.assert_array_equal(ours, theirs, strict=True)
-
-
-def test_wherever_an_epoch_is_stopped_the_rest_of_it_gives_the_same_bits():
-    """In pieces of three steps of an epoch of seven; stopped after each piece, and gone on with."""
-    rng = np.random.default_rng(0)
-    features, labels = rng.normal(size=(50, 6)).astype(np.float32), rng.integers(0, 4, 50).astype(np.int32)
-    order, tx = EpochOrder(jax.random.key(1), jax.random.key(2), batch_size=8), optax.sgd(0.1, momentum=0.9)
-    split = Split(features, labels)
-    task = cached_task(init_head(jax.random.key(0), 6, (5,), 4), dense_logits, {"train": split, "test": split})
-    advance = make_advance(task, make_train_step(task.forward, cross_entropy, tx), order, make_mesh())
-    score = make_evaluate(task, cross_entropy, make_mesh(), 2048)
-
-    def run(state, **more):
-        return fit(state, {}, advance, lambda state: score(state, {}, "test"), 2, checkpoint_every=3, **more)
-
-    whole, expected = run(init_state(task.params, tx))
-    for stops_after in (1, 2, 3):
-        kept, asked = [], [0]
-
-        def stopping(asked=asked, stops_after=stops_after):
-            asked[0] += 1
-            return asked[0] >= stops_after
-
-        with pytest.raises(KeyboardInterrupt):
-            run(
-                init_state(task.params, tx),
-                on_part=lambda part, state, kept=kept: kept.append((part, jax.device_get(state))),
-                stopping=stopping,
-            )
-        part, state = kept[-1]
-        assert len(part.metrics.num) == min(7, 3 * stops_after)
-        state, history = run(state, part=part)
-        assert [row._replace(seconds=0) for row in history] == [row._replace(seconds=0) for row in expected]
-        for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
-            np.testing.assert_array_equal(ours, theirs)

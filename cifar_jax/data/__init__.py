@@ -2,15 +2,15 @@
 
 from cifar_jax.data.dataset import Dataset, Splits, balanced_subset, epoch_batches, hold_out
 from cifar_jax.data.load import load_splits
-from cifar_jax.data.splits import Problem, load_problem
+from cifar_jax.data.splits import RunData, load_data
 
 __all__ = [
     "Dataset",
-    "Problem",
+    "RunData",
     "Splits",
     "balanced_subset",
     "epoch_batches",
     "hold_out",
-    "load_problem",
+    "load_data",
     "load_splits",
 ]

@@ -13,7 +13,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.rng import stream_key
 
 
-class Problem(NamedTuple):
+class RunData(NamedTuple):
     """Images of a job by their use.
 
     Attributes:
@@ -61,7 +61,7 @@ def images_in_both(train: Dataset, other: Dataset) -> int:
     return sum(one in known for one in others)
 
 
-def load_problem(config: TrainConfig) -> Problem:
+def load_data(config: TrainConfig) -> RunData:
     """Loads the data set of a configuration and divides it into training, validation and test images.
 
     Raises:
@@ -86,10 +86,10 @@ def load_problem(config: TrainConfig) -> Problem:
             f"--batch-size must be at most {len(train.labels)}, the number of training images, got "
             f"{config.optim.batch_size}."
         )
-    return make_problem(train, val, splits)
+    return make_data(train, val, splits)
 
 
-def make_problem(train: Dataset, val: Dataset, splits: Splits) -> Problem:
-    """Builds a `Problem` and computes its digests, in one pass over the pixels."""
+def make_data(train: Dataset, val: Dataset, splits: Splits) -> RunData:
+    """Builds a `RunData` and computes its digests, in one pass over the pixels."""
     used = {"train": train, "test": splits.test} | ({} if val is splits.test else {"val": val})
-    return Problem(train, val, splits.test, splits, {name: part.digests() for name, part in used.items()})
+    return RunData(train, val, splits.test, splits, {name: part.digests() for name, part in used.items()})

@@ -87,19 +87,19 @@ def write_features(
 
 def _of_data_set(config: TrainConfig, reporter: Reporter) -> tuple[AnyBackbone, dict[str, np.ndarray]]:
     clock = Clock()
-    (problem, backbone, image_size) = load_inputs(config, clock, reporter.progress)
-    parts, names = problem.parts, {"train": "training images", "test": "test images"}
-    digests = {name: problem.digests[split].images for split, name in names.items()}
+    (data, backbone, image_size) = load_inputs(config, clock, reporter.progress)
+    parts, names = data.parts, {"train": "training images", "test": "test images"}
+    digests = {name: data.digests[split].images for split, name in names.items()}
     datasets = {name: parts[split] for split, name in names.items()}
     features = dataset_features(
         config, backbone, image_size, datasets, digests=digests, reporter=reporter, clock=clock
     ).features
     return backbone, {
         "train_features": features["training images"],
-        "train_labels": np.asarray(problem.train.labels),
+        "train_labels": np.asarray(data.train.labels),
         "test_features": features["test images"],
-        "test_labels": np.asarray(problem.test.labels),
-        "class_names": np.array(problem.splits.class_names),
+        "test_labels": np.asarray(data.test.labels),
+        "class_names": np.array(data.splits.class_names),
     }
 
 

@@ -6,7 +6,6 @@ sizes are in points, figure sizes in inches, other lengths in pixels at `DPI`.
 """
 
 import io
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cifar_jax.files import replacing
 
-DPI, SAMPLE_ROWS = 160, 2
+DPI, SAMPLE_COLUMNS, PREDICTION_COLUMNS = 160, 10, 8
 FONT, TEXT, SMALL = "DejaVu Sans", 8, 7  # a font that ships with matplotlib, so that figures look the same everywhere
 INK, RIGHT, WRONG = "#222222", "#1b7837", "#b2182b"
 TRAINING, VALIDATION = "#0072b2", "#d55e00"  # from Okabe and Ito's colour-blind safe palette
@@ -55,7 +54,6 @@ def plot_samples(
     val_images: UInt8[np.ndarray, "val height width 3"],
     val_labels: Integer[np.ndarray, " val"],
     class_names: Sequence[str],
-    columns: int = 10,
     val_name: str = "validation",
 ) -> Figure:
     """Draws up to two rows each of training and validation images, titled with their classes.
@@ -63,16 +61,16 @@ def plot_samples(
     The first image of every class comes first, in class order, then the second of every class, and so on.
 
     Raises:
-      ValueError: if a split is empty or has the wrong shape, a label has no name, or columns < 1.
+      ValueError: if a split is empty or has the wrong shape, or a label has no name.
     """
     blocks: list[list[Tile]] = []
     for images, labels in ((train_images, train_labels), (val_images, val_labels)):
         _check_examples(images, labels, class_names)
         seen: defaultdict[int, Iterator[int]] = defaultdict(count)
         rank = np.array([next(seen[label]) for label in labels.tolist()])
-        chosen = np.lexsort((labels, rank))[: SAMPLE_ROWS * columns]
+        chosen = np.lexsort((labels, rank))[: 2 * SAMPLE_COLUMNS]
         blocks.append([(images[i], class_names[labels[i]], INK) for i in chosen])
-    figure, split = _draw_grid(blocks, columns, side=96, left=36, top=0), len(blocks[0])
+    figure, split = _draw_grid(blocks, SAMPLE_COLUMNS, side=96, left=36, top=0), len(blocks[0])
     for name, panels in (("training", figure.axes[:split]), (val_name, figure.axes[split:])):
         middle = (panels[0].get_position().y1 + panels[-1].get_position().y0) / 2
         figure.text(16 / figure.bbox.width, middle, name, rotation=90, ha="center", va="center")
@@ -125,28 +123,26 @@ def plot_predictions(
     labels: Integer[np.ndarray, " n"],
     probs: Float[np.ndarray, "n classes"],
     class_names: Sequence[str],
-    rows: int = 4,
-    columns: int = 8,
     split: str = "",
 ) -> Figure:
-    """Draws the first rows * columns images, each titled with its predicted class and that class's probability.
+    """Draws images, each titled with its predicted class and that class's probability.
 
     Correct predictions are green and ticked; wrong ones are red and crossed, and name the true class. The title of the
     figure names the split.
 
     Raises:
-      ValueError: if there is no image, shapes disagree, a label has no name, or rows or columns < 1.
+      ValueError: if there is no image, shapes disagree, or a label has no name.
     """
     _check_examples(images, labels, class_names)
     if probs.shape != (len(images), len(class_names)):
         raise ValueError(f"probs must have shape {[len(images), len(class_names)]}, got {list(probs.shape)}.")
     tiles: list[Tile] = []
-    for image, label, prob in zip(images[: max(rows, 0) * columns], labels, probs, strict=False):
+    for image, label, prob in zip(images, labels, probs, strict=True):
         predicted = prob.argmax()
         answer, truth = f"{class_names[predicted]} {prob[predicted]:.0%}", f"true: {class_names[label]}"
         right = predicted == label
         tiles.append((image, f"✓ {answer}" if right else f"✗ {answer}\n{truth}", RIGHT if right else WRONG))
-    figure = _draw_grid([tiles], columns, side=128, left=8, top=32)
+    figure = _draw_grid([tiles], PREDICTION_COLUMNS, side=128, left=8, top=32)
     title = f"{sum(colour == RIGHT for _, _, colour in tiles)} of {len(tiles)} {_images_of(split)} right"
     figure.text(0.5, 1 - 20 / figure.bbox.height, title, ha="center", va="center")
     return figure
@@ -196,20 +192,15 @@ def plot_confusion(
 
 
 @_paper_style()
-def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = DPI) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure atomically as a PNG; the same figure gives the same bytes.
-
-    Args:
-      figure: the figure to write.
-      path: the file to write.
-      dpi: resolution; images are crisp at multiples of `DPI`.
 
     Raises:
       OSError: if it cannot be written; an existing file is then left as it was.
     """
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=dpi, metadata={"Software": None})
-    with replacing(Path(path)) as temporary:
+    figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
+    with replacing(path) as temporary:
         temporary.write_bytes(png.getvalue())
 
 
@@ -243,8 +234,6 @@ def _place_axes(figure: Figure, left: int, top: int, width: int, height: int) ->
 
 def _draw_grid(blocks: list[list[Tile]], columns: int, side: int, left: int, top: int) -> Figure:
     """Draws blocks of tiles in rows; images are enlarged to about `side` by an integer factor to keep them crisp."""
-    if columns < 1 or not all(blocks):
-        raise ValueError("A grid of images needs at least one row and one column.")
     image, texts = blocks[0][0][0], [text for block in blocks for _, text, _ in block]
     height, width = (size * max(1, side // max(image.shape)) for size in image.shape[:2])
     across = ceil(max(width, *map(_width, texts))) + 10

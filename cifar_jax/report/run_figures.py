@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cifar_jax.data import Problem
+from cifar_jax.data import RunData
 from cifar_jax.report.plots import plot_confusion, plot_curves, plot_predictions, plot_samples, save_figure
 from cifar_jax.rng import stream_key
 from cifar_jax.runtime.progress import EpochRow
@@ -15,41 +15,28 @@ from cifar_jax.train.evaluate import EvalResult
 NUM_PREDICTIONS = 32
 
 
-def write_samples(out: Path, problem: Problem) -> None:
-    """Writes samples.png to the run directory.
-
-    Raises:
-      OSError: if it cannot be written.
-    """
-    train, val = problem.train, problem.val
-    names = problem.splits.class_names
-    figure = plot_samples(train.images, train.labels, val.images, val.labels, names, val_name=problem.val_name)
+def write_samples(out: Path, data: RunData) -> None:
+    """Writes samples.png to the run directory. Raises OSError if it cannot be written."""
+    names = data.splits.class_names
+    figure = plot_samples(*data.train, *data.val, names, val_name=data.val_name)
     save_figure(figure, out / "samples.png")
 
 
 def write_pictures(
-    out: Path, problem: Problem, rows: Sequence[EpochRow], val: EvalResult, test: EvalResult, seed: int
+    out: Path, data: RunData, rows: Sequence[EpochRow], val: EvalResult, test: EvalResult, seed: int
 ) -> None:
     """Writes curves.png, and predictions.png and confusion.png for the validation images.
 
-    If these were held out, also test_predictions.png and test_confusion.png.
-
-    Args:
-      out: the run directory.
-      problem: the images.
-      rows: metrics of the epochs.
-      val: evaluation on the validation images.
-      test: evaluation on the test images.
-      seed: seed of the choice of images shown.
+    If these were held out, also test_predictions.png and test_confusion.png. The seed chooses the images shown.
 
     Raises:
       OSError: if a file cannot be written.
     """
-    names = problem.splits.class_names
-    figures = {"curves.png": plot_curves([row._asdict() for row in rows], val_name=problem.val_name)}
-    splits = [("", problem.val_name, problem.val, val)]
-    if problem.held_out:
-        splits.append(("test_", "test", problem.test, test))
+    names = data.splits.class_names
+    figures = {"curves.png": plot_curves([row._asdict() for row in rows], val_name=data.val_name)}
+    splits = [("", data.val_name, data.val, val)]
+    if data.held_out:
+        splits.append(("test_", "test", data.test, test))
     for prefix, split, (images, labels), result in splits:
         key = stream_key(seed, "pictures")
         shown = np.asarray(jax.random.permutation(key, len(labels))[:NUM_PREDICTIONS], np.int32)

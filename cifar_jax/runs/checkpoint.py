@@ -32,6 +32,15 @@ ABOUT, ARRAYS = "checkpoint.json", "arrays.safetensors"
 _NAME = re.compile(r"\d{4,}(\.\d{6,})?")
 
 
+class Corrupt(UserError):
+    """Raised if a checkpoint differs from what was written; `what` is a sentence without its full stop."""
+
+    def __init__(self, what: str) -> None:
+        """Adds the next step to the message."""
+        self.what = what
+        super().__init__(f"{what}. Train again.")
+
+
 class Position(NamedTuple):
     """Progress of a run: completed epochs, and steps of the next one."""
 
@@ -67,21 +76,14 @@ def save_checkpoint(
     position: Position,
     tree: Mapping[str, PyTree],
     progress: Mapping[str, Any] | None = None,
-    keep: Collection[Position] = (),
-    keep_last: int = 1,
 ) -> Path:
-    """Writes a checkpoint atomically, and removes older ones.
+    """Writes a checkpoint atomically, in place of one of the same position, and returns its directory.
 
     Args:
       directory: the run's checkpoint directory; created if necessary, but its parent is not.
       position: position of the run.
       tree: arrays on the host; `named_leaves` defines their names.
       progress: JSON values to store with the arrays.
-      keep: positions of other checkpoints to keep.
-      keep_last: number of newest checkpoints to keep, this one included.
-
-    Returns:
-      The checkpoint's directory.
 
     Raises:
       RunError: if it cannot be written, or reads back differently.
@@ -90,13 +92,7 @@ def save_checkpoint(
     # np.asarray, unlike np.ascontiguousarray, keeps scalars zero-dimensional.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(dict(tree)).items()}
     described = {name: _describe(array) for name, array in arrays.items()}
-    about = {
-        "format": FORMAT,
-        "epoch": position.epoch,
-        "step": position.step,
-        "progress": dict(progress or {}),
-        "arrays": described,
-    }
+    about = {"format": FORMAT, **position._asdict(), "progress": dict(progress or {}), "arrays": described}
     try:
         directory.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=directory) as name:
@@ -109,7 +105,6 @@ def save_checkpoint(
             _read(temporary, described)
             _remove(target)
             temporary.rename(target)
-        prune(directory, position, keep, keep_last)
     except (OSError, SafetensorError, Corrupt) as error:
         raise RunError(
             f"Checkpoint {target} could not be written ({_reason(error)}). Free some space or choose another --out."
@@ -117,19 +112,10 @@ def save_checkpoint(
     return target
 
 
-def prune(directory: Path, newest: Position, keep: Collection[Position], keep_last: int) -> None:
-    """Removes checkpoints that are ahead of the run, and all others but the newest few.
-
-    Args:
-      directory: the run's checkpoint directory.
-      newest: position of the run. Later checkpoints were corrupt, or are about to be written again.
-      keep: positions of checkpoints to keep in addition.
-      keep_last: number of newest checkpoints to keep.
-    """
-    found = list_checkpoints(directory)
-    ahead = [path for path in found if position_of(path) > newest]
-    for path in ahead + [path for path in found if path not in ahead][:-keep_last]:
-        if path in ahead or position_of(path) not in keep:
+def prune(directory: Path, keep: Collection[Position]) -> None:
+    """Removes all checkpoints of a run but those at the positions to keep."""
+    for path in list_checkpoints(directory):
+        if position_of(path) not in keep:
             _remove(path)
 
 
@@ -142,7 +128,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Directories of a run's checkpoints, oldest first, including those of older formats."""
+    """Directories of a run's checkpoints, oldest first."""
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted((path for path in found if _NAME.fullmatch(path.name) and path.is_dir()), key=position_of)
 
@@ -150,14 +136,10 @@ def list_checkpoints(directory: Path) -> list[Path]:
 def newest_whole(
     directory: Path,
     needed: Callable[[dict[str, Any]], Iterable[Position]] = lambda _: (),
-    level: int = logging.INFO,
 ) -> tuple[Position, dict[str, Any]] | None:
     """The newest checkpoint that is not corrupt, and the progress stored in it; None if there are no checkpoints.
 
-    Args:
-      directory: the run's checkpoint directory.
-      needed: maps a checkpoint's progress to the positions of other checkpoints that it depends on.
-      level: log level of the messages on corrupt checkpoints.
+    `needed` maps a checkpoint's progress to the positions of other checkpoints that it depends on.
 
     Raises:
       UserError: if all of them are corrupt, or the newest has another format.
@@ -169,7 +151,7 @@ def newest_whole(
             for position in needed(progress):
                 _checked(directory / position.name)
         except Corrupt as error:
-            logger.log(level, f"{error}; using the one before it." if path != found[0] else f"{error}.")
+            logger.info(f"{error.what}{'; using the one before it' if path != found[0] else ''}.")
         else:
             return position_of(path), progress
     if found:
@@ -193,47 +175,31 @@ def load_checkpoint(directory: Path, like: PyTree, at: Position | None = None, w
       UserError: if there is no such checkpoint, an array is missing or has another shape, or it is corrupt; with
         `whole` also if it has other arrays.
     """
-    chosen, described = _fitting(directory, like, at, whole)
-    try:
-        arrays = _read(chosen, described)
-    except Corrupt as error:
-        raise UserError(f"{error}. Train again.") from error
+    arrays = _read(*find_checkpoint(directory, like, at, whole))
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named_leaves(like)])
 
 
-def check_checkpoint(directory: Path, like: PyTree, at: Position) -> None:
-    """Checks that a checkpoint holds the arrays of a tree and no others, without reading them.
-
-    Raises:
-      UserError: as `load_checkpoint` with `whole`.
-    """
-    _fitting(directory, like, at, whole=True)
-
-
-def _fitting(
-    directory: Path, like: PyTree, at: Position | None, whole: bool
+def find_checkpoint(
+    directory: Path, like: PyTree, at: Position | None = None, whole: bool = False
 ) -> tuple[Path, dict[str, Mapping[str, Any]]]:
-    """Finds a checkpoint and checks that it fits a tree; returns it and the descriptions of the tree's arrays."""
+    """Finds a checkpoint that fits a tree, without reading its arrays; for arguments and errors see `load_checkpoint`.
+
+    Returns:
+      The checkpoint's directory, and the descriptions of the tree's arrays by name.
+    """
     checkpoints = [path for path in list_checkpoints(directory) if at in (None, position_of(path))]
     if not checkpoints:
         which = f"no checkpoint {at.name}" if at and list_checkpoints(directory) else "no checkpoint"
         raise UserError(f"There is {which} in {directory}. Train first, or give another run directory.")
     chosen, wanted = checkpoints[-1], named_leaves(like)
-    try:
-        described = _read_about(chosen)["arrays"]
-    except Corrupt as error:
-        raise UserError(f"{error}. Train again.") from error
+    described = _read_about(chosen)["arrays"]
     # A caller that reads a part only, e.g. to predict, must not be told to overwrite the run.
     hint = f"Give what the run was trained with{', or start again with --overwrite' if whole else ''}."
-    if missing := sorted(set(wanted) - set(described)):
+    missing, more = sorted(set(wanted) - set(described)), sorted(set(described) - set(wanted)) if whole else []
+    if missing or more:
+        which = f"no {missing[0]}" if missing else f"an unexpected {more[0]}"
         raise UserError(
-            f"Checkpoint {chosen} has no {missing[0]}: it was written with another head, backbone, optimiser or "
-            f"version. {hint}"
-        )
-    if whole and (more := sorted(set(described) - set(wanted))):
-        raise UserError(
-            f"Checkpoint {chosen} has an unexpected {more[0]}: it was written with another head, backbone, "
-            f"optimiser or version. {hint}"
+            f"Checkpoint {chosen} has {which}: it was written with another head, backbone, optimiser or version. {hint}"
         )
     for name, leaf in wanted.items():
         if described[name]["shape"] != list(leaf.shape):
@@ -252,14 +218,8 @@ def _checked(checkpoint: Path) -> dict[str, Any]:
     return progress
 
 
-class Corrupt(Exception):
-    """Raised if a checkpoint differs from what was written; the message is a sentence without its full stop."""
-
-
 def _read_about(checkpoint: Path) -> dict[str, Any]:
     """Reads the contents of checkpoint.json."""
-    if not (checkpoint / ABOUT).exists() and (checkpoint / "digests.json").exists():
-        raise UserError(f"Checkpoint {checkpoint} was written by another version of this program. Train again.")
     try:
         about = read_sealed(checkpoint / ABOUT)
     except (OSError, ValueError) as error:
@@ -286,7 +246,8 @@ def _describe(array: np.ndarray) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, Corrupt):
+        return error.what
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    line = str(error).strip().partition("\n")[0]
-    return line if len(line) <= 200 else f"{line[:80]} ... {line[-100:]}"
+    return str(error).strip().partition("\n")[0]

@@ -1,11 +1,9 @@
-"""The run directory: its files, and the checks before a run is written to it."""
+"""The run directory: its files, its lock, and the checks before a run is written to it."""
 
 import contextlib
-import json
 import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +13,9 @@ from cifar_jax.errors import UserError
 from cifar_jax.files import (
     locked_directory,
     read_json_value,
+    remove,
     remove_leftovers,
-    without_nan,
     write_json,
-    write_text,
 )
 from cifar_jax.pretrained import UNTRAINED, registry
 
@@ -67,24 +64,40 @@ def default_run_dir(config: TrainConfig) -> Path:
     return base if not base.exists() else next(path for path in numbered if not path.exists())
 
 
-def check_run_dir(path: Path, config: TrainConfig, resumes: bool = False) -> None:
-    """Checks, before any work is done, that a run can be written to `path`.
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Creates the run directory if necessary, and locks it against other runs until the block or the process ends.
 
-    Args:
-      path: the run directory.
-      config: the configuration of the run.
-      resumes: whether to resume the run in the directory.
+    Directories that were created here and are still empty at the end are removed.
 
     Raises:
-      UserError: if it is a file, cannot be written, or is not empty.
+      UserError: if the directory cannot be created or written, or another process holds the lock.
     """
+
+    def refuse() -> None:
+        raise BlockingIOError
+
+    created: list[Path] = []
     try:
-        _check_run_dir(path, config, resumes)
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be used ({error.strerror}); choose another directory.") from error
+        with contextlib.ExitStack() as stack:
+            with _usable(path):
+                _check_place(path)
+                created = [parent for parent in (path, *path.absolute().parents) if not parent.exists()]
+                path.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(locked_directory(path, refuse))
+                except BlockingIOError:
+                    raise UserError(
+                        f"Another process is writing the run in {path}; wait for it, or choose another --out."
+                    ) from None
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            for directory in created:
+                directory.rmdir()
 
 
-def _check_run_dir(path: Path, config: TrainConfig, resumes: bool) -> None:
+def _check_place(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         raise UserError(f"--out {path} is a broken symlink; choose another directory.")
     if path.exists() and not path.is_dir():
@@ -94,22 +107,37 @@ def _check_run_dir(path: Path, config: TrainConfig, resumes: bool) -> None:
         raise UserError(f"--out {path} cannot be made, as {existing} is a file; choose another directory.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--out {path} cannot be written, as {existing} is read-only; choose another directory.")
-    if path.is_dir() and (entries := sorted(entry.name for entry in path.iterdir() if not _is_leftover(entry.name))):
-        if (path / CONFIG).exists() and (path / CHECKPOINTS).is_dir():
-            read_json(path / CONFIG)  # raises if the file is corrupt
-        if not is_run(path):
-            raise UserError(f"--out {path} holds other files ({entries[0]}, ...); choose an empty or a new directory.")
-        if resumes:
-            return
-        if not config.run.overwrite:
-            raise UserError(
-                f"--out {path} already holds a run; choose another directory or --overwrite it, or "
-                "--resume it where it is unfinished."
-            )
-        if Path(config.backbone.weights).resolve().is_relative_to(path.resolve()):
-            raise UserError(
-                f"--weights {config.backbone.weights} lies in the run that --overwrite removes; move it out first."
-            )
+
+
+def check_contents(path: Path, config: TrainConfig, resumes: bool) -> None:
+    """Raises UserError unless the directory is empty, or holds a run that is resumed or may be replaced."""
+    with _usable(path):
+        entries = sorted(entry.name for entry in path.iterdir() if not _is_leftover(entry.name))
+    if not entries:
+        return
+    if (path / CONFIG).exists() and (path / CHECKPOINTS).is_dir():
+        read_json(path / CONFIG)  # raises if the file is corrupt
+    if not is_run(path):
+        raise UserError(f"--out {path} holds other files ({entries[0]}, ...); choose an empty or a new directory.")
+    if resumes:
+        return
+    if not config.run.overwrite:
+        raise UserError(
+            f"--out {path} already holds a run; choose another directory or --overwrite it, or "
+            "--resume it where it is unfinished."
+        )
+    if Path(config.backbone.weights).resolve().is_relative_to(path.resolve()):
+        raise UserError(
+            f"--weights {config.backbone.weights} lies in the run that --overwrite removes; move it out first."
+        )
+
+
+@contextlib.contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be used ({error.strerror}); choose another directory.") from error
 
 
 def is_run(path: Path) -> bool:
@@ -120,54 +148,32 @@ def is_run(path: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def claimed(path: Path) -> Iterator[None]:
-    """Creates the directory if necessary, and locks it against other runs until the block or the process ends.
-
-    A directory that was created here and is still empty at the end is removed.
-
-    Raises:
-      UserError: if the directory cannot be created, or another process holds the lock.
-    """
-
-    def refuse() -> None:
-        raise BlockingIOError
-
-    with contextlib.ExitStack() as stack:
-        try:
-            made = not path.exists()
-            path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked_directory(path, refuse))
-        except BlockingIOError:
-            raise UserError(
-                f"Another process is writing the run in {path}; wait for it, or choose another --out."
-            ) from None
-        except OSError as error:
-            raise UserError(f"--out {path} cannot be written ({error.strerror}); choose another directory.") from error
-        try:
-            yield
-        finally:
-            if made:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
-
-
-def start_run_dir(path: Path, config: TrainConfig, inputs: RunInputs) -> None:
-    """Removes a previous run from the directory, if any, and writes config.json and inputs.json.
+def start_run_dir(path: Path, config: TrainConfig, inputs: RunInputs, resumes: bool) -> None:
+    """Writes config.json and inputs.json, and removes the previous run or, if it is resumed, what is out of date of it.
 
     Raises:
       UserError: if the directory cannot be written.
     """
     try:
-        clear_leftovers(path)
-        for name in CONTENTS:
-            if (path / name).is_dir() and not (path / name).is_symlink():
-                shutil.rmtree(path / name)
-            else:
-                (path / name).unlink(missing_ok=True)
-        _write_about(path, config, inputs)
+        if resumes:
+            # Before the summary is removed: it records that a run diverged and so may have a new learning rate.
+            _write_about(path, config, inputs)
+            remove_leftovers(path / CHECKPOINTS, ".*")
+        # config.json last: without it the directory would look like another program's.
+        for name in reversed(CONTENTS):
+            remove_leftovers(path, f".{name}.*")
+            if name == SUMMARY or not resumes:
+                remove(path / name)
+        if not resumes:
+            _write_about(path, config, inputs)
     except OSError as error:
-        raise UserError(f"--out {path} cannot be written ({error.strerror}); choose another directory.") from error
+        advice = "make room there" if resumes else "choose another directory"
+        raise UserError(f"--out {path} cannot be written ({error.strerror}); {advice}.") from error
+
+
+def _write_about(path: Path, config: TrainConfig, inputs: RunInputs) -> None:
+    write_json(path / CONFIG, recorded(config))  # first: see above
+    write_json(path / INPUTS, inputs._asdict())
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
@@ -177,10 +183,9 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
         if fields[name] is not None:
             fields[name] = os.path.abspath(os.path.expanduser(fields[name]))
     weights = os.path.expanduser(config.backbone.weights)
-    is_name = config.backbone.weights in registry.entries() or config.backbone.weights in UNTRAINED
-    if (os.path.isfile(weights) and config.backbone.weights not in UNTRAINED) or (
-        os.path.isdir(weights) and not is_name
-    ):
+    # As `load_backbone` reads it: a file goes before the name of known weights, and that before a directory.
+    is_path = os.path.isfile(weights) or (os.path.isdir(weights) and config.backbone.weights not in registry.entries())
+    if is_path and config.backbone.weights not in UNTRAINED:
         fields["weights"] = os.path.abspath(weights)
     return fields
 
@@ -188,32 +193,6 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
 def _is_leftover(name: str) -> bool:
     """Returns whether a file has the name of a temporary file that only a killed run leaves."""
     return any(name.startswith(f".{content}.") for content in CONTENTS)
-
-
-def clear_leftovers(path: Path) -> None:
-    """Removes the temporary files of a killed run, and the summary, which is out of date once the run continues."""
-    (path / SUMMARY).unlink(missing_ok=True)
-    for name in CONTENTS:
-        remove_leftovers(path, f".{name}.*")
-    remove_leftovers(path / CHECKPOINTS, ".*")
-
-
-def write_about(path: Path, config: TrainConfig, inputs: RunInputs) -> None:
-    """Writes config.json and inputs.json of a resumed run, some of whose options may have changed.
-
-    Raises:
-      UserError: if they cannot be written.
-    """
-    try:
-        _write_about(path, config, inputs)
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written ({error.strerror}); make room there.") from error
-
-
-def _write_about(path: Path, config: TrainConfig, inputs: RunInputs) -> None:
-    # config.json first: without it the directory would look like another program's.
-    write_json(path / CONFIG, recorded(config))
-    write_json(path / INPUTS, inputs._asdict())
 
 
 def read_inputs(path: Path) -> RunInputs | None:
@@ -228,11 +207,6 @@ def read_inputs(path: Path) -> RunInputs | None:
     if set(found) != set(RunInputs._fields) or not all(isinstance(value, dict) for value in found.values()):
         raise UserError(f"{path / INPUTS} is not as `train` wrote it; name another run directory.")
     return RunInputs(**found)
-
-
-def write_metrics(path: Path, rows: list[Mapping[str, Any]]) -> None:
-    """Writes metrics.jsonl, one line per epoch, replacing the whole file."""
-    write_text(path / METRICS, "".join(json.dumps(without_nan(row)) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -34,13 +34,7 @@ def status(out: Path) -> str | None:
 def differing(out: Path, config: TrainConfig, own_tx: bool = False) -> dict[str, tuple[Any, Any]]:
     """Options that differ between the run in a directory and `config`, as pairs of the run's and `config`'s value.
 
-    Args:
-      out: the run directory.
-      config: the configuration to compare.
-      own_tx: whether an optimiser was passed to `train` instead of the one that the options describe.
-
-    Raises:
-      UserError: if its config.json cannot be read.
+    `own_tx`: whether an optimiser was passed to `train` instead of the one that the options describe.
     """
     theirs, ours = recorded(TrainConfig.from_json(read_json(out / CONFIG))), recorded(config)
     # Paths may differ: digests decide whether the images are the same.
@@ -83,7 +77,9 @@ def require_lower_rate(out: Path, config: TrainConfig) -> None:
     """
     if status(out) != "diverged":
         return
-    tried, backbone_tried = _last_rates(out)
+    # config.json may already hold the lower rate of a resumption that was killed.
+    last = read_json(out / SUMMARY)["learning_rates"][-1]
+    tried, backbone_tried = last["learning_rate"], last.get("backbone_learning_rate")
     rate, backbone_rate = rates_of(config)
     pairs = [(rate, tried), (backbone_rate or math.nan, backbone_tried or math.nan)]
     if any(ours < theirs for ours, theirs in pairs) and not any(ours > theirs for ours, theirs in pairs):
@@ -94,16 +90,6 @@ def require_lower_rate(out: Path, config: TrainConfig) -> None:
     raise UserError(
         f"The run in {out} diverged and would diverge again. Resume it with {lower}, or start again with --overwrite."
     )
-
-
-def _last_rates(out: Path) -> tuple[float, float | None]:
-    """The learning rates with which a run diverged."""
-    rate, backbone_rate = rates_of(TrainConfig.from_json(read_json(out / CONFIG)))
-    try:
-        last = read_json(out / SUMMARY)["learning_rates"][-1]
-        return float(last["learning_rate"]), last.get("backbone_learning_rate", backbone_rate)
-    except (UserError, KeyError, IndexError, TypeError, ValueError):
-        return rate, backbone_rate
 
 
 def require_same_parts(out: Path, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:

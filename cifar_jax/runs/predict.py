@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
-from cifar_jax.data import load_problem
+from cifar_jax.data import load_data
 from cifar_jax.data.sources.images import ImageError, read_image
 from cifar_jax.errors import UserError
 from cifar_jax.features.extractor import extraction_batch_size, make_extractor
@@ -137,8 +137,8 @@ def evaluate_run(
         here = f"the loss here is cross-entropy{smoothed}"
         logger.warning(f"The run in {run.path} was trained with the loss {name}; {here}.")
     config = replace(run.config, run=replace(run.config.run, data_dir=data_dir or run.config.run.data_dir))
-    problem = load_problem(config)
-    if problem.digests["test"].examples != run.summary["dataset"].get("test_sha256"):
+    data = load_data(config)
+    if data.digests["test"].examples != run.summary["dataset"].get("test_sha256"):
         raise UserError(
             f"The test images of {config.data.dataset} are not those that the run {run.path} was scored on; name the "
             "directory of the same version with --data-dir."
@@ -146,13 +146,13 @@ def evaluate_run(
     extractor = make_extractor(
         run.backbone, run.backbone.image_size, config.backbone.precision, config.backbone.extract_batch_size
     )
-    with reporter.progress("Features of test images", len(problem.test.labels), compiles=True) as bar:
+    with reporter.progress("Features of test images", len(data.test.labels), compiles=True) as bar:
         bar(0)
-        features = extractor(problem.test.images, bar)
+        features = extractor(data.test.images, bar)
     loss_fn = loss_fn or smoothed_cross_entropy(config.optim.label_smoothing)
     eval_step = make_eval_step(head_forward(run.head), loss_fn)
     score = jax.jit(lambda params, batch: eval_step(params, {}, {}, batch))
-    result = evaluate(score, {"head": run.head_params}, features, problem.test.labels)
+    result = evaluate(score, {"head": run.head_params}, features, data.test.labels)
     low, high = wilson_interval(result.accuracy, result.num)
     return {
         "run": str(run.path),

@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 MOST_WEIGHTS_BYTES = 2**32  # a ResNet152 in float64 has 0.5 GB: larger files are not backbones and are not hashed
 
-FEW_CLASSES = 10  # the repr of a run names its classes up to this number
-
 
 @dataclass(frozen=True)
 class Run:
@@ -60,7 +58,7 @@ class Run:
         hidden = [named] if named else self.config.optim.hidden
         sizes = [self.backbone.num_features, *hidden, len(self.class_names)]
         names = f"{len(self.class_names)} classes"
-        if len(self.class_names) <= FEW_CLASSES:
+        if len(self.class_names) <= 10:
             names += f" ({', '.join(self.class_names)})"
         return (
             f"Run({self.path}: {self.summary.get('status')}{scored}, {names}, head {'-'.join(map(str, sizes))}, "

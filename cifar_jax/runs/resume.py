@@ -14,8 +14,8 @@ from jaxtyping import PyTree
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import UserError
 from cifar_jax.files import without_nan
-from cifar_jax.runs.checkpoint import Position, check_checkpoint, list_checkpoints, load_checkpoint, newest_whole
-from cifar_jax.runs.directory import CHECKPOINTS, INPUTS, METRICS, check_run_dir, default_run_dir, is_run, read_inputs
+from cifar_jax.runs.checkpoint import Position, find_checkpoint, list_checkpoints, load_checkpoint, newest_whole
+from cifar_jax.runs.directory import CHECKPOINTS, INPUTS, METRICS, RunInputs, check_contents, is_run, read_inputs
 from cifar_jax.runs.match import differing, require_lower_rate, require_same_options, require_same_parts, status
 from cifar_jax.runtime.progress import EpochRow
 from cifar_jax.train.loop import EpochPart
@@ -111,13 +111,8 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def load_state(directory: Path, like: TrainState, at: Position | None = None) -> TrainState:
-    """Reads the state stored in a checkpoint.
-
-    Args:
-      directory: the run's checkpoint directory.
-      like: a state of the same structure.
-      at: position of the checkpoint; the newest one if None.
+def load_state(directory: Path, like: TrainState, at: Position) -> TrainState:
+    """Reads the state stored in a checkpoint; `like` is a state of the same structure.
 
     Raises:
       UserError: if there is no such checkpoint, its structure differs, or it is corrupt.
@@ -131,49 +126,27 @@ def load_state(directory: Path, like: TrainState, at: Position | None = None) ->
 
 
 def check_state(directory: Path, like: TrainState, at: Position) -> None:
-    """Checks that there is a checkpoint with the structure of `like`, whose leaves may be shapes.
+    """Raises UserError if there is no checkpoint that `load_state` could read; the leaves of `like` may be shapes."""
+    find_checkpoint(directory, jax.eval_shape(checkpoint_tree, like), at, whole=True)
+
+
+def find_run(out: Path, config: TrainConfig, parts: Mapping[str, str]) -> dict[str, Any]:
+    """Progress and inputs of the run in a locked directory, and whether it is finished, as JSON values.
+
+    Progress and inputs are None for a new run. `parts` names the components passed to `train` to replace those that the
+    options describe.
 
     Raises:
-      UserError: if there is none that `load_state` could read.
+      UserError: if the directory holds other files or a run that may not be replaced, if `config` and `parts` do not
+        describe the run in it, or if that would diverge again or has no checkpoint that is not corrupt.
     """
-    check_checkpoint(directory, jax.eval_shape(checkpoint_tree, like), at)
-
-
-def find_run(config: TrainConfig, parts: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The run's directory, its progress and inputs (None for a new run), and whether it is finished, as JSON values.
-
-    Args:
-      config: the configuration of the run.
-      parts: names of the components passed to `train` to replace those that the options describe.
-
-    Raises:
-      UserError: if it can be neither started nor resumed.
-    """
-    out = Path(config.run.out) if config.run.out else default_run_dir(config)
-    progress = find_progress(out, config, parts) if config.run.resume else None
-    finished = is_finished(out, config, progress)
+    resumes = config.run.resume and is_run(out)
+    inputs = read_inputs(out) if resumes else None
+    progress = _find_progress(out, config, inputs, parts) if resumes else None
+    finished = progress is not None and progress.position >= (config.optim.epochs, 0) and status(out) == "complete"
     if not finished:
-        check_run_dir(out, config, resumes=progress is not None)
-    inputs = read_inputs(out) if progress else None
-    return {"out": str(out), "progress": progress and progress.to_json(), "inputs": inputs, "finished": finished}
-
-
-def check_again(
-    out: Path, config: TrainConfig, progress: dict[str, Any] | None, parts: Mapping[str, str] | None = None
-) -> None:
-    """Checks the directory again once it is locked, as another process may have written to it in the meantime.
-
-    Takes the arguments of `find_run` and the progress that it returned.
-
-    Raises:
-      UserError: if the run has changed since `find_run`.
-    """
-    check_run_dir(out, config, resumes=progress is not None)
-    if progress is None:
-        return
-    now = find_progress(out, config, parts, logging.DEBUG)
-    if now is None or now.to_json() != progress:
-        raise UserError(f"Another process continued the run in {out} meanwhile. Run the command again.")
+        check_contents(out, config, resumes)
+    return {"progress": progress and progress.to_json(), "inputs": inputs, "finished": finished}
 
 
 def is_unfinished(config: TrainConfig) -> bool:
@@ -191,25 +164,9 @@ def is_unfinished(config: TrainConfig) -> bool:
         return False
 
 
-def find_progress(
-    out: Path, config: TrainConfig, parts: Mapping[str, str] | None = None, level: int = logging.INFO
-) -> Progress | None:
-    """Progress of the run in a directory; None if there is no run.
-
-    Args:
-      out: the run directory.
-      config: the configuration of the run.
-      parts: see `find_run`.
-      level: log level of the messages on corrupt checkpoints and files.
-
-    Raises:
-      UserError: if `config` and `parts` do not describe the run in `out`, the run would diverge again, or its
-        checkpoints are corrupt.
-    """
-    if not (out.is_dir() and is_run(out)):
-        return None
-    parts = parts or {}
-    if inputs := read_inputs(out):
+def _find_progress(out: Path, config: TrainConfig, inputs: RunInputs | None, parts: Mapping[str, str]) -> Progress:
+    """Progress of a run that is resumed; raises UserError as `find_run`."""
+    if inputs:
         require_same_parts(out, inputs.parts, parts)
     elif list_checkpoints(out / CHECKPOINTS):
         raise UserError(
@@ -224,7 +181,7 @@ def find_progress(
         selected = selected_epoch(Progress.from_json(progress).rows, config.data.val_fraction > 0)
         return [Position(selected)] if config.data.val_fraction and selected else []
 
-    newest = newest_whole(out / CHECKPOINTS, needed, level)
+    newest = newest_whole(out / CHECKPOINTS, needed)
     if newest is None:
         return NO_PROGRESS
     progress = Progress.from_json(newest[1])
@@ -234,13 +191,8 @@ def find_progress(
             "larger --epochs, or another --out."
         )
     if not _are_in(out / METRICS, progress.rows):
-        logger.log(level, f"{out / METRICS} is missing or corrupt; writing it again from the checkpoint.")
+        logger.info(f"{out / METRICS} is missing or corrupt; writing it again from the checkpoint.")
     return progress
-
-
-def is_finished(out: Path, config: TrainConfig, progress: Progress | None) -> bool:
-    """Returns whether all epochs are completed and the run was finished."""
-    return progress is not None and progress.position >= (config.optim.epochs, 0) and status(out) == "complete"
 
 
 def _are_in(path: Path, rows: tuple[EpochRow, ...]) -> bool:

@@ -162,7 +162,7 @@ class Peers:
 
     @contextlib.contextmanager
     def failing_together(
-        self, explain: Callable[[BaseException], tuple[str, int]], say: Callable[[str], None]
+        self, explain: Callable[[BaseException], tuple[str, int]], say: Callable[[str], object]
     ) -> Iterator[None]:
         """Ends all processes if one of them leaves the block by an error, or is lost.
 
@@ -188,13 +188,19 @@ class Peers:
         finally:
             done.set()
 
-    def part(self, code: int) -> None:
-        """Waits, before a regular end with an exit code, until all processes are as far; not for longer than needed."""
+    def part(self, code: int, reason: str) -> None:
+        """Waits, before an end that all processes have agreed on, until all are as far.
+
+        Those that are not, as they have heard of it too late, end for the reason given.
+        """
         record_end(code)
         self._set(f"ended/{self._own}", {})
-        self._wait_for("ended")
+        if not self._wait_for("ended"):
+            self._set("failure", {"process": self._own, "reason": reason, "code": code})
+            self._set(f"heard/{self._own}", {})
+            self._wait_for("heard")
 
-    def _watch(self, done: threading.Event, say: Callable[[str], None]) -> None:
+    def _watch(self, done: threading.Event, say: Callable[[str], object]) -> None:
         while not done.wait(self._poll):
             failure = self._get("failure")
             if failure and failure["process"] != self._own:
@@ -202,7 +208,7 @@ class Peers:
                     self._end(f"Process {failure['process']} failed: {failure['reason']}", failure["code"], say)
                 return
 
-    def _end(self, reason: str, code: int, say: Callable[[str], None]) -> None:
+    def _end(self, reason: str, code: int, say: Callable[[str], object]) -> None:
         with self._ends:
             say(reason)
             for stream in (sys.stdout, sys.stderr):
@@ -214,10 +220,14 @@ class Peers:
                 self._wait_for("heard")
             self._leave(code)
 
-    def _wait_for(self, name: str) -> None:
+    def _wait_for(self, name: str) -> bool:
+        """Waits until all processes have set a key of theirs, but no longer than is worth it; whether they have."""
         until = time.monotonic() + self._patience
-        while any(self._get(f"{name}/{other}") is None for other in range(self._count)) and time.monotonic() < until:
+        while not (met := all(self._get(f"{name}/{process}") is not None for process in range(self._count))):
+            if time.monotonic() > until:
+                break
             time.sleep(self._poll / 5)
+        return met
 
     def _get(self, key: str) -> Any:
         try:

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,12 +91,8 @@ def eval_step(params: PyTree, batch: Batch) -> EvalSums:
     return _head_eval_step(params, {}, {}, batch)
 
 
-class Evaluate(Protocol):
-    """Scores a state on a split of a task."""
-
-    def __call__(self, state: TrainState, frozen: PyTree = None, split: str | None = None) -> EvalResult:
-        """Returns the scores. `frozen` defaults to the task's, `split` to `val`, or to `test` if there is no `val`."""
-        ...
+# `(state, frozen, split) -> EvalResult`. `frozen` defaults to the task's, `split` to `val`, or to `test` without one.
+Evaluate = Callable[..., EvalResult]
 
 
 def make_evaluate(
@@ -200,16 +196,14 @@ def eval_batches(
 
 
 class _Tally:
-    """Accumulates the sums of batches, reading results a few batches late so that the devices stay busy."""
+    """Accumulates the sums of batches, reading each a few batches late so that the devices stay busy."""
 
     def __init__(self, num_examples: int, on_examples: Callable[[int], None] | None = None) -> None:
         if not num_examples:
             raise ValueError("there are no examples to evaluate on")
         self._num, self._on_examples = num_examples, on_examples
         self._running: deque[EvalSums] = deque()
-        self._loss_sum, self._done = 0.0, 0
-        self._confusions: list[np.ndarray] = []
-        self._logits: list[np.ndarray] = []
+        self._loss_sum, self._confusion, self._logits = 0.0, np.zeros((), np.int64), list[np.ndarray]()
 
     def add(self, sums: EvalSums) -> None:
         """Adds the sums of the next batch."""
@@ -220,19 +214,19 @@ class _Tally:
         while len(self._running) > left:
             loss_sum, confusion, logits = jax.device_get(self._running.popleft())
             self._loss_sum += float(loss_sum)
-            self._confusions.append(confusion)
+            self._confusion = self._confusion + confusion
             self._logits.append(logits)
-            self._done = min(self._done + len(logits), self._num)
             if self._on_examples:
-                self._on_examples(self._done)
+                self._on_examples(min(len(self._logits) * len(logits), self._num))
 
     def result(self) -> EvalResult:
         """Waits for the last batch and returns the scores."""
         self._wait_for(0)
-        confusion = np.stack(self._confusions).astype(np.int64).sum(axis=0)
-        assert confusion.sum() == self._num, "every example is counted once"
-        accuracy = float(np.trace(confusion) / self._num)
-        return EvalResult(self._loss_sum / self._num, accuracy, confusion, np.concatenate(self._logits)[: self._num])
+        assert self._confusion.sum() == self._num, "every example is counted once"
+        accuracy = float(np.trace(self._confusion) / self._num)
+        return EvalResult(
+            self._loss_sum / self._num, accuracy, self._confusion, np.concatenate(self._logits)[: self._num]
+        )
 
 
 def wilson_interval(accuracy: float, count: int, z: float = 1.959964) -> tuple[float, float]:

@@ -63,17 +63,20 @@ def trainable(
             plain = ResNet(backbone.config, dtype=network.dtype)
             evaluated: Any = plain.apply(variables, preprocess(images, backbone.preprocessing, image_size), train=False)
             return evaluated.pooled, batch_stats
-        variables["params"] = _stop_frozen(params, network.frozen_stages)
+        # The backward pass skips frozen parameters.
+        groups = param_labels({"backbone": params}, network.frozen_stages)["backbone"]
+        variables["params"] = jax.tree.map(
+            lambda leaf, group: jax.lax.stop_gradient(leaf) if group == "frozen" else leaf, params, groups
+        )
         if mesh:
             images, mask = jax.lax.with_sharding_constraint((images, mask), rows_sharding(mesh))
         x = preprocess(images, backbone.preprocessing, image_size)
-        output: Any
-        if bn_statistics == "batch":
-            real = mask > 0 if has_padding else None
-            output, changed = network.apply(variables, x, train=True, real=real, mutable=["batch_stats"])
-            return output.pooled, changed["batch_stats"]
-        output = network.apply(variables, x, train=False)
-        return output.pooled, batch_stats
+        if bn_statistics == "frozen":
+            output: Any = network.apply(variables, x, train=False)
+            return output.pooled, batch_stats
+        real = mask > 0 if has_padding else None
+        output, changed = network.apply(variables, x, train=True, real=real, mutable=["batch_stats"])
+        return output.pooled, changed["batch_stats"]
 
     return features
 
@@ -105,12 +108,6 @@ def trainable_backbone(
     if config.finetune.zero_gamma:
         variables = with_zero_gamma(variables, config.finetune.freeze_stages)
     return variables, trainable(network, backbone, image_size, config.finetune.bn_statistics, mesh, has_padding)
-
-
-def _stop_frozen(params: PyTree, frozen_stages: int) -> PyTree:
-    """Stops the gradient at frozen parameters, so that the backward pass skips them."""
-    labels = param_labels({"backbone": params}, frozen_stages)["backbone"]
-    return jax.tree.map(lambda p, label: jax.lax.stop_gradient(p) if label == "frozen" else p, params, labels)
 
 
 def with_zero_gamma(variables: Mapping[str, PyTree], frozen_stages: int = 0) -> dict[str, PyTree]:

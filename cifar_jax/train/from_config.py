@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from cifar_jax.features.extractor import default_batch_size
 from cifar_jax.features.time_estimate import Forecast, faster_ways
 from cifar_jax.models.backbone import extract
 from cifar_jax.models.head import Head, dense_head
-from cifar_jax.pretrained import AnyBackbone, Backbone, FunctionBackbone
+from cifar_jax.pretrained import AnyBackbone, FunctionBackbone
 from cifar_jax.rng import stream_key
 from cifar_jax.runtime.multihost import gather, own_rows
 from cifar_jax.runtime.progress import Reporter
@@ -58,23 +58,18 @@ class Parts(NamedTuple):
 
 
 class Composed(NamedTuple):
-    """The components of a training step.
-
-    Attributes:
-      task: the task, its frozen variables on the devices.
-      loss_fn: `(logits, labels) -> [batch]`.
-      tx: the optimiser.
-      how: keyword arguments of `make_train_step`.
-    """
+    """The components of a training step; the task's frozen variables are on the devices."""
 
     task: Task
     loss_fn: LossFn
     tx: optax.GradientTransformation
-    how: dict[str, Any]
+    micro_batch: int | None
 
     def train_step(self) -> TrainStep:
         """The training step, not compiled."""
-        return make_train_step(self.task.forward, self.loss_fn, self.tx, **self.how)
+        return make_train_step(
+            self.task.forward, self.loss_fn, self.tx, augment=self.task.augment, micro_batch=self.micro_batch
+        )
 
     def state(self) -> TrainState:
         """The state before the first step."""
@@ -83,10 +78,24 @@ class Composed(NamedTuple):
 
 def compose(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, extracted: Extracted | None) -> Composed:
     """Builds the task, loss and optimiser of a configuration, with `parts` replacing its own; see `prepare`."""
-    task = make_task(config, inputs, mesh, extracted, parts.head or dense_head(config.optim.hidden), parts.augment)
-    tx = make_optimizer(config, -(-len(inputs.problem.train.labels) // config.optim.batch_size), parts.tx)
+    task = make_task(config, inputs, parts, mesh, extracted)
+    tx = make_optimizer(config, -(-len(inputs.data.train.labels) // config.optim.batch_size), parts.tx)
     loss_fn = parts.loss_fn or smoothed_cross_entropy(config.optim.label_smoothing)
-    return Composed(task, loss_fn, tx, {"augment": task.augment, "micro_batch": config.finetune.micro_batch})
+    return Composed(task, loss_fn, tx, config.finetune.micro_batch)
+
+
+# Type of each of the `Parts`, its name, and advice to those who pass something else.
+TYPES = {
+    "loss_fn": (Callable, "a function", ""),
+    "head": (
+        Head,
+        "a Head",
+        "; wrap a Flax module as flax_head(module), or two functions as Head(init, logits, name)",
+    ),
+    "backbone": (AnyBackbone, "a Backbone", "; wrap a function as FunctionBackbone(function, variables, name)"),
+    "tx": (optax.GradientTransformation, "an optax.GradientTransformation", ""),
+    "augment": (Callable, "a function", ""),
+}
 
 
 def check_parts(config: TrainConfig, parts: Parts) -> None:
@@ -99,36 +108,19 @@ def check_parts(config: TrainConfig, parts: Parts) -> None:
         raise UserError(
             "augment needs the pixels at every step, which --mode cached sees only once; use --mode live or finetune."
         )
-    if parts.head is not None and not isinstance(parts.head, Head):
-        raise UserError(
-            f"head= takes a Head, got {type(parts.head).__name__}; wrap a Flax module as flax_head(module), or two "
-            "functions as Head(init, logits, name)."
-        )
-    if parts.tx is not None and not isinstance(parts.tx, optax.GradientTransformation):
-        raise UserError(f"tx= takes an optax.GradientTransformation, got {type(parts.tx).__name__}.")
-    for name in ("loss_fn", "augment"):
-        if (part := getattr(parts, name)) is not None and not callable(part):
-            raise UserError(f"{name}= takes a function, got {type(part).__name__}.")
-    if parts.backbone is not None:
-        _check_backbone(config, parts.backbone)
+    for name, part in parts._asdict().items():
+        expected, words, advice = TYPES[name]
+        if part is not None and not isinstance(part, expected):
+            raise UserError(f"{name}= takes {words}, got {type(part).__name__}{advice}.")
+    if isinstance(parts.backbone, FunctionBackbone):
+        _check_function(config, parts.backbone)
 
 
-def _check_backbone(config: TrainConfig, backbone: AnyBackbone) -> None:
-    """Checks the type of a backbone, and for a function that no options specific to a ResNet are set.
-
-    Raises:
-      UserError: naming the type or the options.
-    """
-    if isinstance(backbone, Backbone):
-        return
-    if not isinstance(backbone, FunctionBackbone):
-        raise UserError(
-            f"backbone= takes a Backbone, got {type(backbone).__name__}; wrap a function as "
-            "FunctionBackbone(function, variables, name)."
-        )
+def _check_function(config: TrainConfig, backbone: FunctionBackbone) -> None:
+    """Checks that a function can be used as a backbone and that no options specific to a ResNet are set."""
     options = config.options() | {"image_size": config.backbone.image_size or backbone.image_size}
-    meant = DEFAULTS | {"image_size": backbone.image_size}
-    if ignored := [name for name in OF_A_RESNET if options[name] != meant[name]]:
+    defaults = DEFAULTS | {"image_size": backbone.image_size}
+    if ignored := [name for name in OF_A_RESNET if options[name] != defaults[name]]:
         values = ("" if options[name] is True else f" {options[name]}" for name in ignored)
         named = ", ".join(f"--{name.replace('_', '-')}{value}" for name, value in zip(ignored, values, strict=True))
         raise UserError(f"Options of a ResNet do not apply to {backbone!r}: leave out {named}.")
@@ -138,25 +130,15 @@ def _check_backbone(config: TrainConfig, backbone: AnyBackbone) -> None:
 
 
 class Training(NamedTuple):
-    """Everything that `fit` needs.
+    """Everything that `fit` needs."""
 
-    Attributes:
-      task: the task, its frozen variables on the devices.
-      state: the state before the first step.
-      advance: runs the steps.
-      evaluate: scores a state on a split.
-      extracted: the features and how long they took to compute, in `cached` mode; otherwise None.
-      reporter: shows the progress bars of training.
-      fault: `(state, epoch, step) -> str`, names the first tensor of a step that is not finite.
-    """
-
-    task: Task
-    state: TrainState
+    task: Task  # its frozen variables are on the devices
+    state: TrainState  # before the first step
     advance: Advance
     evaluate: Evaluate
-    extracted: Extracted | None
-    reporter: Reporter
-    fault: Callable[[TrainState, int, int], str]
+    extracted: Extracted | None  # in `cached` mode
+    reporter: Reporter  # shows the progress bars of training
+    fault: Callable[[TrainState, int, int], str]  # `(state, epoch, step)`: names the first tensor that is not finite
 
 
 def prepare(
@@ -171,15 +153,9 @@ def prepare(
 ) -> Training:
     """Builds the training of a configuration. In `cached` mode this extracts the features.
 
-    Args:
-      config: the configuration.
-      inputs: images and backbone.
-      parts: replacements for the components that the configuration describes.
-      mesh: the devices.
-      clock: records the seconds of the phase `features`, and the time of the first step.
-      reporter: shows progress bars of extraction, training and evaluation.
-      first_epoch: the epoch that training starts at, for the time estimate.
-      stopping: polled for each batch of an evaluation; returns whether to stop.
+    `parts` replaces components that the configuration describes, `first_epoch` is where training starts, for the time
+    estimate, and `stopping` is polled during evaluations. `clock` records the seconds of the phase `features`, and the
+    time of the first step.
 
     Raises:
       UserError: if a replacement does not fit the inputs.
@@ -189,16 +165,19 @@ def prepare(
         with clock("features"):
             extracted = extract_features(config, inputs, bars, clock)
     composed = compose(config, inputs, parts, mesh, extracted)
-    task, loss_fn, tx, how = composed
+    task, loss_fn, tx, micro_batch = composed
     run_key, order_key = jax.random.key(config.optim.seed), stream_key(config.optim.seed, "order")
     order = EpochOrder(order_key, run_key, config.optim.batch_size, config.data.shuffle)
     advance = make_advance(task, composed.train_step(), order, mesh)
     training_bars, evaluation_bars = _forecast(config, inputs, first_epoch, clock, bars)
-    at_once = FEATURES_AT_ONCE if extracted else _images_at_once(config, inputs, mesh)
+    images_at_once = config.backbone.extract_batch_size or default_batch_size(inputs.image_size) * mesh.size
+    at_once = FEATURES_AT_ONCE if extracted else images_at_once
 
     def fault(state: TrainState, epoch: int, step: int) -> str:
         batch = advance.batch(epoch, step)
-        return first_not_finite(task.forward, loss_fn, tx, state, task.frozen, batch, run_key, **how)
+        return first_not_finite(
+            task.forward, loss_fn, tx, state, task.frozen, batch, run_key, task.augment, micro_batch
+        )
 
     return Training(
         task,
@@ -217,7 +196,7 @@ def init_params(config: TrainConfig, inputs: Inputs, head: Head) -> PyTree:
     Raises:
       UserError: if the number of logits differs from the number of classes.
     """
-    num_features, num_classes = inputs.backbone.num_features, len(inputs.problem.splits.class_names)
+    num_features, num_classes = inputs.backbone.num_features, len(inputs.data.splits.class_names)
     params = head.init(stream_key(config.optim.seed, "init"), num_features, num_classes)
     features = jax.ShapeDtypeStruct((1, num_features), jnp.float32)
     logits = jax.eval_shape(lambda params, features: head(params, features), params, features)
@@ -229,30 +208,24 @@ def init_params(config: TrainConfig, inputs: Inputs, head: Head) -> PyTree:
     return params
 
 
-def make_task(
-    config: TrainConfig,
-    inputs: Inputs,
-    mesh: Mesh,
-    extracted: Extracted | None,
-    head: Head,
-    augment: Augment | None = None,
-) -> Task:
+def make_task(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, extracted: Extracted | None) -> Task:
     """Builds the task of a configuration, with its frozen variables replicated over the mesh.
 
     Raises:
       UserError: if the head's number of logits differs from the number of classes.
     """
-    problem, backbone, image_size = inputs
+    data, backbone, image_size = inputs
+    head = parts.head or dense_head(config.optim.hidden)
     head_params = init_params(config, inputs, head)
     if extracted:
-        features = {name: Split(extracted.features[name], part.labels) for name, part in problem.parts.items()}
+        features = {name: Split(extracted.features[name], part.labels) for name, part in data.parts.items()}
         return cached_task(head_params, head, features)
-    images = {name: Split(*part) for name, part in problem.parts.items()}
-    augment = augment or image_augmentation(config.data.augment)
+    images = {name: Split(*part) for name, part in data.parts.items()}
+    augment = parts.augment or image_augmentation(config.data.augment)
     if config.optim.mode == "live":
         function = partial(extract, image_size=image_size, precision=config.backbone.precision)
         return live_task(head_params, head, replicate(mesh, backbone), function, images, augment)
-    counts = (config.optim.batch_size, len(problem.train.labels) % config.optim.batch_size)
+    counts = (config.optim.batch_size, len(data.train.labels) % config.optim.batch_size)
     has_padding = any(count % mesh.size for count in counts)
     variables, trainable = trainable_backbone(config, backbone, image_size, mesh, has_padding)
     return finetune_task(head_params, head, variables, trainable, images, augment)
@@ -267,22 +240,17 @@ def image_augmentation(names: tuple[str, ...]) -> Augment | None:
 
 def extract_features(config: TrainConfig, inputs: Inputs, reporter: Reporter, clock: Clock) -> Extracted:
     """Extracts the features of all images by split. Each process extracts a share into its own cache."""
-    problem, backbone, image_size = inputs
-    names = {"train": "training images", "val": f"{problem.val_name} images", "test": "test images"}
+    data, backbone, image_size = inputs
+    names = {"train": "training images", "val": f"{data.val_name} images", "test": "test images"}
     own, digests = {}, None
-    for split, part in problem.parts.items():
+    for split, part in data.parts.items():
         rows = own_rows(len(part.labels))
         own[names[split]] = Dataset(part.images[rows], part.labels[rows])
     if jax.process_count() == 1:
-        digests = {names[split]: problem.digests[split].images for split in problem.parts}
+        digests = {names[split]: data.digests[split].images for split in data.parts}
     found = dataset_features(config, backbone, image_size, own, digests=digests, reporter=reporter, clock=clock)
-    features = {split: gather(found.features[names[split]], len(part.labels)) for split, part in problem.parts.items()}
+    features = {split: gather(found.features[names[split]], len(part.labels)) for split, part in data.parts.items()}
     return found._replace(features=features)
-
-
-def _images_at_once(config: TrainConfig, inputs: Inputs, mesh: Mesh) -> int:
-    """Batch size of evaluation on images: the user's, or one that suits the devices."""
-    return config.backbone.extract_batch_size or default_batch_size(inputs.image_size) * mesh.size
 
 
 def _forecast(
@@ -292,7 +260,7 @@ def _forecast(
     if config.optim.mode == "cached":
         return reporter, reporter  # an epoch takes seconds
     share = FORWARD_SHARE if config.optim.mode == "finetune" else 1.0
-    num = {name: len(part.labels) for name, part in inputs.problem.parts.items()}
+    num = {name: len(part.labels) for name, part in inputs.data.parts.items()}
     evaluated = (config.optim.epochs - first_epoch) * num.get("val", num["test"]) + (num["test"] if "val" in num else 0)
     work = (config.optim.epochs - first_epoch) * num["train"] + share * evaluated
     forecast = Forecast(work, clock, faster_ways(config, inputs.backbone, inputs.image_size))

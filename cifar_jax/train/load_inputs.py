@@ -11,18 +11,11 @@ import numpy as np
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.config.option_groups import OF_A_PROCESS
-from cifar_jax.data import Dataset, Problem, load_problem
+from cifar_jax.data import Dataset, RunData, load_data
 from cifar_jax.data.dataset import IMAGE_SHAPE
 from cifar_jax.data.splits import images_in_both
 from cifar_jax.errors import UserError
-from cifar_jax.pretrained import (
-    UNTRAINED,
-    AnyBackbone,
-    Backbone,
-    FunctionBackbone,
-    load_backbone,
-    random_backbone,
-)
+from cifar_jax.pretrained import UNTRAINED, AnyBackbone, Backbone, FunctionBackbone, load_backbone, random_backbone
 from cifar_jax.pretrained.formats.safetensors_file import to_bytes
 from cifar_jax.pretrained.random_init import calibration_images
 from cifar_jax.rng import stream_key
@@ -36,30 +29,25 @@ logger = logging.getLogger(__name__)
 class Inputs(NamedTuple):
     """The inputs of a training job."""
 
-    problem: Problem
+    data: RunData
     backbone: AnyBackbone
     image_size: int  # side in pixels that images are upsampled to
 
     def digests(self) -> dict[str, str]:
         """Digests, by name, of the inputs that determine the results."""
         names = {"train": "training images", "test": "test images", "val": "validation images"}
-        images = {names[split]: digests.examples for split, digests in self.problem.digests.items()}
+        images = {names[split]: digests.examples for split, digests in self.data.digests.items()}
         found = images | {"weights": self.backbone.sha256}
         if isinstance(self.backbone, FunctionBackbone):
             found["program"] = self.backbone.program_sha256
         return found
 
 
-def load_inputs(
-    config: TrainConfig, clock: Clock, progress: Progress | None = None, backbone: AnyBackbone | None = None
-) -> Inputs:
+def load_inputs(config: TrainConfig, clock: Clock, progress: Progress, backbone: AnyBackbone | None = None) -> Inputs:
     """Loads the images and the backbone of a configuration; an untrained backbone is calibrated on the images.
 
-    Args:
-      config: the configuration.
-      clock: records the seconds of the phases `weights` and `data`.
-      progress: makes the progress bar of a download.
-      backbone: replaces the backbone that the configuration names.
+    `backbone` replaces the one that the configuration names, `progress` shows downloads, and `clock` records the
+    seconds of the phases `weights` and `data`.
 
     Raises:
       UserError: if either cannot be loaded, or they are incompatible.
@@ -73,14 +61,13 @@ def load_inputs(
     # Weights first, so that a misspelt name fails before a data set is downloaded.
     with clock("weights"):
         if backbone is None and not untrained:
-            backbone = load_backbone(
-                config.backbone.weights, config.backbone.variant, cache_dir=config.run.cache_dir, progress=progress
-            )
+            weights, variant = config.backbone.weights, config.backbone.variant
+            backbone = load_backbone(weights, variant, cache_dir=config.run.cache_dir, progress=progress)
     with clock("data"):
-        problem = load_problem(config)
+        data = load_data(config)
     with clock("weights"):
-        backbone = with_digest(backbone or make_untrained(config, problem.train))
-    return Inputs(problem, backbone, network_image_size(config, backbone))
+        backbone = with_digest(backbone or make_untrained(config, data.train))
+    return Inputs(data, backbone, network_image_size(config, backbone))
 
 
 def with_digest(backbone: AnyBackbone) -> AnyBackbone:
@@ -128,7 +115,7 @@ def require_same_inputs_everywhere(config: TrainConfig, inputs: Inputs, parts: M
     """
     if (processes := jax.process_count()) == 1:
         return
-    fewest = min(len(part.labels) for part in inputs.problem.parts.values())
+    fewest = min(len(part.labels) for part in inputs.data.parts.values())
     if fewest < processes:
         raise UserError(f"{fewest} images cannot be divided between {processes} processes; use more images.")
     options = {k: v for k, v in config.to_json().items() if k not in ("weights", *OF_A_PROCESS)}
@@ -137,8 +124,8 @@ def require_same_inputs_everywhere(config: TrainConfig, inputs: Inputs, parts: M
     require_same({name: json.dumps(value) for name, value in about.items()})
 
 
-def warn_of_shared_images(problem: Problem) -> None:
+def warn_of_shared_images(data: RunData) -> None:
     """Logs a warning if any validation images are also training images."""
-    if shared := images_in_both(problem.train, problem.val):
-        of = f"{shared:,} of {len(problem.val.labels):,} {problem.val_name} images"
+    if shared := images_in_both(data.train, data.val):
+        of = f"{shared:,} of {len(data.val.labels):,} {data.val_name} images"
         logger.warning(f"{of} are identical to training images, so accuracy on them says little.")

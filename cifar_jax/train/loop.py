@@ -38,44 +38,35 @@ class EpochOrder(NamedTuple):
         """Example indices and example counts of an epoch's steps; see `epoch_batches`."""
         return epoch_batches(self.order_key, epoch, num_examples, self.batch_size, self.shuffle)
 
-    def steps(self, num_examples: int) -> int:
-        """Number of steps per epoch, including a short last one."""
-        return -(-num_examples // self.batch_size)
-
 
 class Advance(NamedTuple):
-    """Runs compiled steps of an epoch; made by `make_advance`.
+    """Runs compiled steps of an epoch; made by `make_advance`."""
 
-    Attributes:
-      run: `(state, frozen, *arguments) -> (state, metrics)`, compiled; the state is donated. The metrics have one entry
-        per step and may not be ready yet.
-      arguments: `(epoch, steps) -> arguments` of `run` for these steps.
-      batch: `(epoch, step) -> Batch`, the examples of a step.
-      order: order of the examples.
-      num_examples: number of training examples.
-      at_once: steps per call of `run`; any number if None.
-      mesh: the devices.
-    """
-
+    # `(state, frozen, *arguments) -> (state, metrics)`; donates the state. The metrics, one per step, may not be ready.
     run: Callable[..., tuple[TrainState, StepMetrics]]
-    arguments: Callable[[int, range], tuple[Any, ...]]
-    batch: Callable[[int, int], Batch]
+    arguments: Callable[[int, range], tuple[Any, ...]]  # `(epoch, steps) -> arguments` of `run` for these steps
+    batch: Callable[[int, int], Batch]  # `(epoch, step) -> Batch`
     order: EpochOrder
     num_examples: int
-    at_once: int | None
+    one_by_one: bool  # whether `run` takes a single step rather than any number of consecutive ones
     mesh: Mesh
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of steps per epoch, including a short last one."""
-        return self.order.steps(self.num_examples)
+        return -(-self.num_examples // self.order.batch_size)
+
+    def calls(self, steps: range) -> list[range]:
+        """Divides consecutive steps between calls of `run`."""
+        if self.one_by_one:
+            return [range(step, step + 1) for step in steps]
+        return [steps] if steps else []
 
     def __call__(self, state: TrainState, frozen: PyTree, epoch: int, steps: range) -> tuple[TrainState, StepMetrics]:
         """Runs consecutive steps of an epoch; `steps` may be empty. Epochs and steps count from zero."""
         (state, frozen), metrics = replicate(self.mesh, (state, frozen)), []
-        for start in range(steps.start, steps.stop, self.at_once or max(1, len(steps))):
-            piece = range(start, min(steps.stop, start + (self.at_once or len(steps))))
-            state, sums = self.run(state, frozen, *self.arguments(epoch, piece))
+        for call in self.calls(steps):
+            state, sums = self.run(state, frozen, *self.arguments(epoch, call))
             metrics.append(sums)
         return state, joined(metrics)
 
@@ -108,7 +99,7 @@ def make_advance(task: Task, train_step: TrainStep, order: EpochOrder, mesh: Mes
     if not resident:
         step = jax.jit(train_step, donate_argnums=0)
         return Advance(
-            step, lambda epoch, steps: (batch(epoch, steps.start), order.step_key), batch, order, num, 1, mesh
+            step, lambda epoch, steps: (batch(epoch, steps.start), order.step_key), batch, order, num, True, mesh
         )
 
     on_devices = replicate(mesh, (np.asarray(inputs), np.asarray(labels)))
@@ -117,7 +108,7 @@ def make_advance(task: Task, train_step: TrainStep, order: EpochOrder, mesh: Mes
         indices, counts = (rows[steps.start : steps.stop] for rows in rows_of(epoch))
         return *on_devices, shard(mesh, padded(indices), axis=1), counts, order.step_key
 
-    return Advance(jax.jit(scan_steps(train_step), donate_argnums=0), arguments, batch, order, num, None, mesh)
+    return Advance(jax.jit(scan_steps(train_step), donate_argnums=0), arguments, batch, order, num, False, mesh)
 
 
 def joined(parts: list[StepMetrics]) -> StepMetrics:
@@ -141,15 +132,7 @@ class Diverged(RunError):
     """
 
     def __init__(self, state: TrainState, epoch: int, step: int, fault: str = "", more: str = "") -> None:
-        """Builds the message from the position and the cause.
-
-        Args:
-          state: the state after the last good step, or after an update that was not finite.
-          epoch: the epoch, counted from one.
-          step: the step within the epoch, counted from one.
-          fault: the first tensor of the step that was not finite.
-          more: sentences to append to the message.
-        """
+        """Takes the epoch and step, counted from one, the first tensor that was not finite, and more sentences."""
         self.state, self.epoch, self.step, self.fault = state, epoch, step, fault
         first = f" (first {fault})" if fault else ""
         super().__init__(f"Loss or gradient was not finite in epoch {epoch}, step {step}{first}.{more and ' ' + more}")
@@ -258,14 +241,15 @@ def _run_epoch(
             bar(min((first + len(finite)) * advance.order.batch_size, advance.num_examples))
 
     bar(min(done * advance.order.batch_size, advance.num_examples))
+    stop = False
     while done < total:
-        boundary, stop = min(total, (done // every + 1) * every), False
-        while done < boundary and not stop:
-            steps = range(done, min(boundary, done + (advance.at_once or total)))
+        for steps in advance.calls(range(done, min(total, (done // every + 1) * every))):
             state, sums = advance.run(state, frozen, *advance.arguments(epoch, steps))
             running.append((steps.start, sums))
             done, stop = steps.stop, bool(stopping and stopping())
             wait_for(AHEAD)
+            if stop:
+                break
         wait_for(0)
         if stop or done < total:
             keep(state, joined(metrics))

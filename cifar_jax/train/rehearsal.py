@@ -20,17 +20,12 @@ from cifar_jax.train.task import Batch
 def state_shapes(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, steps: bool = False) -> TrainState:
     """Shapes of the initial state that `prepare` would make, without computing anything or reading image data.
 
-    Args:
-      config: the configuration.
-      inputs: images and backbone.
-      parts: replacements for the components that the configuration describes.
-      mesh: the devices.
-      steps: whether to trace a step as well, so that errors in user-supplied functions are raised here. Takes seconds
-        if the step includes a large network.
+    With `steps` a step is traced as well, so that errors in user-supplied functions are raised here; takes seconds if
+    it includes a large network.
     """
     features = np.zeros((1, inputs.backbone.num_features), np.float32)
     is_cached = config.optim.mode == "cached"
-    extracted = Extracted(dict.fromkeys(inputs.problem.parts, features), 0, 0.0, 0.0) if is_cached else None
+    extracted = Extracted(dict.fromkeys(inputs.data.parts, features), 0, 0.0, 0.0) if is_cached else None
 
     def begin(batch: Batch, key: PRNGKeyArray) -> TrainState:
         composed = compose(config, inputs, parts, mesh, extracted)
@@ -40,9 +35,9 @@ def state_shapes(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, 
         return state
 
     size = round_up(mesh, config.optim.batch_size)
-    example = features[0] if is_cached else inputs.problem.train.images[0]
+    example = features[0] if is_cached else inputs.data.train.images[0]
     of: Any = jax.ShapeDtypeStruct
-    labels = of((size,), inputs.problem.train.labels.dtype)
+    labels = of((size,), inputs.data.train.labels.dtype)
     batch = Batch(of((size, *example.shape), example.dtype), labels, of((size,), jnp.float32))
     shapes: TrainState = jax.eval_shape(begin, batch, jax.eval_shape(lambda: jax.random.key(0)))
     return shapes

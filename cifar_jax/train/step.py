@@ -78,7 +78,7 @@ def make_train_step(
       >>> state = init_state({"head": head.init(jax.random.key(1), 2048, 10)}, tx)
       >>> state, metrics = train_step(state, {}, batch, jax.random.key(0))  # doctest: +SKIP
     """
-    grad_fn = jax.value_and_grad(_make_loss(forward, loss_fn), has_aux=True)
+    grad_fn = _make_grad_fn(forward, loss_fn)
     update = optax.with_extra_args_support(tx).update
 
     def train_step(
@@ -111,12 +111,9 @@ def make_train_step(
 
 
 def scan_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Makes a scan of a training step over inputs that reside on the devices.
+    """Makes a scan of a training step over inputs that reside on the devices, a pure function with metrics by step.
 
-    Returns:
-      `(state, frozen, inputs [n, ...], labels [n], indices [steps, batch], counts [steps], key) -> (state, metrics)`, a
-      pure function whose metrics have one entry per step. `counts` is the number of indices of each step that are not
-      padding.
+    Its `counts` are the numbers of indices of each step that are not padding.
     """
 
     def run(
@@ -159,7 +156,7 @@ def first_not_finite(
     Takes the arguments of `make_train_step` and those of the step, with the state before it.
     """
     batch, key = _prepared(state, batch, key, augment)
-    grad_fn = jax.value_and_grad(_make_loss(forward, loss_fn), has_aux=True)
+    grad_fn = _make_grad_fn(forward, loss_fn)
     update = optax.with_extra_args_support(tx).update
 
     @jax.jit
@@ -179,8 +176,8 @@ def first_not_finite(
     return "the sum of a gradient"
 
 
-def _make_loss(forward: Forward, loss_fn: LossFn) -> Callable[..., Any]:
-    """Makes the mean loss over the examples of a batch: `(loss, ((loss_sum, correct, num), batch_stats))`."""
+def _make_grad_fn(forward: Forward, loss_fn: LossFn) -> Callable[..., Any]:
+    """Makes the function that returns `((mean loss, ((loss_sum, correct, num), batch_stats)), gradients)`."""
 
     def loss(
         params: PyTree, batch_stats: PyTree, frozen: PyTree, batch: Batch, key: PRNGKeyArray
@@ -191,7 +188,7 @@ def _make_loss(forward: Forward, loss_fn: LossFn) -> Callable[..., Any]:
         sums = (loss_sum, correct.sum(dtype=jnp.int32), count.astype(jnp.int32))
         return loss_sum / jnp.maximum(count, 1), (sums, batch_stats)  # a micro-batch may be all padding
 
-    return loss
+    return jax.value_and_grad(loss, has_aux=True)
 
 
 def classes_of(labels: Array) -> Int32[Array, "batch"]:

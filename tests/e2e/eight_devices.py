@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import narrow_networks, without_pictures
-from tasks import fitted, on_all_layers, on_features, on_images, start_of, steps_of
+from tasks import batch_of, fitted, on_all_layers, on_features, on_images, start_of, steps_of
 
 from benchmarks.hlo import collectives
 from cifar_jax.config import TrainConfig
@@ -26,7 +26,6 @@ from cifar_jax.train.loop import EpochOrder
 from cifar_jax.train.losses import cross_entropy
 from cifar_jax.train.optimizer import make_optimizer
 from cifar_jax.train.step import make_train_step, scan_steps
-from cifar_jax.train.task import Batch
 
 NETWORK = ResNetConfig(stage_sizes=(1,), width=4)
 KEY = jax.random.key(7)
@@ -98,7 +97,7 @@ def test_finetune(backbone, images):
 
 def test_padding_would_show(backbone, images):
     """The step that counts padding in its statistics differs by far more than the tolerance above."""
-    config, padded = TrainConfig(mode="finetune"), batch_of(images, 8, real=6)
+    config, padded = TrainConfig(mode="finetune"), batch_of(*images.take(np.arange(8)), 6)
     short = jax.tree.map(lambda leaf: leaf[:6], padded)
 
     def loss_of(has_padding, batch):
@@ -120,11 +119,6 @@ def test_every_example_is_counted_once(backbone, images, batch_size):
     assert eight.num == 70 and eight.loss == pytest.approx(one.loss, rel=1e-6)
 
 
-def batch_of(images, size, real=None):
-    weights = np.arange(size) < (size if real is None else real)
-    return Batch(images.images[:size], images.labels[:size], weights.astype(np.float32))
-
-
 def exchanged(step, *args):
     """What the compiled step exchanges: the kinds, and the elements of the sums, each sum once."""
     found = collectives(step.lower(*args).compile().as_text())
@@ -144,7 +138,7 @@ def test_frozen_steps_exchange_the_gradient_and_the_metrics(backbone, images):
     placed = replicate(EIGHT, (features, images.labels)), shard(EIGHT, indices, axis=1)
     epoch = jax.jit(scan_steps(make_train_step(cached.forward, cross_entropy, TX)))
     assert exchanged(epoch, state, {}, *placed[0], placed[1], counts, KEY) == ({"all-reduce"}, size + 3)
-    live, batch = on_images(head(), backbone, images), shard(EIGHT, batch_of(images, 16))
+    live, batch = on_images(head(), backbone, images), shard(EIGHT, batch_of(*images.take(np.arange(16))))
     step = jax.jit(make_train_step(live.forward, cross_entropy, TX, augment=ALL))
     assert exchanged(step, state, replicate(EIGHT, backbone), batch, KEY) == ({"all-reduce"}, size + 3)
     assert exchanged(eval_step, state.params, batch._replace(inputs=features[:16])) == ({"all-reduce"}, 101)
@@ -157,7 +151,7 @@ def test_finetune_exchanges_statistics_as_well(backbone, images, bn_statistics):
     task = on_all_layers(config, head(), backbone, images, mesh=EIGHT)
     state = replicate(EIGHT, start_of(task, TX))
     step = jax.jit(make_train_step(task.forward, cross_entropy, TX))
-    found = exchanged(step, state, {}, shard(EIGHT, batch_of(images, 16)), KEY)
+    found = exchanged(step, state, {}, shard(EIGHT, batch_of(*images.take(np.arange(16)))), KEY)
     statistics = size_of(backbone.variables["batch_stats"]) if bn_statistics == "batch" else 0
     assert found == ({"all-reduce"}, size_of(state.params) + 3 + 2 * statistics)
 

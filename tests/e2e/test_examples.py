@@ -27,7 +27,7 @@ from cifar_jax import (
     predict_probs,
 )
 from cifar_jax.config import preset
-from cifar_jax.data import load_problem
+from cifar_jax.data import load_data
 from cifar_jax.experiment import train
 from cifar_jax.models import resnet
 from cifar_jax.pretrained import UNTRAINED
@@ -102,7 +102,7 @@ def read(name: str, path: Path) -> Run:
 
 def logits_and_labels(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Logits of a run's test images, plainly, and their labels."""
-    images, labels = load_problem(run.config).test
+    images, labels = load_data(run.config).test
     logits = run.head.logits(run.head_params, extract(run.backbone, images))
     return np.asarray(logits, np.float64), labels
 

@@ -59,9 +59,9 @@ def run(directory):
         narrow_networks(patch)
         patch.setattr(experiment, "fit", kept)
         patch.setattr("cifar_jax.report.run_figures.write_samples", lambda *_: None)
-        commands = (["--epochs", "1"], ["--epochs", "2", "--resume"], [])
-        found["codes"] = [main([*train, *more]) for more in commands]
-    out.with_suffix(".json").write_text(json.dumps(found))
+        found["codes"] = [main([*train, *more]) for more in (["--epochs", "1"], ["--epochs", "2", "--resume"])]
+        out.with_suffix(".json").write_text(json.dumps(found))
+        main(train)  # which ends both processes
 
 
 if __name__ == "__main__":

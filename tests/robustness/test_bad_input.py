@@ -5,34 +5,39 @@ import errno
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers import NARROW, TINY, command, files_below, full_disk, is_one_error, tiny_run
+from helpers import (
+    FIELDS,
+    TINY,
+    Silent,
+    command,
+    files_below,
+    flip_bit,
+    full_disk,
+    is_one_error,
+    narrow_networks,
+    tiny_run,
+    without_pictures,
+)
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
 
-from cifar_jax import experiment, files
 from cifar_jax.config import PRESETS, TrainConfig
 from cifar_jax.config.option_groups import GROUP_OF
 from cifar_jax.data import balanced_subset, epoch_batches, hold_out
 from cifar_jax.errors import UserError
-from cifar_jax.experiment import Interrupted, train
-from cifar_jax.features import extraction as extraction
-from cifar_jax.files import load_arrays, save_arrays, write_json
-from cifar_jax.pretrained import load_backbone
-from cifar_jax.report import run_figures
-from cifar_jax.runs import checkpoint, directory as run_dir
-from cifar_jax.runs.checkpoint import newest_whole
+from cifar_jax.experiment import train
+from cifar_jax.files import load_arrays, replacing, save_arrays, write_json
 from cifar_jax.runs.directory import CHECKPOINTS, CONFIG, INPUTS, METRICS, SUMMARY
+from cifar_jax.runs.ending import Interrupted
 from cifar_jax.runs.reader import load_run
-from cifar_jax.runtime.progress import EpochRow
-from cifar_jax.train import load_inputs
 
-PICTURES = run_figures.write_pictures
 FAST = settings(max_examples=30, deadline=None)
 
 
@@ -51,24 +56,6 @@ def run(finished, tmp_path):
 def picture(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "picture.png")
     return tmp_path / "picture.png"
-
-
-@pytest.fixture
-def quick(monkeypatch, finished, narrow):
-    """A job that computes next to nothing: where its files go has nothing to do with what is in them."""
-    backbone = load_backbone(finished / "backbone.safetensors").replace(source="random-w16 (seed 0)")
-    monkeypatch.setattr(load_inputs, "make_untrained", lambda *_: backbone)
-    monkeypatch.setattr(extraction, "make_extractor", lambda *_, **__: cheap_features)
-    monkeypatch.setattr(experiment, "fit", one_epoch)
-
-
-def cheap_features(images, on_images=None):
-    return images.reshape(len(images), -1)[:, : NARROW.features].astype(np.float32)
-
-
-def one_epoch(state, frozen, advance, evaluate, num_epochs, on_epoch, **_):
-    on_epoch(EpochRow(1, 2.3, 0.1, 2.3, 0.1, 0.0), evaluate(state), state)
-    return state, []
 
 
 def try_to_train(capsys, out, *more):
@@ -142,34 +129,7 @@ def test_places_that_cannot_be_written(tmp_path, capsys, make, part, overwrite):
     assert files_below(tmp_path) == before
 
 
-@pytest.mark.parametrize("out", ["out", "new/deep/out"])
-def test_a_read_only_directory(tmp_path, capsys, monkeypatch, out):
-    # To root nothing is read-only, so the answer of the system is put in its mouth.
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    is_one_error(try_to_train(capsys, tmp_path / out), 2, f"as {tmp_path} is read-only; choose another directory")
-    assert files_below(tmp_path) == []
-
-
-def test_a_directory_that_may_not_be_looked_into(tmp_path, capsys, monkeypatch):
-    (tmp_path / "out").mkdir()
-
-    def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    is_one_error(try_to_train(capsys, tmp_path / "out"), 2, "cannot be used (Permission denied)")
-
-
-def test_a_place_that_vanishes_leaves_no_directory(tmp_path, capsys, quick, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(run_dir, "write_json", refuse)
-    is_one_error(try_to_train(capsys, tmp_path / "out"), 2, "cannot be written (Read-only file system)")
-    assert files_below(tmp_path) == []
-
-
-def test_a_run_is_replaced_only_when_asked_to(tmp_path, capsys, quick, run):
+def test_a_run_is_replaced_only_when_asked_to(tmp_path, capsys, narrow, run):
     a_file(run / "my notes.txt")
     (run / CHECKPOINTS / "9999").mkdir()
     before = files_below(run)
@@ -191,7 +151,7 @@ def test_a_run_whose_configuration_is_damaged_is_told_from_other_files(run, caps
     assert files_below(run) == before
 
 
-def test_a_link_to_a_directory_is_followed_and_stays(tmp_path, capsys, quick):
+def test_a_link_to_a_directory_is_followed_and_stays(tmp_path, capsys, narrow):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     assert try_to_train(capsys, tmp_path / "out").code == 0
@@ -203,7 +163,7 @@ def test_a_link_to_a_directory_is_followed_and_stays(tmp_path, capsys, quick):
 
 
 @pytest.mark.parametrize(("room", "code", "left"), [(100, 2, []), (2_600, 1, [CONFIG, INPUTS, SUMMARY])])
-def test_a_disk_that_fills_up_fails_the_run_in_one_sentence(tmp_path, capsys, quick, room, code, left):
+def test_a_disk_that_fills_up_fails_the_run_in_one_sentence(tmp_path, capsys, narrow, room, code, left):
     """While config.json is written, and while the backbone is."""
     with full_disk(at=room):
         result = try_to_train(capsys, tmp_path / "out")
@@ -211,23 +171,11 @@ def test_a_disk_that_fills_up_fails_the_run_in_one_sentence(tmp_path, capsys, qu
     assert files_below(tmp_path / "out") == left
 
 
-def test_a_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, capsys, quick, monkeypatch):
-    def fail(*_):
-        raise SafetensorError("Error while serializing: " + "x" * 500 + "; No space left on device\nStack trace")
-
-    monkeypatch.setattr(checkpoint, "save_file", fail)
-    result = try_to_train(capsys, tmp_path / "out")
-    is_one_error(
-        result, 1, "/checkpoints/0001 could not be written (Error", "No space left on device). Free some space"
-    )
-    assert files_below(tmp_path / "out") == ["backbone.safetensors", CHECKPOINTS, CONFIG, INPUTS, METRICS, SUMMARY]
-    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["status"] == "failed"
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint.json", SUMMARY, "curves.png"])
-def test_any_file_of_a_run_may_fail(tmp_path, capsys, quick, monkeypatch, name):
-    if name == "curves.png":
-        monkeypatch.setattr("cifar_jax.report.run_figures.write_pictures", PICTURES)
+@pytest.mark.parametrize("name", [METRICS, "checkpoint.json", SUMMARY, "curves.png"])
+def test_any_file_of_a_run_may_fail(tmp_path, capsys, monkeypatch, name):
+    narrow_networks(monkeypatch)
+    if name != "curves.png":
+        without_pictures(monkeypatch)
     replace = os.replace
 
     def fail(source, target):
@@ -235,29 +183,20 @@ def test_any_file_of_a_run_may_fail(tmp_path, capsys, quick, monkeypatch, name):
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     result = try_to_train(capsys, tmp_path / "out")
     is_one_error(result, 1, str(tmp_path / "out"), "written (", "No space left on device)", "choose another --out")
     left = {Path(path).name for path in files_below(tmp_path / "out")}
+    if name != SUMMARY:
+        assert json.loads((tmp_path / "out" / SUMMARY).read_text())["status"] == "failed"
     assert name not in left and not [path for path in left if path.startswith(".")]
 
 
-def test_a_cache_that_cannot_be_written_only_warns(tmp_path, capsys, quick, own_compile_cache):
+def test_a_cache_that_cannot_be_written_only_warns(tmp_path, capsys, narrow, own_compile_cache):
     a_file(tmp_path / "cache")
     result = try_to_train(capsys, tmp_path / "out", "--cache-dir", tmp_path / "cache")
     assert result.code == 0 and result.err.count("The features could not be saved in") == 2
     assert result.err.count("Cannot save compiled functions in") == 1
-
-
-def test_features_that_are_damaged_in_the_cache_are_made_again(tmp_path, capsys, quick):
-    cache = tmp_path / "cache"
-    assert try_to_train(capsys, tmp_path / "one", "--cache-dir", cache).code == 0
-    kept = sorted((cache / "features").iterdir())
-    flip(kept[0] / "c" / "0" / "0", 1000)
-    result = try_to_train(capsys, tmp_path / "two", "--cache-dir", cache)
-    assert result.code == 0 and "The cache is corrupt" in result.err and f"{kept[0]}/c/0/0" in result.err
-    assert result.err.count("recomputing the features of") == 1
-    assert sorted((cache / "features").iterdir()) == kept
 
 
 @pytest.mark.parametrize("mode", ["cached", "live"])
@@ -279,18 +218,20 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys, narrow, mode):
     assert result.code == 0 and json.loads((out / SUMMARY).read_text())["status"] == "complete"
 
 
-def test_ctrl_c_before_the_first_epoch_leaves_a_summary(tmp_path, quick, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+def test_ctrl_c_before_the_first_epoch_leaves_a_summary(tmp_path, narrow):
+    out = tmp_path / "out"
 
-    monkeypatch.setattr(experiment, "fit", interrupt)
-    config = TrainConfig(
-        dataset="shapes", weights="random-w16", train_examples=64, test_examples=10, out=str(tmp_path / "out")
-    )
-    with pytest.raises(Interrupted) as caught, files.replacing(tmp_path / "mine"):  # through a context manager
-        train(config)
-    assert (caught.value.path, caught.value.saved) == (tmp_path / "out", (0, 0))
-    summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
+    class Interrupting(Silent):
+        def progress(self, description, total, compiles=False):
+            if description.startswith("Features"):
+                signal.raise_signal(signal.SIGINT)
+            return super().progress(description, total, compiles)
+
+    config = TrainConfig(dataset="shapes", train_examples=64, test_examples=10, out=str(out))
+    with pytest.raises(Interrupted) as caught:
+        train(config, Interrupting(), backbone=FIELDS)
+    assert (caught.value.path, caught.value.saved) == (out, (0, 0))
+    summary = json.loads((out / SUMMARY).read_text())
     assert (summary["status"], summary["epochs"], summary["val_loss"]) == ("interrupted", 0, None)
 
 
@@ -300,12 +241,6 @@ def test_ctrl_c_before_the_first_epoch_leaves_a_summary(tmp_path, quick, monkeyp
 
 def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def flip(path, position=None):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 if position is None else position] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +267,7 @@ def flip(path, position=None):
         (lambda run: (run / CHECKPOINTS / "0002" / "checkpoint.json").write_text("{}"), ["checkpoints/0002"]),
         (lambda run: (run / "backbone.safetensors").unlink(), ["needs the backbone", "SHA-256", "--weights"]),
         (
-            lambda run: flip(run / "backbone.safetensors"),
+            lambda run: flip_bit(run / "backbone.safetensors"),
             ["needs the backbone", "backbone.safetensors is another file"],
         ),
     ],
@@ -344,26 +279,16 @@ def test_damaged_runs(run, picture, capsys, damage, parts):
     assert files_below(run) == before
 
 
-def test_any_damaged_file_of_a_checkpoint_is_noticed(run, said):
-    files = sorted(path for path in (run / CHECKPOINTS / "0002").rglob("*") if path.is_file() and path.stat().st_size)
-    assert [path.name for path in files] == ["arrays.safetensors", "checkpoint.json"]
-    with safe_open(files[0], "numpy") as arrays:
-        head = {name: arrays.get_tensor(name) for name in arrays.keys() if name.startswith("params/head/")}  # noqa: SIM118
-    for path in files:
-        whole = path.read_bytes()
-        said.clear()
-        # What is read is checked: of the arrays the head's, which lie between others.
-        at = whole.find(head["params/head/0/kernel"].tobytes()) if path == files[0] else len(whole) // 2
-        assert at > 0
-        flip(path, at)
-        with pytest.raises(UserError, match="checkpoints/0002"):
-            load_run(run)
-        # To go on from it, all of it is.
-        path.write_bytes(whole)
-        flip(path, -1)
-        newest_whole(run / CHECKPOINTS)
-        assert any("0002" in text and "using the one before it" in text for text in said), (path, said)
-        path.write_bytes(whole)
+@pytest.mark.parametrize("name", ["arrays.safetensors", "checkpoint.json"])
+def test_a_corrupt_checkpoint_is_not_used_to_predict(run, name):
+    path = run / CHECKPOINTS / "0002" / name
+    whole = path.read_bytes()
+    # What is read is checked: of the arrays the head's, which lie between others.
+    kernel = load_file(run / CHECKPOINTS / "0002" / "arrays.safetensors")["params/head/0/kernel"]
+    flip_bit(path, whole.find(kernel.tobytes()) / len(whole) if name == "arrays.safetensors" else 0.5)
+    with pytest.raises(UserError, match="checkpoints/0002"):
+        load_run(run)
+    path.write_bytes(whole)
     assert load_run(run).class_names[0] == "disc"
 
 
@@ -380,7 +305,7 @@ def test_a_backbone_that_moved_is_taken_from_where_it_is_said_to_be(run, tmp_pat
     digest = json.loads((run / SUMMARY).read_text())["backbone"]["sha256"]
     is_one_error(command(capsys, "predict", run, picture), 2, digest, "name a copy of it with --weights")
     other = shutil.copy(moved, tmp_path / "other.safetensors")
-    flip(other)
+    flip_bit(other)
     result = command(capsys, "predict", run, picture, "--weights", other)
     is_one_error(result, 2, digest, f"{other} is another file")
     assert command(capsys, "predict", run, picture, "--weights", moved) == whole
@@ -404,33 +329,18 @@ def test_other_test_images_are_not_scored(run, capsys):
         {"epochs": True},
         {"epochs": None},
         {"batch_size": [64]},
-        {"learning_rate": "0.1"},
-        {"learning_rate": None},
         {"learning_rate": float("nan")},
-        {"learning_rate": float("inf")},
-        {"momentum": 1},
         {"hidden": 16},
-        {"hidden": "16"},
-        {"hidden": [16.0]},
-        {"hidden": ["16"]},
         {"hidden": [[16]]},
-        {"hidden": None},
         {"hidden": [0]},
         {"image_size": 100},
         {"seed": -1},
-        {"seed": 0.5},
         {"val_fraction": 1},
         {"shuffle": "no"},
-        {"progress": 0},
         {"mode": "eager"},
-        {"mode": None},
-        {"precision": 32},
-        {"dataset": None},
         {"weights": 3},
-        {"out": False},
         {"preset": "imagenet"},
         {"learning-rate": 0.1},
-        {"lr": 0.1},
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(fields):
@@ -534,7 +444,7 @@ def test_an_epoch_of_cifar10_has_the_steps_that_keras_counts():
 # What holds for any file
 
 
-@pytest.mark.parametrize("value", [float("nan"), {1, 2}, b"bytes", {"deep": [float("inf")]}])
+@pytest.mark.parametrize("value", [{1, 2}, {"deep": [float("inf")]}])
 def test_what_is_no_json_leaves_the_old_file(tmp_path, value):
     path = tmp_path / "file.json"
     write_json(path, {"old": 1})
@@ -548,37 +458,17 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     write_json(path, {"old": 1})
     with full_disk(at=1000), pytest.raises(OSError, match="too large"):
         write_json(path, "x" * 2000)
-    with contextlib.suppress(KeyboardInterrupt), files.replacing(path) as temporary:
+    with contextlib.suppress(KeyboardInterrupt), replacing(path) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert files_below(tmp_path) == ["file.json"] and json.loads(path.read_text()) == {"old": 1}
     write_json(path, {"new": 2})
-    assert path.stat().st_mode & 0o777 == 0o666 & ~files._umask()
+    (tmp_path / "usual").touch()
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 ARRAYS = {"images": np.arange(12, dtype=np.float32).reshape(3, 4), "labels": np.arange(3, dtype=np.int32)}
 ABOUT = {"class_names": ["cat", "dög"], "version": "1.0.0"}
-
-
-@FAST
-@given(
-    st.dictionaries(
-        st.sampled_from("abc"),
-        st.tuples(
-            st.sampled_from([np.uint8, np.int32, np.float32, np.bool_]), st.lists(st.integers(0, 3), max_size=3)
-        ).map(lambda made: np.ones(made[1], made[0])),
-        max_size=3,
-    ),
-    st.dictionaries(st.text(), st.text() | st.integers() | st.lists(st.text())),
-)
-def test_arrays_come_back_as_they_were(tmp_path_factory, arrays, about):
-    directory = tmp_path_factory.mktemp("arrays") / "deep" / "kept"
-    save_arrays(directory, arrays, about)
-    loaded, told = load_arrays(directory)
-    assert told == about and set(loaded) == set(arrays)
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(loaded[name], array, strict=True)
-    assert [path.name for path in directory.parent.iterdir()] == ["kept"]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What goes wrong while a run goes on, provoked for real where that can be: directories, disks, clocks, devices."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,20 +13,32 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, TINY, command, files_below, flip_bit, full_disk, is_one_error
+from helpers import (
+    FIELDS,
+    ROOT,
+    TINY,
+    Disturbance,
+    command,
+    files_below,
+    flip_bit,
+    full_disk,
+    is_one_error,
+    rows_of,
+    summary_of,
+)
 
-from cifar_jax import experiment, load_run
+from cifar_jax import load_run
+from cifar_jax.cli.console import ConsoleReporter
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset, Splits
-from cifar_jax.data.splits import make_problem
-from cifar_jax.errors import RunError
+from cifar_jax.data.splits import make_data
+from cifar_jax.errors import RunError, UserError
 from cifar_jax.experiment import train
 from cifar_jax.features import extraction as extraction, extractor as features
 from cifar_jax.features.extractor import make_extractor
 from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import random_backbone
-from cifar_jax.runs.directory import CHECKPOINTS, METRICS, SUMMARY, claimed
-from cifar_jax.runs.writer import RunWriter
+from cifar_jax.runs.directory import CHECKPOINTS, METRICS, claimed
 from cifar_jax.train.load_inputs import warn_of_shared_images
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -34,8 +47,6 @@ pytestmark = pytest.mark.usefixtures("narrow")
 def config(tmp_path, **more):
     usual = {
         "dataset": "shapes",
-        "weights": "random-w16",
-        "image_size": 32,
         "train_examples": 72,
         "test_examples": 20,
         "epochs": 3,
@@ -44,22 +55,6 @@ def config(tmp_path, **more):
         "out": str(tmp_path / "run"),
     }
     return TrainConfig(**usual | more)
-
-
-def after_epoch(monkeypatch, number, happens):
-    """Something happens once that epoch's checkpoint is there."""
-    usual = RunWriter.checkpoint
-
-    def checkpoint(self, state, part=None):
-        usual(self, state, part)
-        if len(self.history) == number:
-            happens()
-
-    monkeypatch.setattr(RunWriter, "checkpoint", checkpoint)
-
-
-def rows_of(run):
-    return [json.loads(line) | {"seconds": 0} for line in (run / METRICS).read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,11 +84,10 @@ with claimed(pathlib.Path({str(out)!r})):
     assert command(capsys, "train", *TINY, "--epochs", 1, "--out", out).code == 0
 
 
-def test_a_directory_that_is_removed_during_the_run_fails_it_and_is_not_made_again(tmp_path, capsys, monkeypatch):
+def test_a_directory_that_is_removed_during_the_run_fails_it_and_is_not_made_again(tmp_path):
     out = tmp_path / "run"
-    after_epoch(monkeypatch, 1, lambda: shutil.rmtree(out))
-    result = command(capsys, "train", *TINY, "--epochs", 3, "--out", out)
-    is_one_error(result, 1, str(out), "No such file or directory", "choose another --out")
+    with pytest.raises(RunError, match=r"No such file or directory.*choose another --out"):
+        train(config(tmp_path), Disturbance(lambda: shutil.rmtree(out), epoch=1), backbone=FIELDS)
     assert not out.exists()
 
 
@@ -120,48 +114,39 @@ sys.exit(main(["train", "--preset", "demo", "--out", {str(out)!r}]))
     assert "Traceback" not in found.stderr and files_below(tmp_path / "closed") == []
 
 
-def test_a_disk_that_fills_up_in_the_midst_of_a_run_fails_it_and_more_room_goes_on(tmp_path, monkeypatch, said):
+def test_a_disk_that_fills_up_in_the_midst_of_a_run_fails_it_and_more_room_continues_it(tmp_path):
     plain = config(tmp_path, resume=True)
-    undisturbed = rows_of(train(replace(plain, out=str(tmp_path / "undisturbed"))))
-    usual = RunWriter.checkpoint
-
-    def checkpoint(self, state, part=None):
-        with full_disk(at=200 if len(self.history) == 2 else 2**30):
-            usual(self, state, part)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunWriter, "checkpoint", checkpoint)
-        with pytest.raises(RunError, match=r"0002 could not be written .*Free some space"):
-            train(plain)
+    undisturbed = rows_of(train(replace(plain, out=str(tmp_path / "undisturbed")), backbone=FIELDS))
     run = tmp_path / "run"
-    assert json.loads((run / SUMMARY).read_text())["status"] == "failed"
+    # Room for the lines of metrics.jsonl, but neither for a checkpoint nor for the summary.
+    with contextlib.ExitStack() as fault, pytest.raises(RunError, match=r"0002 could not be written .*Free some space"):
+        train(plain, Disturbance(lambda: fault.enter_context(full_disk(at=1000)), epoch=1), backbone=FIELDS)
     assert [path.name for path in (run / CHECKPOINTS).iterdir()] == ["0001"]
-    said.clear()
-    assert load_run(run, allow_incomplete=True).summary["selected_epoch"] == 1
-    assert len(said) == 1 and "failed after 1 of 3 epochs" in said[0]
-    assert rows_of(train(plain)) == undisturbed
+    with pytest.raises(UserError, match=r"has not ended: .* continue it with --resume"):
+        load_run(run, backbone=FIELDS)
+    assert rows_of(train(plain, backbone=FIELDS)) == undisturbed
 
 
 def test_a_clock_that_jumps_back_changes_nothing(tmp_path, monkeypatch):
     """Seconds are counted by a clock that cannot; the times of files in the cache may lie ahead of it."""
     plain = config(tmp_path)
-    first = rows_of(train(plain))
+    first = rows_of(train(plain, backbone=FIELDS))
     ahead = time.time() + 10 * 365 * 86400
     for path in (tmp_path / "cache").rglob("*"):
         os.utime(path, (ahead, ahead))
     monkeypatch.setattr(time, "time", lambda: 1.0)
-    run = train(replace(plain, out=str(tmp_path / "again"), cache_limit=0.0))
+    run = train(replace(plain, out=str(tmp_path / "again"), cache_limit=0.0), backbone=FIELDS)
     assert rows_of(run) == first
     assert all(row["seconds"] >= 0 for row in map(json.loads, (run / METRICS).read_text().splitlines()))
-    assert all(seconds >= 0 for seconds in json.loads((run / SUMMARY).read_text())["seconds"].values())
+    assert all(seconds >= 0 for seconds in summary_of(run)["seconds"].values())
 
 
-def test_a_flipped_bit_in_a_chunk_of_features_is_said_and_changes_nothing(tmp_path, said):
+def test_a_flipped_bit_in_a_chunk_of_features_is_reported_and_changes_nothing(tmp_path, said):
     plain = config(tmp_path)
-    first = rows_of(train(plain))
+    first = rows_of(train(plain, backbone=FIELDS))
     chunks = [path for path in (tmp_path / "cache" / "features").glob("*/c/*/*") if path.is_file()]
     flip_bit(chunks[0])
-    assert rows_of(train(replace(plain, out=str(tmp_path / "again")))) == first
+    assert rows_of(train(replace(plain, out=str(tmp_path / "again")), backbone=FIELDS)) == first
     assert sum("The cache is corrupt" in text for text in said) == 1
 
 
@@ -259,13 +244,13 @@ def test_features_that_were_made_before_the_memory_was_full_are_kept(monkeypatch
     ],
 )
 def test_a_device_that_fails_ends_the_run_in_one_sentence(tmp_path, capsys, monkeypatch, message, part):
-    def fail(*_, **__):
+    def fail(*_):
         raise jax.errors.JaxRuntimeError(message)
 
-    monkeypatch.setattr(experiment, "fit", fail)
+    monkeypatch.setattr(ConsoleReporter, "epoch", fail)
     out = tmp_path / "run"
     is_one_error(command(capsys, "train", *TINY, "--epochs", 1, "--out", out), 1, part, message)
-    assert json.loads((out / SUMMARY).read_text())["status"] == "failed"
+    assert summary_of(out)["status"] == "failed"
 
 
 def test_a_device_that_is_lost_during_extraction_is_not_taken_for_a_full_one(monkeypatch, backbone, shapes):
@@ -299,8 +284,8 @@ def test_images_that_are_all_the_same_have_the_same_features(tmp_path, backbone)
 
 def test_validation_images_that_are_training_images_are_warned_of(shapes, caplog):
     train, test = shapes.take(np.arange(60)), shapes.take(np.arange(53, 73))
-    problem = make_problem(train, test, Splits(train, test, (), "some", "1.0.0"))
-    warn_of_shared_images(problem)
+    data = make_data(train, test, Splits(train, test, (), "some", "1.0.0"))
+    warn_of_shared_images(data)
     assert caplog.messages == ["7 of 20 test images are identical to training images, so accuracy on them says little."]
 
 

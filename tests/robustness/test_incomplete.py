@@ -5,24 +5,22 @@ import json
 import os
 import re
 import signal
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import TINY, Heard, command, flip_bit, is_one_error
+from helpers import FIELDS, TINY, Disturbance, command, flip_bit, is_one_error, rows_of, summary_of
 from PIL import Image
 
-from cifar_jax import FunctionBackbone, UserError, files, load_run
+from cifar_jax import UserError, load_run
 from cifar_jax.config import TrainConfig
-from cifar_jax.experiment import Interrupted, train
+from cifar_jax.experiment import train
 from cifar_jax.models.head import dense_logits, init_head
 from cifar_jax.runs.directory import CHECKPOINTS, CONFIG, SUMMARY
-from cifar_jax.runs.writer import RunWriter
+from cifar_jax.runs.ending import Interrupted
 from cifar_jax.runtime.sharding import make_mesh
 from cifar_jax.train.evaluate import EvalResult
 from cifar_jax.train.loop import Diverged, EpochOrder, fit, make_advance
@@ -36,10 +34,6 @@ DIVERGES = (
     *("--test-examples", "100", "--epochs", "3", "--hidden", "64", "64", "64", "--momentum", "0.9"),
     *("--schedule", "cosine", "--warmup-epochs", "1.9"),
 )
-
-
-def read(path):
-    return json.loads(path.read_text())
 
 
 def checkpoints(run):
@@ -59,7 +53,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_resumes_with_a_l
     is_one_error(result, 1, "Loss or gradient was not finite in epoch 2, step ", "The checkpoint after 1 epoch is kept")
     assert f"Continue with a lower --learning-rate and --resume --out {run}, or start again" in result.err
     kept = checkpoints(run)
-    assert set(kept) == {"0001"} and read(run / SUMMARY)["status"] == "diverged"
+    assert set(kept) == {"0001"} and summary_of(run)["status"] == "diverged"
 
     # Nobody uses it unawares.
     for arguments in (("predict", run, picture), ("evaluate", run)):
@@ -75,13 +69,13 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_resumes_with_a_l
     is_one_error(command(capsys, *job, "--learning-rate", 31, "--resume"), 2, "would diverge again", "below 30")
     other = command(capsys, *job, "--learning-rate", 0.01, "--seed", 1, "--resume")
     is_one_error(other, 2, "it differs in --seed (0 there, 1 here). Give")
-    assert checkpoints(run) == kept and read(run / CONFIG)["learning_rate"] == 30
+    assert checkpoints(run) == kept and json.loads((run / CONFIG).read_text())["learning_rate"] == 30
 
     resumed = command(capsys, *job, "--learning-rate", 0.01, "--resume")
     assert resumed.code == 0 and f"Resuming the run in {run} after 1 epoch." in resumed.err
     assert re.findall(r"^epoch (\d)/3", resumed.out, re.MULTILINE) == ["2", "3"]
-    summary = read(run / SUMMARY)
-    assert summary["status"] == "complete" and read(run / CONFIG)["learning_rate"] == 0.01
+    summary = summary_of(run)
+    assert summary["status"] == "complete" and json.loads((run / CONFIG).read_text())["learning_rate"] == 0.01
     assert summary["learning_rates"] == [
         {"from_epoch": 1, "from_step": 1, "learning_rate": 30.0},
         {"from_epoch": 2, "from_step": 1, "learning_rate": 0.01},
@@ -105,26 +99,6 @@ def config(tmp_path, cache, **more):
     return TrainConfig(**usual | more)
 
 
-class Disturbing(Heard):
-    """A reporter that does something when an epoch is done, or when a bar has come so far."""
-
-    def __init__(self, after_epoch=None, at_examples=None, happens=lambda: None):
-        super().__init__()
-        self.after_epoch, self.at_examples, self.happens = after_epoch, at_examples, happens
-
-    def epoch(self, row, num_epochs):
-        if row.epoch == self.after_epoch:
-            self.happens()
-
-    @contextmanager
-    def progress(self, description, total, compiles=False):
-        def bar(done):
-            if description.startswith("Epoch") and done == self.at_examples:
-                self.happens()
-
-        yield bar
-
-
 def test_a_corrupt_checkpoint_met_while_stopping_does_not_hide_the_signal(tmp_path, cache, narrow):
     job, run = config(tmp_path, cache, mode="finetune"), tmp_path / "run"
 
@@ -133,28 +107,14 @@ def test_a_corrupt_checkpoint_met_while_stopping_does_not_hide_the_signal(tmp_pa
         signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Interrupted) as stopped:
-        train(job, Disturbing(after_epoch=1, happens=disturb))
+        train(job, Disturbance(disturb, epoch=1))
     assert stopped.value.exit_code == 143 and stopped.value.saved == (1, 0)
     (note,) = stopped.value.__notes__
     assert "0001 is corrupt: checksum mismatch in" in note
-    assert read(run / SUMMARY)["status"] == "interrupted"
+    assert summary_of(run)["status"] == "interrupted"
     # The head of that epoch fits no other backbone.
     with pytest.raises(UserError, match=r"has no trained backbone: writing it failed\. Continue it with --resume"):
         load_run(run, allow_incomplete=True)
-
-
-def test_a_signal_met_while_a_diverged_run_ends_does_not_hide_divergence(tmp_path, capsys, narrow, monkeypatch):
-    finish = RunWriter.finish
-
-    def disturbed(self, *arguments):
-        signal.raise_signal(signal.SIGINT)
-        finish(self, *arguments)
-
-    monkeypatch.setattr(RunWriter, "finish", disturbed)
-    run = tmp_path / "run"
-    result = command(capsys, "train", *TINY, "--mode", "live", "--learning-rate", "1e30", "--out", run)
-    is_one_error(result, 1, "Loss or gradient was not finite in epoch 1, step 2")
-    assert read(run / SUMMARY)["status"] == "diverged"
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf])
@@ -174,25 +134,34 @@ def test_an_epoch_after_which_the_loss_is_not_finite_is_no_good_checkpoint(loss)
     assert kept == [1] and raised.value.epoch == 2
 
 
-def test_a_full_disk_met_while_stopping_does_not_hide_divergence(tmp_path, capsys, narrow, monkeypatch):
+@pytest.mark.parametrize("disturbance", ["full disk", "signal"])
+def test_what_happens_while_a_diverged_run_ends_does_not_hide_divergence(
+    tmp_path, capsys, narrow, monkeypatch, disturbance
+):
     replace_file = os.replace
 
-    def full(source, target):
-        if Path(target).name == SUMMARY:
+    def disturbed(source, target):
+        if Path(target).name == SUMMARY and disturbance == "full disk":
             raise OSError(errno.ENOSPC, "No space left on device")
+        if Path(target).name == SUMMARY:
+            signal.raise_signal(signal.SIGINT)
         replace_file(source, target)
 
-    monkeypatch.setattr(files.os, "replace", full)
-    result = command(capsys, "train", *TINY, "--mode", "live", "--learning-rate", "1e30", "--out", tmp_path / "run")
-    first, second = result.err.splitlines()[-2:]
-    assert result.code == 1 and first.startswith("Error: Loss or gradient was not finite in epoch 1, step 2")
-    assert second.startswith("Writing the summary failed too: ") and "No space left on device" in second
+    monkeypatch.setattr(os, "replace", disturbed)
+    run = tmp_path / "run"
+    result = command(capsys, "train", *TINY, "--mode", "live", "--learning-rate", "1e30", "--out", run)
+    is_one_error(result, 1, "Loss or gradient was not finite in epoch 1, step 2")
+    if disturbance == "signal":
+        assert summary_of(run)["status"] == "diverged"
+    else:
+        last = result.err.splitlines()[-1]
+        assert last.startswith("Writing the summary failed too: ") and "No space left on device" in last
 
 
 def test_ctrl_c_in_the_first_epoch_tells_its_steps_and_resuming_raises_no_false_alarm(tmp_path, cache, narrow, said):
     job = config(tmp_path, cache, mode="live", schedule="cosine", batch_size=4)
     undisturbed = train(replace(job, out=str(tmp_path / "undisturbed")))
-    reporter = Disturbing(at_examples=16, happens=lambda: signal.raise_signal(signal.SIGINT))
+    reporter = Disturbance(lambda: signal.raise_signal(signal.SIGINT), epoch=1, examples=16)
     # Those that the devices had been given are finished.
     with pytest.raises(Interrupted, match=r"interrupted after 0 epochs and 1\d steps") as stopped:
         train(job, reporter)
@@ -200,25 +169,12 @@ def test_ctrl_c_in_the_first_epoch_tells_its_steps_and_resuming_raises_no_false_
     resumed = train(replace(job, resume=True))
     assert f"Resuming the run in {resumed} after {stopped.value.saved.words}." in said
     assert not [text for text in said if "metrics.jsonl" in text]
-    figures = [
-        [line.partition('"seconds"')[0] for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (resumed, undisturbed)
-    ]
-    assert figures[0] == figures[1]
-
-
-def fields(variables, images):
-    """Means of 4 x 4 fields of an image, and a layer behind them."""
-    x = images.astype(jnp.float32).reshape(len(images), 4, 8, 4, 8, 3).mean(axis=(2, 4)).reshape(len(images), -1)
-    return jnp.tanh((x / 127.5 - 1) @ variables["kernel"])
-
-
-NETWORK = FunctionBackbone(fields, {"kernel": np.full((48, 4), 0.1, np.float32)}, "fields")
+    assert rows_of(resumed) == rows_of(undisturbed)
 
 
 def test_a_run_that_the_rate_of_the_backbone_spoilt_resumes_with_a_lower_one_of_either(tmp_path, cache, narrow):
     job = config(tmp_path, cache, mode="finetune", learning_rate=1e-3, backbone_learning_rate=3e38, epochs=1)
-    steep = {"backbone": NETWORK, "loss_fn": lambda logits, labels: 1e6 * cross_entropy(logits, labels)}
+    steep = {"backbone": FIELDS, "loss_fn": lambda logits, labels: 1e6 * cross_entropy(logits, labels)}
     with pytest.raises(Diverged, match=r"was 0\.001, that of the backbone 3e\+38\. Continue with a lower") as raised:
         train(job, **steep)
     assert "a lower --learning-rate or --backbone-learning-rate and --resume" in str(raised.value)
@@ -227,16 +183,16 @@ def test_a_run_that_the_rate_of_the_backbone_spoilt_resumes_with_a_lower_one_of_
     for rates in ({}, {"backbone_learning_rate": 1e-9, "learning_rate": 0.1}, {"backbone_learning_rate": 3.1e38}):
         with pytest.raises(UserError, match=below):
             train(replace(again, **rates), **steep)
-    summary = read(train(replace(again, backbone_learning_rate=1e-9), **steep) / SUMMARY)
+    summary = summary_of(train(replace(again, backbone_learning_rate=1e-9), **steep))
     assert summary["status"] == "complete" and summary["learning_rates"][-1]["backbone_learning_rate"] == 1e-9
 
 
 def test_the_rate_of_the_head_may_fall_and_take_that_of_the_backbone_along(tmp_path, cache, narrow):
     job = config(tmp_path, cache, mode="finetune", learning_rate=3e38, epochs=1)
-    steep = {"backbone": NETWORK, "loss_fn": lambda logits, labels: 1e6 * cross_entropy(logits, labels)}
+    steep = {"backbone": FIELDS, "loss_fn": lambda logits, labels: 1e6 * cross_entropy(logits, labels)}
     with pytest.raises(Diverged):
         train(job, **steep)
-    summary = read(train(replace(job, learning_rate=1e-9, resume=True), **steep) / SUMMARY)
+    summary = summary_of(train(replace(job, learning_rate=1e-9, resume=True), **steep))
     assert summary["learning_rates"][-1] == {
         **{"from_epoch": 1, "from_step": 1, "learning_rate": 1e-9, "backbone_learning_rate": 1e-9}
     }
@@ -246,4 +202,4 @@ def test_the_rate_that_is_named_is_that_of_the_step_that_went_wrong(tmp_path, ca
     """The cosine is at zero one step later, when the update of the only step has been looked at."""
     job = config(tmp_path, cache, schedule="cosine", learning_rate=3e38, epochs=1, batch_size=96)
     with pytest.raises(Diverged, match=r"epoch 1, step 1 \(first an update\)\. The learning rate was 3e\+38\."):
-        train(job, backbone=NETWORK, loss_fn=lambda logits, labels: 1e6 * cross_entropy(logits, labels))
+        train(job, backbone=FIELDS, loss_fn=lambda logits, labels: 1e6 * cross_entropy(logits, labels))

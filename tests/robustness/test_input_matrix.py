@@ -1,4 +1,4 @@
-"""Every option with values that are not allowed, every file argument with what is not such a file: a plain error."""
+"""Values that an option does not allow, and files of the wrong kind: each is one error, and no file is written."""
 
 import itertools
 import json
@@ -22,8 +22,8 @@ from cifar_jax.cli.options import (
 )
 from cifar_jax.config.option_groups import GROUP_OF
 
-SECONDS = 60  # nothing that is refused may take as long
-HUGE = 2**40  # bytes, none of which is on the disk
+SECONDS = 60  # limit for a command that is refused
+HUGE = 2**40  # bytes of a sparse file
 
 NO_COUNT = ["0", "-1", "1.5", "four", "", "nan"]
 NO_POSITIVE_NUMBER = ["0", "-0.1", "nan", "inf", "x", ""]
@@ -31,11 +31,11 @@ NO_SHARE = ["-0.1", "1", "nan", "inf", "x", ""]
 NO_FLAG = ["maybe", "1"]
 NOT_CACHED = "in --mode cached"
 
-# What each option of `train` may not be; with what it is typed, where it is not alone.
+# Values that each option of `train` does not allow; None stands for the flag alone.
 TRAIN = {
     "preset": ["imagenet", ""],
     "dataset": ["", " "],
-    "data_dir": [],  # a path: see below
+    "data_dir": [],  # a path, as all without values: see below
     "weights": ["", " ", "no-such-network"],
     "variant": ["v3", ""],
     "image_size": [*NO_COUNT, "-32", "100", "4128", "1e9"],
@@ -81,63 +81,42 @@ TRAIN = {
     "deterministic": NO_FLAG,
     "debug": NO_FLAG,
 }
+COMMON = {"json": NO_FLAG, "debug": NO_FLAG}
+WEIGHTS = ["", "no-such-network"]
+SHAPES = ["shapes", "--weights", "random-w16", "--train-examples", "20", "--test-examples", "20", "--out", "NEW.npz"]
+OF_TRAIN = ("image_size", "precision", "train_examples", "test_examples", "seed", "extract_batch_size")
 OTHERS = {
-    "evaluate": (
-        EvaluateOptions,
-        ["RUN"],
-        {"json": NO_FLAG, "debug": NO_FLAG, "allow_incomplete": NO_FLAG, "weights": ["", "no-such-network"]},
-    ),
+    "evaluate": (EvaluateOptions, ["RUN"], COMMON | {"allow_incomplete": NO_FLAG, "weights": WEIGHTS}),
     "predict": (
         PredictOptions,
         ["RUN", "IMAGE"],
-        {
-            "json": NO_FLAG,
-            "debug": NO_FLAG,
-            "direct": NO_FLAG,
-            "allow_incomplete": NO_FLAG,
-            "weights": ["", "no-such-network"],
-        },
+        COMMON | {"direct": NO_FLAG, "allow_incomplete": NO_FLAG, "weights": WEIGHTS},
     ),
-    "info": (InfoOptions, [], {"json": NO_FLAG, "debug": NO_FLAG, "clear": [*NO_FLAG, None]}),
+    "info": (InfoOptions, [], COMMON | {"clear": [*NO_FLAG, None]}),
     "convert": (
         ConvertOptions,
         ["WEIGHTS", "NEW.h5"],
-        {"json": NO_FLAG, "debug": NO_FLAG, "overwrite": NO_FLAG, "to": ["onnx", ""], "variant": ["v3", ""]},
+        COMMON | {"overwrite": NO_FLAG, "to": ["onnx", ""], "variant": ["v3", ""]},
     ),
-    "verify-weights": (
-        VerifyOptions,
-        ["WEIGHTS"],
-        {"json": NO_FLAG, "debug": NO_FLAG, "against": ["jax", ""], "variant": ["v3", ""]},
-    ),
+    "verify-weights": (VerifyOptions, ["WEIGHTS"], COMMON | {"against": ["jax", ""], "variant": ["v3", ""]}),
     "features": (
         FeaturesOptions,
-        ["shapes", "--weights", "random-w16", "--train-examples", "20", "--test-examples", "20", "--out", "NEW.npz"],
-        {
-            "json": NO_FLAG,
-            "debug": NO_FLAG,
-            "weights": ["", "no-such-network"],
-            "variant": ["v3", "", "keras"],
-            "image_size": TRAIN["image_size"],
-            "precision": TRAIN["precision"],
-            "direct": [*NO_FLAG, None],
-            "train_examples": TRAIN["train_examples"],
-            "test_examples": TRAIN["test_examples"],
-            "seed": TRAIN["seed"],
-            "extract_batch_size": NO_COUNT,
-            "overwrite": NO_FLAG,
-        },
+        SHAPES,
+        COMMON
+        | {name: TRAIN[name] for name in OF_TRAIN}
+        | {"weights": WEIGHTS, "variant": ["v3", "", "keras"], "direct": [*NO_FLAG, None], "overwrite": NO_FLAG},
     ),
 }
-# Options that name files or directories, which the second half of this file tries.
+# Options that name files or directories, tested in the second half of this file.
 PATHS = {"data_dir", "cache_dir", "out", "config", "profile", "run", "images", "src", "dst", "file"}
 
 
 @pytest.fixture(autouse=True)
 def soon():
-    """Ends a command that does not notice what it was given."""
+    """Ends a command that does not notice its wrong argument."""
 
     def late(*_):
-        raise TimeoutError(f"It went on for {SECONDS} seconds.")
+        raise TimeoutError(f"The command ran for {SECONDS} seconds.")
 
     usual = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
@@ -222,7 +201,7 @@ def an_empty_file(path):
 
 
 def an_unreadable_file(path):
-    """Root may read anything, but this is a file that nobody can: reading its first byte is an I/O error."""
+    """A file that even root cannot read: reading its first byte is an I/O error."""
     path.symlink_to("/proc/self/mem")
     return path
 
@@ -249,7 +228,7 @@ def a_link_to_itself(path):
 
 
 KINDS = (missing, a_directory, an_empty_file, an_unreadable_file, a_text, noise, a_huge_file, a_link_to_itself)
-# Where FILE stands for what is no such file, and RUN, IMAGE and WEIGHTS for what is all right; and what it is called.
+# Commands by the name of their wrong file, FILE; RUN, IMAGE and WEIGHTS are good ones.
 INPUTS = {
     "weights.h5": ["train", *TINY, "--weights", "FILE", "--out", "NEW"],
     "weights.safetensors": ["train", *TINY, "--weights", "FILE", "--out", "NEW"],
@@ -283,7 +262,7 @@ def test_files_that_are_read(tmp_path, capsys, finished, name, kind):
     assert files_below(tmp_path) == before
 
 
-# Where the option names a place that is written to or looked into, and what stands there.
+# Commands by the name of a place, FILE, that they write to or look into.
 PLACES = {
     "data": ["train", "--weights", "WEIGHTS", "--data-dir", "FILE", "--out", "NEW"],
     "scored": ["evaluate", "RUN OF CIFAR", "--data-dir", "FILE"],
@@ -294,7 +273,7 @@ PLACES = {
 }
 
 
-# A place that is not there is made, or where nothing can be made it lies below something that is not there either.
+# Places that a command may make or use.
 FINE = {("out", missing), ("out", a_directory), ("trace", missing), ("trace", a_directory)}
 
 

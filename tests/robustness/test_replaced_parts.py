@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Heard, command, is_one_error, narrow_networks, without_pictures
+from helpers import Silent, command, is_one_error, narrow_networks, without_pictures
 
 from cifar_jax import FunctionBackbone, TrainConfig, UserError, dense_head, flax_head, load_backbone, load_run
 from cifar_jax.experiment import train
 from cifar_jax.models.head import Head
 from cifar_jax.runs.predict import evaluate_run
+from cifar_jax.runs.resume import is_unfinished
 from cifar_jax.train.loop import Diverged
 from cifar_jax.train.losses import cross_entropy
 
 
 def fields(variables, images):
-    """Means of 4 x 4 fields of an image, and a layer behind them: a network that is compiled at once."""
+    """A layer on the means of 4 x 4 fields of an image: a network that compiles in no time."""
     x = images.astype(jnp.float32).reshape(len(images), 4, 8, 4, 8, 3).mean(axis=(2, 4)).reshape(len(images), -1)
     return nn.relu((x / 127.5 - 1) @ variables["kernel"])
 
@@ -63,14 +64,13 @@ def summary_of(run):
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
+    """Ends a run as kill -9 does: nothing catches it."""
 
 
-class Stops(Heard):
-    """Raises when the first epoch begins, or when it is done."""
+class Stops(Silent):
+    """Raises an error when the first epoch begins, or when it is done."""
 
     def __init__(self, error, done=False):
-        super().__init__()
         self.error, self.done = error, done
 
     @contextlib.contextmanager
@@ -129,7 +129,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_refused_and_the_run_stays(tmp_path, case):
+def test_parts_that_do_not_fit_are_refused_and_the_run_is_kept(tmp_path, case):
     began, part, error, text = WRONG[case]
     run = train(config(tmp_path), backbone=NETWORK, **began)
     before = contents(run)
@@ -147,7 +147,7 @@ def test_a_run_is_not_overwritten_for_one_that_cannot_take_a_step(tmp_path, mode
     assert contents(run) == before
 
 
-def test_a_run_that_an_error_ended_has_a_summary_and_is_resumed(tmp_path):
+def test_a_run_that_failed_has_a_summary_and_is_resumed(tmp_path):
     with pytest.raises(TypeError, match="of a user's reporter"):
         train(config(tmp_path, epochs=2), Stops(TypeError("of a user's reporter"), done=True), backbone=NETWORK)
     run = tmp_path / "run"
@@ -164,6 +164,7 @@ def test_parts_of_a_run_without_a_checkpoint_are_not_forgotten(tmp_path, capsys)
     run = tmp_path / "run"
     before = contents(run)
     assert json.loads((run / "inputs.json").read_text())["parts"] == {"loss_fn": "focal"}
+    assert not is_unfinished(job)  # so that the command does not ask to resume what it cannot
     with pytest.raises(UserError, match=r"its loss_fn was focal, now it is that of the options\. Pass to `train` what"):
         train(replace(job, resume=True))
     assert contents(run) == before
@@ -174,19 +175,6 @@ def test_parts_of_a_run_without_a_checkpoint_are_not_forgotten(tmp_path, capsys)
         assert "(loss_fn focal); run its Python script again" in refused.err
     plain = train(replace(job, out=str(tmp_path / "plain")))
     assert command(capsys, "train", "--config", plain, "--out", tmp_path / "other").code == 0
-
-
-def test_the_command_does_not_ask_to_resume_a_run_that_it_cannot(tmp_path, capsys, monkeypatch):
-    from cifar_jax.cli.console import ConsoleReporter
-
-    monkeypatch.setattr(ConsoleReporter, "confirm", lambda *_: pytest.fail("it asked"))
-    job = config(tmp_path, weights="demo", image_size=32)
-    with pytest.raises(Killed):
-        train(job, Stops(Killed()), loss_fn=focal)
-    options = ("--dataset", "shapes", "--weights", "demo", "--image-size", "32", "--train-examples", "64")
-    more = ("--test-examples", "20", "--epochs", "1", "--batch-size", "32", "--hidden", "8", "--out", tmp_path / "run")
-    refused = command(capsys, "train", *options, *more, "--cache-dir", tmp_path / "cache")
-    is_one_error(refused, 2, "already holds a run")
 
 
 def test_images_of_a_run_without_a_checkpoint_may_not_change(tmp_path):
@@ -200,7 +188,7 @@ def test_images_of_a_run_without_a_checkpoint_may_not_change(tmp_path):
         train(replace(job, resume=True), backbone=NETWORK)
 
 
-def test_checkpoints_without_a_record_of_what_the_run_began_with_are_not_resumed(tmp_path):
+def test_a_run_without_inputs_json_is_not_resumed(tmp_path):
     run = train(config(tmp_path), backbone=NETWORK)
     (run / "inputs.json").unlink()
     with pytest.raises(
@@ -239,7 +227,7 @@ def test_a_backbone_that_was_passed_is_compared_by_its_content(tmp_path, weights
             train(longer)
 
 
-def test_an_optimiser_of_ones_own_has_the_rates_not_the_options(tmp_path, capsys):
+def test_with_an_optimiser_of_the_user_the_options_say_nothing_of_learning_rates(tmp_path, capsys):
     job = config(tmp_path, schedule="cosine", epochs=2, weights="demo", image_size=32)
     with pytest.raises(Diverged):
         train(job, tx=optax.sgd(float("inf")))
@@ -255,7 +243,7 @@ def test_an_optimiser_of_ones_own_has_the_rates_not_the_options(tmp_path, capsys
     assert summary_of(resumed)["learning_rates"] == [] and summary_of(resumed)["epochs"] == 3
 
 
-def test_a_head_is_not_taken_for_a_run_of_the_dense_one(tmp_path):
+def test_a_run_of_the_dense_head_is_not_loaded_with_another_head(tmp_path):
     run = train(config(tmp_path), backbone=NETWORK)
     other = Head(dense_head((3,)).init, dense_head((3,)).logits, "mine")
     for head in (other, dense_head((3,))):
@@ -264,14 +252,14 @@ def test_a_head_is_not_taken_for_a_run_of_the_dense_one(tmp_path):
     assert load_run(run, head=dense_head((8,)), backbone=NETWORK).head_params[0]["bias"].shape == (8,)
 
 
-def test_arrays_that_do_not_fit_are_no_reason_to_start_again_for_whoever_reads_a_run(tmp_path):
+def test_load_run_with_params_of_other_shapes_does_not_advise_to_start_again(tmp_path):
     head = dense_head((3,))._replace(name="mine")
     run = train(config(tmp_path), backbone=NETWORK, head=head)
     with pytest.raises(UserError, match=r"Give what the run was trained with\.$"):
         load_run(run, head=dense_head((4,))._replace(name="mine"), backbone=NETWORK)
 
 
-def test_a_function_is_held_to_its_variables_and_another_program_is_warned_of(tmp_path, said):
+def test_a_function_must_have_the_variables_of_the_run_and_another_program_is_warned_of(tmp_path, said):
     run = train(config(tmp_path), backbone=NETWORK)
     same = network(function=lambda variables, images: fields(variables, images) * 1)
     assert same.sha256 == NETWORK.sha256 and same.program_sha256 != NETWORK.program_sha256
@@ -310,7 +298,7 @@ def test_the_loss_of_an_evaluation_is_named_with_its_smoothing(tmp_path, said):
     assert [sentence for sentence in said if text in sentence]
 
 
-class Guarded(Heard):
+class Guarded(Silent):
     """Lets nothing go to the devices unasked while test images are scored."""
 
     scored = False
@@ -333,7 +321,7 @@ def test_the_selected_state_of_a_resumed_run_lies_on_the_devices_once(tmp_path):
     assert reporter.scored and summary_of(run)["selected_epoch"] == 1
 
 
-def test_what_a_run_directory_holds_is_what_overwrite_removes(tmp_path):
+def test_overwriting_replaces_the_recorded_parts(tmp_path):
     run = train(config(tmp_path), backbone=NETWORK)
     names = {path.name for path in run.iterdir()}
     assert {"config.json", "inputs.json"} <= names

@@ -6,12 +6,11 @@ import json
 import re
 
 import pytest
-from helpers import ROOT, TINY, command
+from helpers import ROOT, TINY, Killed, command, kill_at
 
 from cifar_jax.cli.options import parse_train
 from cifar_jax.experiment import train
 from cifar_jax.runs.directory import CHECKPOINTS
-from cifar_jax.runtime.progress import Silent
 
 SOURCES = [*sorted((ROOT / "cifar_jax").rglob("*.py")), ROOT / "train.py"]
 
@@ -63,24 +62,13 @@ def test_run_replaces_links_and_not_their_targets(tmp_path, capsys, narrow):
     assert not any((out / name).is_symlink() for name in names)
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
-
-
-class KillAfterEpoch(Silent):
-    """A reporter that ends the run when an epoch is done."""
-
-    def epoch(self, row, num_epochs):
-        raise Killed
-
-
 def test_leftovers_that_are_links_are_removed_and_not_their_targets(tmp_path, capsys, narrow):
     out, outside = tmp_path / "run", tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("mine")
     arguments = [*TINY, "--epochs", "2", "--out", str(out)]
     with pytest.raises(Killed):
-        train(parse_train(arguments), reporter=KillAfterEpoch())
+        train(parse_train(arguments), kill_at(1))
     (out / CHECKPOINTS / ".0002.abc").symlink_to(outside)
     (out / ".metrics.jsonl.abc").symlink_to(outside / "precious")
     assert command(capsys, "train", *arguments, "--resume").code == 0

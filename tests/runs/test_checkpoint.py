@@ -1,15 +1,16 @@
 """Checkpoints: the same bits back, only the newest kept, damage noticed and the one before it used."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
-from helpers import flip_bit
-from safetensors.numpy import load_file, save_file
+from helpers import flip_bit, full_disk
+from safetensors.numpy import load_file
 
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.files import read_sealed, write_sealed
 from cifar_jax.models.head import init_head
-from cifar_jax.runs import checkpoint
 from cifar_jax.runs.checkpoint import (
     Position,
     list_checkpoints,
@@ -37,18 +38,19 @@ def test_gives_the_same_bits_back(tmp_path, head):
         np.testing.assert_array_equal(x, y)
 
 
-def test_newest_replaces_the_older_and_itself(tmp_path, head):
-    for position in (ONE, TWO, TWO, TEN):
+def names_of(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_position_is_saved_once_and_others_are_removed_when_told(tmp_path, head):
+    for position in (ONE, Position(1, 500), TWO, TWO, Position(2, 20), TEN):
         save_checkpoint(tmp_path, position, head)
-    assert [path.name for path in tmp_path.iterdir()] == ["0010"]
-
-
-def test_the_last_few_and_those_asked_for_stay(tmp_path, head):
-    for position in (ONE, Position(1, 500), TWO, Position(2, 20), Position(2, 100)):
-        save_checkpoint(tmp_path, position, head, keep=[ONE], keep_last=2)
-    names = [path.name for path in list_checkpoints(tmp_path)]
-    assert names == ["0001", "0002.000020", "0002.000100"]
-    assert [position_of(tmp_path / name) for name in names] == [ONE, Position(2, 20), Position(2, 100)]
+    names = ["0001", "0001.000500", "0002", "0002.000020", "0010"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == names_of(tmp_path) == names
+    prune(tmp_path, keep=[ONE, Position(2, 20), THREE])
+    assert names_of(tmp_path) == ["0001", "0002.000020"]
+    assert [position_of(tmp_path / name) for name in names_of(tmp_path)] == [ONE, Position(2, 20)]
+    prune(tmp_path / "none", keep=[])
 
 
 @pytest.mark.parametrize("where", [0, 0.5, -1])
@@ -61,7 +63,7 @@ def test_a_flipped_bit_in_the_arrays_is_noticed(tmp_path, head, where):
 
 def test_a_damaged_one_is_said_and_the_one_before_it_used(tmp_path, head, said):
     for position in (ONE, TWO, THREE):
-        save_checkpoint(tmp_path, position, head, {"at": position.epoch}, keep_last=3)
+        save_checkpoint(tmp_path, position, head, {"at": position.epoch})
     assert newest_whole(tmp_path) == (THREE, {"at": 3}) and said == []
     (tmp_path / "0003" / "checkpoint.json").write_text("{")
     flip_bit(tmp_path / "0002" / "arrays.safetensors", -1)
@@ -73,14 +75,6 @@ def test_a_damaged_one_is_said_and_the_one_before_it_used(tmp_path, head, said):
     with pytest.raises(UserError, match=r"can be used\. Start the run again with --overwrite"):
         newest_whole(tmp_path)
     assert newest_whole(tmp_path / "none") is None
-
-
-def test_what_lies_ahead_of_where_a_run_goes_on_from_is_removed(tmp_path, head):
-    for position in (ONE, TWO, THREE, Position(3, 20), TEN):
-        save_checkpoint(tmp_path, position, head, keep_last=9)
-    prune(tmp_path, Position(3), keep=[ONE], keep_last=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0001", "0003"]
-    prune(tmp_path / "none", Position(3), keep=[], keep_last=1)
 
 
 def test_a_network_of_another_shape_is_refused(tmp_path, head):
@@ -101,10 +95,8 @@ def test_the_directory_of_a_run_that_was_removed_is_not_made_again(tmp_path, hea
 
 
 def test_each_is_found_by_its_position_and_parts_are_read_alone(tmp_path, head):
-    for position in (ONE, TWO, THREE):
-        more = {"more": {"epoch": np.int32(position.epoch) * np.ones(2, np.int32)}}
-        save_checkpoint(tmp_path, position, head | more, keep=[ONE])
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["0001", "0003"]
+    for position in (ONE, THREE):
+        save_checkpoint(tmp_path, position, head | {"more": {"epoch": np.full(2, position.epoch, np.int32)}})
     like = jax.eval_shape(lambda: {"more": {"epoch": np.ones(2, np.int32)}})
     assert load_checkpoint(tmp_path, like)["more"]["epoch"][0] == 3
     assert load_checkpoint(tmp_path, like, ONE)["more"]["epoch"][0] == 1
@@ -135,18 +127,27 @@ def test_the_path_may_have_any_name(tmp_path, head, said, name):
     assert jax.tree.all(jax.tree.map(np.array_equal, load_checkpoint(directory, head), head))
 
 
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(tmp_path, head):
+    save_checkpoint(tmp_path, ONE, head)
+    with full_disk(at=500), pytest.raises(RunError, match=r"0002 could not be written .*Free some space"):
+        save_checkpoint(tmp_path, TWO, head)
+    assert names_of(tmp_path) == ["0001"]
+
+
 def test_what_does_not_read_back_is_not_kept(tmp_path, head, monkeypatch):
     """A disk that changes what is written: the checkpoint before it stays."""
-
-    def save_badly(arrays, path):
-        save_file(arrays, path)
-        flip_bit(path, -1)
-
     save_checkpoint(tmp_path, ONE, head)
-    monkeypatch.setattr(checkpoint, "save_file", save_badly)
-    with pytest.raises(RunError, match=r"0002 could not be written .*checksum mismatch"):
-        save_checkpoint(tmp_path, TWO, head)
-    assert [path.name for path in tmp_path.iterdir()] == ["0001"]
+
+    def flush_badly(descriptor):
+        (arrays,) = tmp_path.glob(".0002.*/*/arrays.safetensors")
+        if os.path.samestat(os.fstat(descriptor), arrays.stat()):
+            flip_bit(arrays, -1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", flush_badly)
+        with pytest.raises(RunError, match=r"0002 could not be written .*checksum mismatch"):
+            save_checkpoint(tmp_path, TWO, head)
+    assert names_of(tmp_path) == ["0001"]
 
 
 def test_an_older_format_is_refused(tmp_path, head, said):
@@ -156,7 +157,4 @@ def test_an_older_format_is_refused(tmp_path, head, said):
     for read in (lambda: load_checkpoint(tmp_path, head), lambda: newest_whole(tmp_path)):
         with pytest.raises(UserError, match=r"written by another version of this program\. Train again"):
             read()
-    (target / "checkpoint.json").rename(target / "digests.json")  # as until format 3
-    with pytest.raises(UserError, match="written by another version of this program"):
-        newest_whole(tmp_path)
     assert said == []

@@ -72,16 +72,23 @@ def test_the_run_comes_first(run, capsys, pictures):
     is_one_error(result, 2, f"predict {run} {' '.join(map(str, pictures[:3]))} ...`")
 
 
-def test_files_are_read_a_few_at_a_time_and_that_changes_nothing(run, pictures, monkeypatch):
-    from cifar_jax.runs import predict
+class Recording(list):
+    """A list that records the slices taken of it."""
 
-    in_memory = []
-    usual = predict.read_image
-    monkeypatch.setattr(predict, "read_image", lambda path, side: in_memory.append(path) or usual(path, side))
-    paths = [pictures[0].with_name("missing.png"), *pictures]
+    def __init__(self, *items):
+        super().__init__(*items)
+        self.taken = []
+
+    def __getitem__(self, index):
+        self.taken.append((index.start, index.stop))
+        return super().__getitem__(index)
+
+
+def test_files_are_read_a_few_at_a_time_and_that_changes_nothing(run, pictures):
+    paths = Recording([pictures[0].with_name("missing.png"), *pictures])
     found = predict_files(load_run(run), paths, at_once=3)
     first = next(found)
-    assert first.error == "does not exist" and len(in_memory) == 3
+    assert first.error == "does not exist" and set(paths.taken) == {(0, 3)}
     whole = list(predict_files(load_run(run), paths))
     for one, other in zip([first, *found], whole, strict=True):
         assert (one.path, one.error, [name for name, _ in one.top]) == (

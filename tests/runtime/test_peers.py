@@ -46,8 +46,8 @@ class Process(threading.Thread):
         except Exception:
             self.ended.set()
         else:
-            self.peers.part(0)
-            self.leave(0)
+            self.peers.part(143, "It was interrupted.")
+            self.leave(143)
 
 
 def fails(reason):
@@ -98,7 +98,7 @@ def test_the_reason_of_a_process_that_is_gone_is_preferred():
     assert first.said == ["Process 1 failed: The disk is full."]
 
 
-def test_processes_that_succeed_say_nothing_and_wait_for_each_other():
+def test_processes_that_part_say_nothing_and_wait_for_each_other():
     store, going = Store(), threading.Event()
     quick = Process(store, 0, lambda _: None)
     slow = Process(store, 1, lambda _: going.wait(10))
@@ -106,7 +106,15 @@ def test_processes_that_succeed_say_nothing_and_wait_for_each_other():
     going.set()
     for process in (quick, slow):
         process.join(10)
-        assert process.said == [] and process.codes == [0]
+        assert process.said == [] and process.codes == [143]
+
+
+def test_who_does_not_part_with_the_others_ends_too():
+    store = Store()
+    Process(store, 0, lambda _: None)
+    busy = Process(store, 1, waits_for_ever)
+    assert busy.ended.wait(10)
+    assert busy.said == ["Process 0 failed: It was interrupted."] and busy.codes == [143]
 
 
 def test_errors_of_devices_and_of_files_are_not_those_of_peers():
