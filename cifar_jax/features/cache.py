@@ -31,7 +31,6 @@ from cifar_jax.runtime.caches import ABOUT, locked
 EXTRACTION_VERSION = 1
 # 8 MB for 2048 features in float32, 1 MB for 256. A multiple of the usual batch sizes.
 CHUNK_ROWS = 1024
-_WRITES = 2  # chunks that are written while the devices compute the next ones
 _ALIGNMENT = 64  # bytes; JAX on a CPU uses memory with this alignment without a copy
 
 logger = logging.getLogger(__name__)
@@ -141,9 +140,9 @@ def _writing(
 
     def write(rows: slice, features: Float32[np.ndarray, "n features"]) -> None:
         if array is not None:
+            if writes:
+                writes[-1].exception()  # waits for the previous chunk, so that a kill costs no more than one
             writes.append(array[rows].write(features[rows].astype(jnp.dtype(dtype), copy=False)))
-            for earlier in writes[:-_WRITES]:
-                earlier.exception()  # waits, so that no more than a few chunks are in memory twice
 
     try:
         yield write

@@ -1,5 +1,6 @@
 """Features of a configuration's data sets, read from the cache or extracted and stored there, with a progress bar."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -65,26 +66,26 @@ def dataset_features(
     faster = faster_ways(config, backbone, image_size)
     clock = clock or Clock()
     bars = Forecast(absent, clock, faster, "Extracting the features").watch(reporter or Silent())
-    made: Extractor | None = None
     num_images, stopwatch = 0, Clock()
     largest = max(len(data.images) for data in datasets.values())
 
+    @functools.cache
+    def extractor() -> Extractor:
+        precision, batch_size = config.backbone.precision, config.backbone.extract_batch_size
+        with stopwatch("compilation"):
+            made = make_extractor(backbone, image_size, precision, batch_size, num_images=largest)
+            made.warm_up(next(iter(datasets.values())).images.shape[1:])
+        return made
+
     def stream(images_u8: Images, pieces: Sequence[slice]) -> Iterator[Rows]:
-        nonlocal made, num_images
-        if made is None:  # made here, so that the network is not put on the devices if all features are cached
-            with stopwatch("compilation"):
-                made = make_extractor(
-                    backbone,
-                    image_size,
-                    config.backbone.precision,
-                    config.backbone.extract_batch_size,
-                    num_images=largest,
-                )
-                made(images_u8[pieces[0]][:1])
+        nonlocal num_images
+        made = extractor()
         with stopwatch("extraction"):
             yield from made.stream(images_u8, pieces)
         num_images += sum(piece.stop - piece.start for piece in pieces)
 
+    if absent:  # else the network need not be put on the devices, unless the cache turns out to be corrupt
+        extractor()
     for name, dataset in datasets.items():
         with bars.progress(f"Features of {name}", len(dataset.images), compiles=True) as bar:
             features[name] = cached_features(

@@ -98,6 +98,15 @@ class Extractor:
                     f"features. Pass --extract-batch-size {half} to start there."
                 )
 
+    def warm_up(self, image_shape: tuple[int, ...]) -> None:
+        """Compiles for images of a shape [h, w, 3], by running a batch of black ones."""
+        batch = np.zeros((self.batch_size * self._mesh.size, *image_shape), np.uint8)
+        try:
+            jax.block_until_ready(self._run(self._variables, shard(self._mesh, batch)))
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):  # `stream` tries smaller batches
+                raise
+
     def _start(self, batch: UInt8[np.ndarray, "batch h w 3"]) -> Array:
         return self._run(self._variables, shard(self._mesh, batch))
 
