@@ -17,7 +17,7 @@ from cifar_jax.models.head import Head
 from cifar_jax.pretrained import AnyBackbone
 from cifar_jax.runs.checkpoint import Position, load_checkpoint
 from cifar_jax.runs.directory import CHECKPOINTS, RunInputs, claimed, default_run_dir
-from cifar_jax.runs.ending import divergence_explained, summary_written
+from cifar_jax.runs.ending import summary_written, training_explained
 from cifar_jax.runs.match import require_same_inputs
 from cifar_jax.runs.resume import NO_PROGRESS, Progress, check_state, find_run, load_state
 from cifar_jax.runs.writer import RunWriter
@@ -113,7 +113,7 @@ def train(
             if training.extracted:
                 writer.extracted(training.extracted)
             scores = _Scores(config, training, writer, inputs.data.held_out, reporter)
-            with signals.polled(), divergence_explained(config, training, writer, own_tx=tx is not None):
+            with signals.polled(), training_explained(config, training, writer, own_tx=tx is not None):
                 with clock("training"):
                     state, _ = fit(
                         _start(training, out, progress.position),
