@@ -13,6 +13,7 @@ from cifar_jax import experiment
 from cifar_jax.cli.main import main
 from cifar_jax.errors import UserError
 from cifar_jax.runtime import multihost
+from cifar_jax.runtime.peers import supervise
 
 JOB = (*TINY, "--schedule", "constant", "--train-examples", "127", "--cache-dir")
 
@@ -65,5 +66,6 @@ def run(directory):
 
 
 if __name__ == "__main__":
+    supervise()
     multihost.join()
     run(Path(sys.argv[1]))
