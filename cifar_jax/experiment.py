@@ -17,7 +17,7 @@ from cifar_jax.models.head import Head
 from cifar_jax.pretrained import AnyBackbone
 from cifar_jax.runs.checkpoint import Position, load_checkpoint
 from cifar_jax.runs.directory import CHECKPOINTS, RunInputs, claimed, default_run_dir
-from cifar_jax.runs.ending import divergence_explained, summary_written
+from cifar_jax.runs.ending import summary_written, training_explained
 from cifar_jax.runs.match import require_same_inputs
 from cifar_jax.runs.resume import NO_PROGRESS, Progress, check_state, find_run, load_state
 from cifar_jax.runs.writer import RunWriter
@@ -111,9 +111,9 @@ def train(
             writer.draw(write_samples, inputs.data)
             training = prepare(config, inputs, parts, mesh, clock, reporter, progress.position.epoch, stopping)
             if training.extracted:
-                writer.extracted(training.extracted.num_images, training.extracted.seconds)
+                writer.extracted(training.extracted)
             scores = _Scores(config, training, writer, inputs.data.held_out, reporter)
-            with signals.polled(), divergence_explained(config, training, writer, own_tx=tx is not None):
+            with signals.polled(), training_explained(config, training, writer, own_tx=tx is not None):
                 with clock("training"):
                     state, _ = fit(
                         _start(training, out, progress.position),
@@ -152,16 +152,14 @@ class _Scores:
     def __init__(
         self, config: TrainConfig, training: Training, writer: RunWriter, held_out: bool, reporter: Reporter
     ) -> None:
-        self._training, self._writer, self._held_out = training, writer, held_out
+        self._evaluate, self._mesh = training.evaluate, training.advance.mesh
+        self._writer, self._held_out = writer, held_out
         self._reporter, self._num_epochs = reporter, config.optim.epochs
         self._val: EvalResult | None = None  # of the selected epoch
 
-    def _evaluate(self, state: TrainState, split: str) -> EvalResult:
-        return self._training.evaluate(state, self._training.task.frozen, split)
-
     def validate(self, state: TrainState) -> EvalResult:
         """Scores a state on the validation images."""
-        return self._evaluate(state, "val" if self._held_out else "test")
+        return self._evaluate(state, split="val" if self._held_out else "test")
 
     def on_epoch(self, row: EpochRow, result: EvalResult, state: TrainState) -> None:
         """Records a completed epoch, and keeps its scores if it is the selected one."""
@@ -177,9 +175,9 @@ class _Scores:
             like = {"params": last.params, "batch_stats": last.batch_stats}
             best = load_checkpoint(self._writer.out / CHECKPOINTS, like, Position(selected)) if is_first() else like
             # On the devices once, not at every batch of the evaluation.
-            state = replicate(self._training.advance.mesh, last._replace(**arrays_from_first(best), opt_state=()))
+            state = replicate(self._mesh, last._replace(**arrays_from_first(best), opt_state=()))
         val = self._val or self.validate(state)
-        return val, self._evaluate(state, "test") if self._held_out else val
+        return val, self._evaluate(state, split="test") if self._held_out else val
 
 
 def _rehearse(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, out: Path, progress: Progress) -> None:

@@ -3,14 +3,17 @@
 Modules that only one command needs are imported inside it, so that `--help` does not wait for all of them.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cifar_jax.cli.console import ConsoleReporter
+from cifar_jax.cli.errors import print_error, reason_for_peers
 from cifar_jax.cli.escape import printable
 from cifar_jax.cli.options import (
     ConvertOptions,
@@ -24,6 +27,11 @@ from cifar_jax.cli.options import (
 )
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.files import without_nan
+
+if TYPE_CHECKING:  # these import JAX
+    from cifar_jax.config import TrainConfig
+    from cifar_jax.runs.ending import Interrupted
+    from cifar_jax.runtime.peers import Peers
 
 logger = logging.getLogger(__name__)
 
@@ -41,36 +49,50 @@ def train(arguments: list[str], reporter: ConsoleReporter) -> int:
 
     if config.optim.deterministic:
         use_deterministic_algorithms()
-    join()
+    peers = join()
     if not is_first():
         reporter.mute()
     reporter.bars &= config.run.progress
     _use_compile_cache(config.run.cache_dir)
     if warning := unused_accelerator():
         logger.warning(warning)
-    try:
-        question = f"{config.run.out} holds this run, unfinished. Resume it?"
-        may_ask = not (config.run.resume or config.run.overwrite)
-        if may_ask and from_first(lambda: is_unfinished(config) and reporter.confirm(question)):
-            config = replace(config, run=replace(config.run, resume=True))
-        out = run_job(config, reporter)
-    except Interrupted as stop:
-        (epoch, step), where = stop.saved, "before the first step"
-        if step:
-            where = f"in epoch {epoch + 1} of {config.optim.epochs}, after step {step}; progress is saved"
-        elif epoch:
-            where = f"after epoch {epoch} of {config.optim.epochs}; progress is saved"
-        instead = "in place of --overwrite " * config.run.overwrite
-        logger.info(
-            f"Interrupted {where}. Continue with the same command and --resume {instead}--out "
-            f"{shlex.quote(str(stop.path))}."
-        )
-        for note in getattr(stop, "__notes__", ()):
-            logger.info(note)
-        return stop.exit_code
-    if is_first():
-        reporter.closing(out, read_json(out / SUMMARY))
+    with _ending_together(peers, "--debug" in arguments):
+        try:
+            question = f"{config.run.out} holds this run, unfinished. Resume it?"
+            may_ask = not (config.run.resume or config.run.overwrite)
+            if may_ask and from_first(lambda: is_unfinished(config) and reporter.confirm(question)):
+                config = replace(config, run=replace(config.run, resume=True))
+            out = run_job(config, reporter)
+        except Interrupted as stop:
+            _log_interruption(config, stop)
+            if peers:
+                peers.part(stop.exit_code, "It was interrupted.")
+            return stop.exit_code
+        if is_first():
+            reporter.closing(out, read_json(out / SUMMARY))
     return 0
+
+
+def _ending_together(peers: "Peers | None", debug: bool) -> contextlib.AbstractContextManager[None]:
+    """Ends all processes of a run, each with a message, if one of them fails in the block."""
+    return (
+        peers.failing_together(lambda error: reason_for_peers(error, debug), print_error)
+        if peers
+        else contextlib.nullcontext()
+    )
+
+
+def _log_interruption(config: "TrainConfig", stop: "Interrupted") -> None:
+    (epoch, step), where = stop.saved, "before the first step"
+    if step:
+        where = f"in epoch {epoch + 1} of {config.optim.epochs}, after step {step}; progress is saved"
+    elif epoch:
+        where = f"after epoch {epoch} of {config.optim.epochs}; progress is saved"
+    instead = "in place of --overwrite " * config.run.overwrite
+    out = shlex.quote(str(stop.path))
+    logger.info(f"Interrupted {where}. Continue with the same command and --resume {instead}--out {out}.")
+    for note in getattr(stop, "__notes__", ()):
+        logger.info(note)
 
 
 def evaluate(arguments: list[str], reporter: ConsoleReporter) -> int:

@@ -158,7 +158,8 @@ class ConsoleReporter:
         if summary["seconds_to_first_step"] is not None:
             rows["first step"] = f"after {summary['seconds_to_first_step']:.1f} seconds"
         if summary["images_per_second"]:
-            rows["backbone"] = f"{summary['images_per_second']:,.0f} images per second"
+            rate, seconds = summary["images_per_second"], summary["compile_seconds"]
+            rows["backbone"] = f"{rate:,.0f} images per second, after {seconds:.1f} seconds of compilation"
         names = ("samples.png", "curves.png", "predictions.png", "confusion.png")
         of_test = ("test_predictions.png", "test_confusion.png") if "test_accuracy" in summary else ()
         rows["pictures"] = f"{out}/{', '.join((*names, *of_test))}"

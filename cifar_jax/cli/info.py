@@ -8,7 +8,7 @@ from cifar_jax.data.sources.tfds import data_root
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained import UNTRAINED, registry
 from cifar_jax.runtime.caches import contents
-from cifar_jax.runtime.machine_info import device_description, device_rows, package_versions
+from cifar_jax.runtime.machine_info import device_description, device_rows, known_fault, package_versions
 
 
 def collect(topic: str = "all", data_dir: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
@@ -31,7 +31,8 @@ def collect(topic: str = "all", data_dir: str | None = None, cache_dir: str | No
 
 def _environment(cache_dir: str | None) -> dict[str, str]:
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
-    return {"device": device_description(), "versions": versions, "cache": str(cache_root(cache_dir))}
+    facts = {"device": device_description(), "versions": versions, "cache": str(cache_root(cache_dir))}
+    return facts | ({"known fault": fault} if (fault := known_fault()) else {})
 
 
 def _weights_rows(cache_dir: str | None) -> list[dict[str, str]]:

@@ -10,10 +10,11 @@ from typing import NoReturn
 
 from cifar_jax.cli import commands
 from cifar_jax.cli.console import ConsoleReporter
-from cifar_jax.cli.escape import printable
+from cifar_jax.cli.errors import explanation, print_error
 from cifar_jax.cli.parsing import program
 from cifar_jax.cli.stdio import CLOSED, OutputLost, guarded, open_missing
-from cifar_jax.errors import RunError, UserError, no_such
+from cifar_jax.errors import UserError, no_such
+from cifar_jax.runtime.peers import is_distributed, supervise
 from cifar_jax.runtime.signals import Signals, Terminated
 from cifar_jax.version import __version__
 
@@ -82,11 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("Interrupted.", file=sys.stderr)
             code = 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
         except SystemExit as stop:  # raised by tyro, which has printed the help or the error
-            code = _print_error(stop.code, 1) if isinstance(stop.code, str) else stop.code or 0
+            code = print_error(stop.code, 1) if isinstance(stop.code, str) else stop.code or 0
         except Exception as error:
-            if debug or (explanation := _explanation(error)) is None:
+            if debug or (explained := explanation(error)) is None:
                 raise
-            code = _print_error(*explanation, getattr(error, "__notes__", ()))
+            code = print_error(*explained, getattr(error, "__notes__", ()))
         out.finish()
         return _with_output(code, out.error, survives)
 
@@ -99,26 +100,6 @@ def _debug_nans(debug: bool) -> None:
         jax.config.update("jax_debug_nans", debug)
 
 
-def _explanation(error: Exception) -> tuple[str, int] | None:
-    """Returns the message and exit code for an expected error, or None for a bug in this program."""
-    if isinstance(error, UserError | RunError):
-        return str(error), 2 if isinstance(error, UserError) else 1
-    import jax
-
-    from cifar_jax.runtime.devices import is_device_lost, is_out_of_memory, missing_platform
-
-    if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
-        reason = str(error).partition("\n")[0] or "no memory left on the host"
-        if is_out_of_memory(error):
-            advice = "A smaller --image-size, --extract-batch-size, --batch-size or --hidden needs less"
-            return f"Out of memory. {advice} ({reason}).", 1
-        if is_device_lost(error):
-            return f"Device lost. Continue with --resume --out DIR once it is back ({reason}).", 1
-    if isinstance(error, RuntimeError | AssertionError) and (missing := missing_platform(error)):
-        return missing, 2
-    return None
-
-
 def _with_output(code: int, error: OSError | None, survives: bool) -> int:
     """Returns the exit code of a command, adjusted for an error in writing standard output."""
     if error is None:
@@ -126,7 +107,7 @@ def _with_output(code: int, error: OSError | None, survives: bool) -> int:
     if error.errno == errno.EPIPE:  # the reader has closed the pipe, which is not an error
         return code if survives or code in INTERRUPTED else CLOSED
     ending = "the run itself is complete" if survives and not code else "free disk space or redirect it elsewhere"
-    return _print_error(f"Standard output could not be written ({error.strerror}); {ending}.", code or 1)
+    return print_error(f"Standard output could not be written ({error.strerror}); {ending}.", code or 1)
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
@@ -136,6 +117,8 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     if arguments and arguments[0] != "help" and not HELP & set(arguments):  # help does not need JAX
         from cifar_jax.runtime.devices import keep_freed_memory, use_all_cores
 
+        if arguments[0] == "train" and is_distributed():
+            supervise()
         use_all_cores()
         keep_freed_memory()
     code = main(arguments)
@@ -145,10 +128,3 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _print_error(text: str, code: int, notes: Sequence[str] = ()) -> int:
-    # One line for the error and one for each note, even if a file name or a library's message contains line breaks.
-    for line in (f"Error: {text}", *notes):
-        print(printable(" ".join(line.splitlines())), file=sys.stderr)
-    return code

@@ -10,17 +10,18 @@ import importlib.metadata
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32
 
 from cifar_jax.errors import RunError
-from cifar_jax.features.extractor import Extractor
+from cifar_jax.features.extractor import Images, Rows
 from cifar_jax.files import write_json
 from cifar_jax.models.backbone import AnyBackbone
 from cifar_jax.runtime.caches import ABOUT, locked
@@ -65,8 +66,8 @@ def num_absent(path: Path, num: int) -> int:
 
 def cached_features(
     path: Path,
-    images_u8: UInt8[np.ndarray, "n h w 3"],
-    extractor: Extractor,
+    images_u8: Images,
+    stream: Callable[[Images, Sequence[slice]], Iterator[Rows]],
     num_features: int,
     *,
     dtype: str = "float32",
@@ -75,14 +76,14 @@ def cached_features(
 ) -> Float32[np.ndarray, "n features"]:
     """Reads features from the cache, verifying every chunk; missing ones are computed and stored.
 
-    The extractor is called once per chunk, whichever chunks are cached, so that an interrupted extraction resumes to
-    bit-identical features. If another process is computing the same features, this one waits for it and computes the
-    rest. Features that cannot be stored are computed all the same.
+    All missing chunks are computed in one stream, and each is stored as soon as it is complete. If another process is
+    computing the same features, this one waits for it and computes the rest. Features that cannot be stored are
+    computed all the same.
 
     Args:
       path: directory of the entry, named by `features_key`; created if necessary.
       images_u8: RGB pixels.
-      extractor: from `make_extractor`.
+      stream: `Extractor.stream`: yields the features of the missing chunks piece by piece, in order.
       num_features: number of features per image.
       dtype: storage dtype: `float32`, `float16` or `bfloat16`. The result is rounded to it even if nothing was cached.
       about: JSON values to store with the entry, for listings of the cache.
@@ -95,16 +96,10 @@ def cached_features(
       RunError: if features overflow `dtype`, or raised by the extractor.
     """
     num, array = len(images_u8), None
-    writes: list[Any] = []
     memory = np.empty(num * num_features * 4 + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     features = memory[start : start + num * num_features * 4].view(np.float32).reshape(num, num_features)
-    missing, done = _chunks(num), 0
-
-    def count(more: int) -> None:
-        if on_images:
-            on_images(done + more)
-
+    missing = _chunks(num)
     waiting = f"Another process is computing the features in {path}; waiting for it."
     with contextlib.ExitStack() as stack:
         try:
@@ -120,21 +115,40 @@ def cached_features(
             which = f"The features of {done:,} of {num:,} images" if missing else "The features"
             goes_on = f"; extraction continues at image {missing[0].start + 1:,} of {num:,}" if missing else ""
             logger.info(f"{which} come from the cache, {path}{goes_on}.")
-        if missing:
-            count(0)
-        try:
-            for rows in missing:
-                features[rows] = stored = _rounded(extractor(images_u8[rows], count), dtype)
-                done += len(stored)
-                if writes:
-                    writes[-1].exception()  # waits for the previous chunk, written while this one was computed
-                if array is not None:
-                    writes.append(array[rows].write(stored))
-        finally:
-            if failed := list(filter(None, [write.exception() for write in writes])):
-                logger.info(_not_kept(path, failed[0]))
+        if missing and on_images:
+            on_images(done)
+        chunks = deque(missing)
+        with _writing(path, array, dtype) as write:
+            for rows, values in stream(images_u8, missing) if missing else ():
+                features[rows] = _rounded(values, dtype)
+                if rows.stop == chunks[0].stop:
+                    write(chunks[0], features)
+                    chunks.popleft()
+                done += len(values)
+                if on_images:
+                    on_images(done)
     features.flags.writeable = False
     return features
+
+
+@contextlib.contextmanager
+def _writing(
+    path: Path, array: Any, dtype: str
+) -> Iterator[Callable[[slice, Float32[np.ndarray, "n features"]], None]]:
+    """Gives a function that stores a chunk in the background. The first failure is logged once all are written."""
+    writes: list[Any] = []
+
+    def write(rows: slice, features: Float32[np.ndarray, "n features"]) -> None:
+        if array is not None:
+            if writes:
+                writes[-1].exception()  # waits for the previous chunk, so that a kill costs no more than one
+            writes.append(array[rows].write(features[rows].astype(jnp.dtype(dtype), copy=False)))
+
+    try:
+        yield write
+    finally:
+        if failed := list(filter(None, [write.exception() for write in writes])):
+            logger.info(_not_kept(path, failed[0]))
 
 
 def _chunks(num: int) -> list[slice]:

@@ -1,6 +1,7 @@
 """Features of a configuration's data sets, read from the cache or extracted and stored there, with a progress bar."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
 from cifar_jax.errors import RunError
 from cifar_jax.features.cache import cached_features, features_key, num_absent
-from cifar_jax.features.extractor import make_extractor
+from cifar_jax.features.extractor import Extractor, Images, Rows, make_extractor
 from cifar_jax.features.time_estimate import Forecast, faster_ways
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained import AnyBackbone
@@ -24,7 +25,8 @@ class Extracted(NamedTuple):
 
     features: dict[str, Float32[np.ndarray, "n features"]]
     num_images: int  # images that passed through the backbone, i.e. were not cached
-    seconds: float  # time that their extraction took
+    seconds: float  # time that they took, once the backbone was compiled
+    compile_seconds: float  # time that it took to prepare and compile the backbone, and to run a first batch
 
 
 def dataset_features(
@@ -62,27 +64,34 @@ def dataset_features(
     }
     absent = sum(num_absent(root / FEATURES / keys[name], len(data.images)) for name, data in datasets.items())
     faster = faster_ways(config, backbone, image_size)
-    bars = Forecast(absent, clock or Clock(), faster, "Extracting the features").watch(reporter or Silent())
-    made, num_images, stopwatch = None, 0, Clock()
+    clock = clock or Clock()
+    bars = Forecast(absent, clock, faster, "Extracting the features").watch(reporter or Silent())
+    num_images, stopwatch = 0, Clock()
+    largest = max(len(data.images) for data in datasets.values())
 
-    def extractor(
-        images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] | None = None
-    ) -> Float32[np.ndarray, "n features"]:
-        nonlocal made, num_images
-        num_images += len(images_u8)
+    @functools.cache
+    def extractor() -> Extractor:
+        precision, batch_size = config.backbone.precision, config.backbone.extract_batch_size
+        with stopwatch("compilation"):
+            made = make_extractor(backbone, image_size, precision, batch_size, num_images=largest)
+            made.warm_up(next(iter(datasets.values())).images.shape[1:])
+        return made
+
+    def stream(images_u8: Images, pieces: Sequence[slice]) -> Iterator[Rows]:
+        nonlocal num_images
+        made = extractor()
         with stopwatch("extraction"):
-            # Made lazily, so that the network is not put on the devices if all features are cached.
-            made = made or make_extractor(
-                backbone, image_size, config.backbone.precision, config.backbone.extract_batch_size
-            )
-            return made(images_u8, on_images)
+            yield from made.stream(images_u8, pieces)
+        num_images += sum(piece.stop - piece.start for piece in pieces)
 
+    if absent:  # else the network need not be put on the devices, unless the cache turns out to be corrupt
+        extractor()
     for name, dataset in datasets.items():
         with bars.progress(f"Features of {name}", len(dataset.images), compiles=True) as bar:
             features[name] = cached_features(
                 root / FEATURES / keys[name],
                 dataset.images,
-                extractor,
+                stream,
                 backbone.num_features,
                 dtype=config.backbone.feature_dtype,
                 about={"what": f"features of {config.data.dataset} {name}, {how}", "backbone": backbone.source},
@@ -90,7 +99,8 @@ def dataset_features(
             )
         _require_different(features[name], dataset.images, f"{backbone.source} gives the same features for all {name}")
     limit_features(root, config.run.cache_limit * 1e9, list(keys.values()))
-    return Extracted(features, num_images, stopwatch.seconds.get("extraction", 0.0))
+    seconds = stopwatch.seconds
+    return Extracted(features, num_images, seconds.get("extraction", 0.0), seconds.get("compilation", 0.0))
 
 
 def _require_different(

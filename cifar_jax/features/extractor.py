@@ -3,31 +3,151 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float32, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Array, Float32, PyTree, UInt8
 
 from cifar_jax.errors import RunError
 from cifar_jax.models.backbone import AnyBackbone, FunctionBackbone, extract
 from cifar_jax.models.folded import features_of, prepare
 from cifar_jax.models.preprocess import require_images
 from cifar_jax.runtime.devices import is_out_of_memory
-from cifar_jax.runtime.sharding import mesh_of, replicate, round_up, shard
+from cifar_jax.runtime.sharding import mesh_of, replicate, shard
+
+MAX_BATCH = 1024  # images on each device at a time
+IN_FLIGHT = 3  # batches: one is transferred and one copied out while one is computed
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+Images: TypeAlias = UInt8[np.ndarray, "n h w 3"]
+Rows: TypeAlias = tuple[slice, Float32[np.ndarray, "rows features"]]
 
-class Extractor(Protocol):
-    """Extracts features of any number of images; calls `on_images` with the number done after each batch."""
+
+class Extractor:
+    """Extracts features of any number of images, with one compiled function of a fixed batch size."""
+
+    def __init__(
+        self,
+        run: Callable[[PyTree, Array], Array],
+        variables: PyTree,
+        mesh: Mesh,
+        batch_size: int,
+        num_features: int,
+    ) -> None:
+        """Takes a compiled function and what it needs; see `make_extractor`.
+
+        Args:
+          run: `(variables, images_u8 [batch, h, w, 3]) -> features [batch, num_features]`.
+          variables: its first argument, on the devices.
+          mesh: the devices.
+          batch_size: images on each device at a time.
+          num_features: number of features per image.
+        """
+        self._run, self._variables, self._mesh = run, variables, mesh
+        self.batch_size, self.num_features = batch_size, num_features
 
     def __call__(
-        self, images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] | None = None
+        self, images_u8: Images, on_images: Callable[[int], None] | None = None
     ) -> Float32[np.ndarray, "n features"]:
-        """Returns the features of the images."""
-        ...
+        """Returns the features of the images; calls `on_images` with the number done after each batch."""
+        features = np.empty((len(images_u8), self.num_features), np.float32)
+        for rows, values in self.stream(images_u8, [slice(0, len(images_u8))]):
+            features[rows] = values
+            if on_images:
+                on_images(rows.stop)
+        return features
+
+    def stream(self, images_u8: Images, pieces: Sequence[slice]) -> Iterator[Rows]:
+        """Yields the features of pieces of the images, in order, while the devices compute the next ones.
+
+        The rows of a device's batch come from one piece, and the last batch of a piece is padded. So the features of
+        a piece are the same to the bit, whichever other pieces there are.
+
+        If the devices run out of memory, the batch size is halved for good, which is logged.
+
+        Raises:
+          ValueError: if the images are not uint8 [n, h, w, 3].
+          RunError: if features are not finite.
+        """
+        require_images(images_u8)
+        left = deque(piece for piece in pieces if piece.start < piece.stop)
+        while left:
+            try:
+                for units, features in pipelined(self._start, self._batches(images_u8, left)):
+                    for number, rows in enumerate(units):
+                        first = number * self.batch_size
+                        values = features[first : first + rows.stop - rows.start]
+                        _require_finite_features(rows, values)
+                        yield rows, values
+                        rest = left.popleft()
+                        if rows.stop < rest.stop:
+                            left.appendleft(slice(rows.stop, rest.stop))
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error) or self.batch_size == 1:
+                    raise
+                size = self.batch_size * self._mesh.size
+                self.batch_size //= 2
+                half = self.batch_size * self._mesh.size
+                logger.info(
+                    f"Out of memory at batch size {size}; retrying with {half}, which may change the last bits of "
+                    f"features. Pass --extract-batch-size {half} to start there."
+                )
+
+    def warm_up(self, image_shape: tuple[int, ...]) -> None:
+        """Compiles for images of a shape [h, w, 3], by running a batch of black ones."""
+        batch = np.zeros((self.batch_size * self._mesh.size, *image_shape), np.uint8)
+        try:
+            jax.block_until_ready(self._run(self._variables, shard(self._mesh, batch)))
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):  # `stream` tries smaller batches
+                raise
+
+    def _start(self, batch: UInt8[np.ndarray, "batch h w 3"]) -> Array:
+        return self._run(self._variables, shard(self._mesh, batch))
+
+    def _batches(
+        self, images_u8: Images, pieces: Iterable[slice]
+    ) -> Iterator[tuple[list[slice], UInt8[np.ndarray, "batch h w 3"]]]:
+        """Yields batches of one shape with the rows that each device's share of it holds; the rest of it is black."""
+        size, num_devices = self.batch_size, self._mesh.size
+        units = [
+            slice(start, min(start + size, piece.stop))
+            for piece in pieces
+            for start in range(piece.start, piece.stop, size)
+        ]
+        for first in range(0, len(units), num_devices):
+            own = units[first : first + num_devices]
+            batch = np.zeros((size * num_devices, *images_u8.shape[1:]), np.uint8)
+            for number, rows in enumerate(own):
+                batch[number * size : number * size + rows.stop - rows.start] = images_u8[rows]
+            yield own, batch
+
+
+def pipelined(
+    start: Callable[[Any], Array], batches: Iterable[tuple[T, Any]], in_flight: int = IN_FLIGHT
+) -> Iterator[tuple[T, np.ndarray]]:
+    """Yields the results of batches in order, keeping several in flight so that the device never waits.
+
+    Args:
+      start: starts the computation of a batch and returns at once, as compiled functions of JAX do.
+      batches: batches, each with a label.
+      in_flight: number of batches that are started before the first result is waited for.
+    """
+    running: deque[tuple[T, Array]] = deque()
+    for label, batch in batches:
+        result = start(batch)
+        result.copy_to_host_async()
+        running.append((label, result))
+        if len(running) == in_flight:
+            label, result = running.popleft()
+            yield label, np.asarray(result)
+    for label, result in running:
+        yield label, np.asarray(result)
 
 
 def make_extractor(
@@ -36,6 +156,7 @@ def make_extractor(
     precision: str = "float32",
     batch_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
+    num_images: int | None = None,
 ) -> Extractor:
     """Makes a fast `extract` for any number of images: BatchNorm folded, compiled once, run batch by batch.
 
@@ -43,9 +164,11 @@ def make_extractor(
       backbone: from `load_backbone`; transferred to the devices once, folded.
       image_size: side in pixels that the images are upsampled to; the backbone's own if None.
       precision: `float32` or `bfloat16`.
-      batch_size: images per compiled call, sharded over the devices; chosen by platform and image size if None. If the
-        devices run out of memory, it is halved and the batch retried, which is logged.
+      batch_size: images per compiled call, shared out to the devices, at most 1,024 each; chosen by platform and image
+        size if None. Every batch has this size; the last one is padded. If the devices run out of memory, it is
+        halved and the batch retried, which is logged.
       devices: devices of one platform; all local devices if None.
+      num_images: the most images there will be, if known; a batch is not made larger.
 
     Raises:
       RunError: if the backbone has non-finite values, before or after folding; by the extractor, if features are not
@@ -60,42 +183,14 @@ def make_extractor(
     _require_finite(backbone)
     mesh = mesh_of(devices or jax.local_devices())
     platform, image_size = mesh.devices.flat[0].platform, image_size or backbone.image_size
-    at_once = batch_size or extraction_batch_size(image_size, platform) * mesh.size
+    each = -(-batch_size // mesh.size) if batch_size else extraction_batch_size(image_size, platform)
+    each = min(each, MAX_BATCH)
+    if num_images:
+        each = min(each, -(-num_images // mesh.size))
     if isinstance(backbone, FunctionBackbone):
-        run, on_devices = jax.jit(extract), replicate(mesh, backbone)
-    else:
-        run, on_devices = jax.jit(features_of), replicate(mesh, prepare(backbone, image_size, precision, platform))
-
-    def extractor(
-        images_u8: UInt8[np.ndarray, "n h w 3"], on_images: Callable[[int], None] | None = None
-    ) -> Float32[np.ndarray, "n features"]:
-        nonlocal at_once
-        require_images(images_u8)
-        features, done = np.empty((len(images_u8), backbone.num_features), np.float32), 0
-        while done < len(images_u8):
-            size = round_up(mesh, min(at_once, len(images_u8)))
-            # The devices compute a batch while the previous one is copied to the host.
-            running: deque[tuple[slice, Array]] = deque()
-            try:
-                for rows, batch in _batches(images_u8, done, size):
-                    running.append((rows, run(on_devices, shard(mesh, batch))))
-                    while len(running) > (rows.stop < len(images_u8)):
-                        first, extracted = running.popleft()
-                        _copy_out(features, first, extracted)
-                        done = first.stop
-                        if on_images:
-                            on_images(done)
-            except jax.errors.JaxRuntimeError as error:
-                if not is_out_of_memory(error) or size == mesh.size:
-                    raise
-                at_once = round_up(mesh, size // 2)
-                logger.info(
-                    f"Out of memory at batch size {size}; retrying with {at_once}, which may change the last bits of "
-                    f"features. Pass --extract-batch-size {at_once} to start there."
-                )
-        return features
-
-    return extractor
+        return Extractor(jax.jit(extract), replicate(mesh, backbone), mesh, each, backbone.num_features)
+    folded = prepare(backbone, image_size, precision, platform)
+    return Extractor(jax.jit(features_of), replicate(mesh, folded), mesh, each, backbone.num_features)
 
 
 def _require_finite(backbone: AnyBackbone) -> None:
@@ -106,6 +201,14 @@ def _require_finite(backbone: AnyBackbone) -> None:
                 f"The backbone {backbone.source} has non-finite values in "
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')}; get a fresh copy of its weights."
             )
+
+
+def _require_finite_features(rows: slice, features: Float32[np.ndarray, "rows features"]) -> None:
+    if not np.isfinite(features).all():
+        raise RunError(
+            f"The backbone returned non-finite features for images {rows.start} to {rows.stop - 1}: its weights "
+            "or preprocessing are wrong; nothing was trained."
+        )
 
 
 def extraction_batch_size(image_size: int, platform: str) -> int:
@@ -123,25 +226,3 @@ def default_batch_size(image_size: int) -> int:
 
 def _power_of_two(most: float) -> int:
     return 2 ** max(0, min(10, int(math.log2(most))))
-
-
-def _batches(
-    images: UInt8[np.ndarray, "n h w 3"], start: int, batch_size: int
-) -> Iterator[tuple[slice, UInt8[np.ndarray, "batch h w 3"]]]:
-    """Yields batches of one shape and their row ranges; the last batch is padded with black images."""
-    for first in range(start, len(images), batch_size):
-        batch = images[first : first + batch_size]
-        rows = slice(first, first + len(batch))
-        missing = batch_size - len(batch)
-        if missing:
-            batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        yield rows, np.ascontiguousarray(batch)
-
-
-def _copy_out(features: Float32[np.ndarray, "n features"], rows: slice, batch: Array) -> None:
-    features[rows] = np.asarray(batch)[: rows.stop - rows.start]
-    if not np.isfinite(features[rows]).all():
-        raise RunError(
-            f"The backbone returned non-finite features for images {rows.start} to {rows.stop - 1}: its weights "
-            "or preprocessing are wrong; nothing was trained."
-        )

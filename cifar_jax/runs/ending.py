@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from cifar_jax.config import TrainConfig
@@ -12,6 +13,7 @@ from cifar_jax.errors import RunError, UserError
 from cifar_jax.runs.checkpoint import Position
 from cifar_jax.runs.match import rates_of
 from cifar_jax.runs.writer import RunWriter
+from cifar_jax.runtime.devices import is_out_of_memory
 from cifar_jax.runtime.signals import Signals
 from cifar_jax.train.from_config import Training
 from cifar_jax.train.loop import Diverged
@@ -54,10 +56,22 @@ def summary_written(writer: RunWriter, signals: Signals) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def divergence_explained(config: TrainConfig, training: Training, writer: RunWriter, own_tx: bool) -> Iterator[None]:
-    """Adds the cause and the next step to a `Diverged` error; `own_tx`: whether `tx` was passed to `train`."""
+def training_explained(config: TrainConfig, training: Training, writer: RunWriter, own_tx: bool) -> Iterator[None]:
+    """Adds the cause and the next step to errors of training; `own_tx`: whether `tx` was passed to `train`.
+
+    Raises:
+      Diverged: in place of the same error without advice.
+      RunError: in place of JAX's error if a device ran out of memory.
+    """
     try:
         yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "Fewer --hidden units or a smaller --image-size need less"
+        if option := training.smaller_step():
+            advice = f"Start again with {option}, which fits by the compiler's analysis"
+        raise RunError(f"Out of memory in training. {advice} ({str(error).partition(chr(10))[0]}).") from error
     except Diverged as error:
         fault = error.fault or training.fault(error.state, error.epoch - 1, error.step - 1)
         kept = f"The checkpoint after {writer.saved.words} is kept. " if writer.saved > (0, 0) else ""

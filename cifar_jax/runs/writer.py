@@ -10,6 +10,7 @@ import jax
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import RunError
+from cifar_jax.features.extraction import Extracted
 from cifar_jax.files import without_nan, write_json, write_text
 from cifar_jax.pretrained import UNTRAINED, Backbone, save_backbone
 from cifar_jax.runs.checkpoint import Position, list_checkpoints, load_checkpoint, position_of, prune, save_checkpoint
@@ -61,7 +62,7 @@ class RunWriter:
         self._began = RunInputs(inputs.digests(), parts)
         # The rates of a user-supplied optimiser are not known.
         self._rates = () if "tx" in parts else progress.with_rates(*rates_of(config)).rates
-        self._images_per_second: float | None = None
+        self._throughput: dict[str, float | None] = {"images_per_second": None, "compile_seconds": None}
 
     def start(self, resumes: bool) -> None:
         """Makes the directory that of this run: a new one, or a stopped one that is resumed.
@@ -80,9 +81,13 @@ class RunWriter:
             if is_frozen and isinstance(self._backbone, Backbone) and not Path(self._backbone.source).is_file():
                 save_backbone(self.out / BACKBONE, self._backbone)
 
-    def extracted(self, num_images: int, seconds: float) -> None:
-        """Records the throughput of feature extraction, in images per second."""
-        self._images_per_second = round(num_images / seconds, 2) if num_images else None
+    def extracted(self, extracted: Extracted) -> None:
+        """Records the throughput of the backbone, and the seconds until it was compiled."""
+        if extracted.num_images:
+            self._throughput = {
+                "images_per_second": round(extracted.num_images / extracted.seconds, 2),
+                "compile_seconds": round(extracted.compile_seconds, 3),
+            }
 
     @property
     def selected_epoch(self) -> int:
@@ -218,7 +223,7 @@ class RunWriter:
             },
             # Time to the first batch of features or the first step; with cached features, an epoch is one call.
             "seconds_to_first_step": self._clock.first_step and round(self._clock.first_step, 3),
-            "images_per_second": self._images_per_second,  # null if none were extracted
+            **self._throughput,  # of the backbone; null if no features were extracted
             "backbone": {
                 "source": str(Path(backbone.source).absolute()) if Path(backbone.source).is_file() else backbone.source,
                 "sha256": backbone.sha256 or None,

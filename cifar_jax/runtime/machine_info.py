@@ -15,11 +15,24 @@ from cifar_jax.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "safetensors", "tensorflow-datasets", "numpy")
 
+FAULTY_JAXLIB = "0.10.2"
+
 
 def package_versions() -> dict[str, str]:
     """Returns the versions of this project, Python, and the packages that the results depend on."""
     versions = {"cifar-jax": __version__, "python": platform.python_version()}
     return versions | {name: _version(name) for name in PACKAGES}
+
+
+def known_fault() -> str:
+    """Returns a warning about the installed jaxlib, if it is known to compute wrongly on this machine; else ''."""
+    version = _version("jaxlib")
+    if version != FAULTY_JAXLIB or jax.default_backend() != "cpu":
+        return ""
+    return (
+        f"jaxlib {version} computes some sums over more than 32,768 rows wrongly on a CPU (jax-ml/jax#39103). No "
+        "result of this program was found to be affected; XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= avoids it."
+    )
 
 
 def device_description(used: int | None = None) -> str:

@@ -13,18 +13,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jaxtyping import Float32, PyTree
 
 from cifar_jax.errors import UserError
-
-# JAX itself reads only the first of these.
-NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-DETECT = "CIFAR_JAX_DISTRIBUTED"
+from cifar_jax.runtime.peers import DETECT, HEARTBEAT, NAMES, Peers, is_distributed
 
 
-def join() -> None:
+def join() -> Peers | None:
     """Joins the other processes of a run. Must be called before JAX looks for devices.
+
+    Returns:
+      The processes; None if this is the only one.
 
     $JAX_COORDINATOR_ADDRESS (host:port of the first process), $JAX_NUM_PROCESSES and $JAX_PROCESS_ID identify the
     processes; with $CIFAR_JAX_DISTRIBUTED=1 JAX detects whichever are not set, on TPU pods and under SLURM, Open MPI or
@@ -33,19 +34,23 @@ def join() -> None:
     Raises:
       UserError: if only some of the variables are set, or the other processes cannot be reached.
     """
+    if not is_distributed():
+        return None
     asked = [name for name in NAMES if os.environ.get(name)]
     detects = os.environ.get(DETECT, "0") not in ("", "0")
-    if not (asked or detects) or jax.distributed.is_initialized():
-        return
     if len(asked) < 3 and not detects:
         missing = next(name for name in NAMES if name not in asked)
         raise UserError(f"${asked[0]} is set, but ${missing} is not; set it too, or ${DETECT}=1 to detect it.")
     try:
         count, own = (int(os.environ[name]) if name in asked else None for name in NAMES[1:])
-        jax.distributed.initialize(num_processes=count, process_id=own)
+        if not jax.distributed.is_initialized():
+            jax.distributed.initialize(num_processes=count, process_id=own, heartbeat_timeout_seconds=HEARTBEAT)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"This process cannot join the others ({reason}); check ${', $'.join(NAMES)}.") from error
+    # The key-value store has no public name; jax.experimental.multihost_utils uses it in the same way.
+    state: Any = distributed.global_state
+    return Peers(state.client, state.process_id, state.num_processes)
 
 
 def is_first() -> bool:

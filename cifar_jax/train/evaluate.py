@@ -1,5 +1,6 @@
 """Evaluation over all examples: sums are divided by counts once, at the end, so the batch size does not matter."""
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,11 +13,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Int32, PyTree
 
 from cifar_jax.models.head import dense_logits
+from cifar_jax.runtime.devices import is_out_of_memory
 from cifar_jax.runtime.progress import Reporter, Silent
 from cifar_jax.runtime.sharding import make_mesh, replicate, replicated_sharding, round_up, shard
 from cifar_jax.train.losses import LossFn, cross_entropy, losses_of
 from cifar_jax.train.step import TrainState, classes_of
 from cifar_jax.train.task import Batch, Forward, Task, head_forward
+
+logger = logging.getLogger(__name__)
 
 # Batches dispatched to the devices before the host waits for the first of them.
 AHEAD = 2
@@ -109,7 +113,8 @@ def make_evaluate(
       task: the task whose splits are scored, all but `train`.
       loss_fn: the loss that the task trains on.
       mesh: the devices that a batch is sharded over; `make_mesh(None)` if None.
-      batch_size: examples per batch; affects the result only by rounding of the loss.
+      batch_size: examples per batch; affects the result only by rounding of the loss. If the devices run out of memory
+        it is halved, which is logged.
       reporter: shows a progress bar if the inputs do not reside on the devices.
       stopping: polled for each batch; returns whether to stop.
 
@@ -135,20 +140,30 @@ def make_evaluate(
     reporter, compiles = reporter or Silent(), iter((True,))
 
     def evaluate(state: TrainState, frozen: PyTree = None, split: str | None = None) -> EvalResult:
+        nonlocal batch_size
         split = split or ("val" if "val" in scored else next(iter(scored)))
         frozen = task.frozen if frozen is None else frozen
         placed = replicate(mesh, (state.params, state.batch_stats, frozen))
         inputs, labels, resident = scored[split]
-        batches = kept[split] if resident else eval_batches(inputs, labels, batch_size, mesh)
         name, shown = {"val": "held-out"}.get(split, split), Silent() if resident else reporter
-        with shown.progress(f"Evaluating {name} images", len(labels), next(compiles, False)) as bar:
-            bar(0)
-            tally = _Tally(len(labels), bar)
-            for batch in batches:
-                if not resident and stopping and stopping():
-                    raise KeyboardInterrupt
-                tally.add(step(*placed, batch))
-            return tally.result()
+        while True:
+            batches = kept[split] if resident else eval_batches(inputs, labels, batch_size, mesh)
+            with shown.progress(f"Evaluating {name} images", len(labels), next(compiles, False)) as bar:
+                bar(0)
+                tally = _Tally(len(labels), bar)
+                try:
+                    for batch in batches:
+                        if not resident and stopping and stopping():
+                            raise KeyboardInterrupt
+                        tally.add(step(*placed, batch))
+                    return tally.result()
+                except jax.errors.JaxRuntimeError as error:
+                    # Other processes would not know that this one begins again.
+                    alone = jax.process_count() == 1
+                    if resident or not alone or not is_out_of_memory(error) or batch_size <= mesh.size:
+                        raise
+                    batch_size //= 2
+                    logger.info(f"Out of memory in the evaluation; repeating it with batches of {batch_size}.")
 
     return evaluate
 

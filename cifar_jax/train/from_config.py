@@ -31,6 +31,7 @@ from cifar_jax.train.finetune import trainable_backbone
 from cifar_jax.train.load_inputs import Inputs
 from cifar_jax.train.loop import Advance, EpochOrder, make_advance
 from cifar_jax.train.losses import LossFn, smoothed_cross_entropy
+from cifar_jax.train.memory import SHARE, device_bytes, largest_fitting, step_bytes
 from cifar_jax.train.optimizer import make_optimizer
 from cifar_jax.train.step import TrainState, TrainStep, first_not_finite, init_state, make_train_step
 from cifar_jax.train.task import Augment, Split, Task, cached_task, finetune_task, live_task
@@ -139,6 +140,7 @@ class Training(NamedTuple):
     extracted: Extracted | None  # in `cached` mode
     reporter: Reporter  # shows the progress bars of training
     fault: Callable[[TrainState, int, int], str]  # `(state, epoch, step)`: names the first tensor that is not finite
+    smaller_step: Callable[[], str]  # after a step ran out of memory: an option with which it fits, or ""
 
 
 def prepare(
@@ -179,14 +181,26 @@ def prepare(
             task.forward, loss_fn, tx, state, task.frozen, batch, run_key, task.augment, micro_batch
         )
 
+    def smaller_step() -> str:
+        def bytes_of(size: int) -> int:
+            step = composed._replace(micro_batch=size if in_pieces else None).train_step()
+            return step_bytes(step, state, task, advance, config.optim.batch_size if in_pieces else size)
+
+        in_pieces = config.optim.mode == "finetune"
+        limit = SHARE * device_bytes(mesh.local_devices[0])
+        size = largest_fitting(bytes_of, micro_batch or config.optim.batch_size, limit, mesh.size)
+        return f"--{'micro-batch' if in_pieces else 'batch-size'} {size}" if size else ""
+
+    state = composed.state()
     return Training(
         task,
-        composed.state(),
+        state,
         advance,
         make_evaluate(task, loss_fn, mesh, at_once, evaluation_bars, stopping),
         extracted,
         training_bars,
         fault,
+        smaller_step,
     )
 
 

@@ -25,7 +25,7 @@ def state_shapes(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, 
     """
     features = np.zeros((1, inputs.backbone.num_features), np.float32)
     is_cached = config.optim.mode == "cached"
-    extracted = Extracted(dict.fromkeys(inputs.data.parts, features), 0, 0.0) if is_cached else None
+    extracted = Extracted(dict.fromkeys(inputs.data.parts, features), 0, 0.0, 0.0) if is_cached else None
 
     def begin(batch: Batch, key: PRNGKeyArray) -> TrainState:
         composed = compose(config, inputs, parts, mesh, extracted)

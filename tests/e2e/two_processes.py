@@ -13,6 +13,7 @@ from cifar_jax import experiment
 from cifar_jax.cli.main import main
 from cifar_jax.errors import UserError
 from cifar_jax.runtime import multihost
+from cifar_jax.runtime.peers import supervise
 
 JOB = (*TINY, "--schedule", "constant", "--train-examples", "127", "--cache-dir")
 
@@ -59,11 +60,12 @@ def run(directory):
         narrow_networks(patch)
         patch.setattr(experiment, "fit", kept)
         patch.setattr("cifar_jax.report.run_figures.write_samples", lambda *_: None)
-        commands = (["--epochs", "1"], ["--epochs", "2", "--resume"], [])
-        found["codes"] = [main([*train, *more]) for more in commands]
-    out.with_suffix(".json").write_text(json.dumps(found))
+        found["codes"] = [main([*train, *more]) for more in (["--epochs", "1"], ["--epochs", "2", "--resume"])]
+        out.with_suffix(".json").write_text(json.dumps(found))
+        main(train)  # which ends both processes
 
 
 if __name__ == "__main__":
+    supervise()
     multihost.join()
     run(Path(sys.argv[1]))

@@ -36,25 +36,35 @@ FEATURES = features_of(IMAGES)
 
 
 class Extractor:
-    """Remembers where the images it was given begin, and may stop at one of its calls."""
+    """Computes pieces in rows of 256, remembers where the pieces begin, and may stop at one of them."""
 
     def __init__(self, stops_at=None, error=KeyboardInterrupt):
         self.starts, self.stops_at, self.error = [], stops_at, error
 
-    def __call__(self, images_u8, on_images=None):
-        start = next(start for start in STARTS if np.array_equal(IMAGES[start : start + len(images_u8)], images_u8))
-        if len(self.starts) == self.stops_at:
-            raise self.error
-        self.starts.append(start)
-        if on_images:
-            on_images(len(images_u8))
-        return features_of(images_u8)
+    def stream(self, images_u8, pieces):
+        for piece in pieces:
+            if len(self.starts) == self.stops_at:
+                raise self.error
+            self.starts.append(piece.start)
+            for start in range(piece.start, piece.stop, 256):
+                rows = slice(start, min(start + 256, piece.stop))
+                yield rows, features_of(images_u8[rows])
+
+
+def constant(value):
+    """Stands for a backbone that gives the same number for everything."""
+
+    def stream(images_u8, pieces):
+        for rows in pieces:
+            yield rows, np.full((rows.stop - rows.start, WIDTH), value, np.float32)
+
+    return stream
 
 
 def get(directory, **how):
     """Features from the cache, and where the chunks began that were computed."""
     extractor = how.pop("extractor", None) or Extractor()
-    features = cached_features(entry(directory), IMAGES, extractor, WIDTH, **how)
+    features = cached_features(entry(directory), IMAGES, extractor.stream, WIDTH, **how)
     assert features.dtype == np.float32 and features.shape == (NUM, WIDTH)
     return features, extractor.starts
 
@@ -110,7 +120,7 @@ def test_each_chunk_is_computed_once(tmp_path, said):
     done = []
     features, starts = get(tmp_path, on_images=done.append)
     np.testing.assert_array_equal(features, FEATURES)
-    assert starts == STARTS and said == [] and done == [0, CHUNK_ROWS, 2 * CHUNK_ROWS, NUM]
+    assert starts == STARTS and said == [] and done == [*range(0, NUM, 256), NUM]
     features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
     assert starts == [] and said == [f"The features come from the cache, {entry(tmp_path)}."]
@@ -124,7 +134,7 @@ def test_interrupted_extraction_resumes(tmp_path, said, error):
         get(tmp_path, extractor=Extractor(stops_at=2, error=error))
     features, starts = get(tmp_path, on_images=done.append)
     np.testing.assert_array_equal(features, FEATURES)
-    assert starts == [2 * CHUNK_ROWS] and done == [2 * CHUNK_ROWS, NUM]
+    assert starts == [2 * CHUNK_ROWS] and done == [2 * CHUNK_ROWS, 2 * CHUNK_ROWS + 256, NUM]
     assert said == [
         f"The features of 2,048 of 2,548 images come from the cache, {entry(tmp_path)}; extraction continues at image "
         "2,049 of 2,548."
@@ -135,10 +145,9 @@ def test_killed_process_leaves_whole_chunks_and_no_lock(tmp_path, said):
     code = (
         "import os, signal, sys, pathlib, numpy as np, features.test_cache as t\n"
         "class Killed(t.Extractor):\n"
-        "    def __call__(self, images, on_images):\n"
-        "        if len(self.starts) == 2:\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return super().__call__(images, on_images)\n"
+        "    def stream(self, images, pieces):\n"
+        "        yield from super().stream(images, pieces[:2])\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "t.get(pathlib.Path(sys.argv[1]), extractor=Killed())\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "JAX_PLATFORMS": "cpu"}
@@ -152,8 +161,7 @@ def test_killed_process_leaves_whole_chunks_and_no_lock(tmp_path, said):
 
 
 def test_zeros_are_stored_and_missing_chunks_are_not_read_as_zeros(tmp_path):
-    zeros = lambda images_u8, on_images: np.zeros((len(images_u8), WIDTH), np.float32)  # noqa: E731
-    cached_features(entry(tmp_path), IMAGES, zeros, WIDTH)
+    cached_features(entry(tmp_path), IMAGES, constant(0), WIDTH)
     features, starts = get(tmp_path)
     assert starts == [] and not features.any()
     chunk(tmp_path, 1).unlink()
@@ -178,9 +186,8 @@ def test_16_bit_features_are_rounded_when_extracted_too(tmp_path, dtype):
 
 
 def test_features_that_overflow_the_dtype_raise(tmp_path):
-    large = lambda images_u8, on_images: np.full((len(images_u8), WIDTH), 1e5, np.float32)  # noqa: E731
     with pytest.raises(RunError, match=r"up to 1e\+05 do not fit in float16; use --feature-dtype bfloat16"):
-        cached_features(entry(tmp_path), IMAGES, large, WIDTH, dtype="float16")
+        cached_features(entry(tmp_path), IMAGES, constant(1e5), WIDTH, dtype="float16")
     assert not chunk(tmp_path, 0).exists()
 
 
@@ -234,10 +241,10 @@ def test_no_corruption_of_any_file_changes_features(tmp_path, said):
 def test_second_process_waits_and_computes_nothing_again(tmp_path):
     inside, go_on, said = threading.Event(), threading.Event(), []
 
-    def slow(images_u8, on_images):
+    def slow(images_u8, pieces):
         inside.set()
         assert go_on.wait(10)
-        return features_of(images_u8)
+        yield from Extractor().stream(images_u8, pieces)
 
     def second(text):
         said.append(text)
@@ -248,7 +255,7 @@ def test_second_process_waits_and_computes_nothing_again(tmp_path):
         assert inside.wait(10)
         never = Extractor(stops_at=0)
         with hearing(second):
-            features = cached_features(entry(tmp_path), IMAGES, never, WIDTH)
+            features = cached_features(entry(tmp_path), IMAGES, never.stream, WIDTH)
         np.testing.assert_array_equal(features, first.result())
     assert said[0] == f"Another process is computing the features in {entry(tmp_path)}; waiting for it."
     assert "come from the cache" in said[1]

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from features.test_cache import IMAGES, WIDTH, features_of
+from features.test_cache import IMAGES, WIDTH, Extractor
 from features.test_extractor import MEANS
 from helpers import command, files_below, is_one_error
 
@@ -28,10 +28,10 @@ def name_of(number):
 
 def keep(root, *numbers):
     """Caches features, each entry used a minute after the one before."""
-    extractor = lambda images_u8, on_images: features_of(images_u8)  # noqa: E731
+    extract = Extractor().stream
     about = {"what": "features of drawn images", "backbone": "a backbone"}
     for number in numbers:
-        cached_features(root / FEATURES / name_of(number), IMAGES, extractor, WIDTH, about=about)
+        cached_features(root / FEATURES / name_of(number), IMAGES, extract, WIDTH, about=about)
         os.utime(root / FEATURES / name_of(number) / "about.json", (0, 60 * number))
 
 

@@ -1,0 +1,191 @@
+"""One process of a run that fails ends all of them, each with a sentence."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from helpers import ROOT
+
+from cifar_jax.errors import UserError
+from cifar_jax.runtime.peers import Peers, explained_end, is_peer_lost
+
+
+class Store(dict):
+    """A key-value store like JAX's."""
+
+    def key_value_set(self, key, value):
+        if self.setdefault(key, value) is not value:
+            raise RuntimeError(f"ALREADY_EXISTS: {key}")
+
+    def key_value_try_get(self, key):
+        return self[key]
+
+
+class Process(threading.Thread):
+    """A process of a run: a thread that does `work` and remembers how it ended."""
+
+    def __init__(self, store, own, work):
+        super().__init__(daemon=True)
+        self.said, self.codes, self.ended = [], [], threading.Event()
+        self.peers = Peers(store, own, 2, leave=self.leave, poll=0.01, patience=2)
+        self.work = work
+        self.start()
+
+    def leave(self, code):
+        self.codes.append(code)
+        self.ended.set()
+
+    def run(self):
+        try:
+            with self.peers.failing_together(lambda error: (str(error), 2), self.said.append):
+                self.work(self)
+        except Exception:
+            self.ended.set()
+        else:
+            self.peers.part(143, "It was interrupted.")
+            self.leave(143)
+
+
+def fails(reason):
+    def work(_):
+        raise UserError(reason)
+
+    return work
+
+
+def waits_for_ever(process):
+    process.ended.wait(10)  # as in a collective, which nothing in this thread can end
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_others_end_with_the_reason_of_the_one_that_failed(failing):
+    store = Store()
+    works = [waits_for_ever, waits_for_ever]
+    works[failing] = fails("The weights are missing.")
+    processes = [Process(store, own, work) for own, work in enumerate(works)]
+    for process in processes:
+        process.ended.wait(10)
+    other = processes[1 - failing]
+    assert processes[failing].said == ["The weights are missing."] and processes[failing].codes == [2]
+    assert other.said == [f"Process {failing} failed: The weights are missing."] and other.codes == [2]
+
+
+def test_what_fails_in_all_processes_is_said_once_by_each():
+    store = Store()
+    processes = [Process(store, own, fails("No such option.")) for own in (0, 1)]
+    for process in processes:
+        process.join(10)
+        assert process.said == ["No such option."] and process.codes == [2]
+
+
+@pytest.mark.parametrize("message", ["UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:9"])
+def test_a_process_that_is_gone_without_a_reason_is_named(message):
+    process = Process(Store(), 0, fails(message))
+    process.join(10)
+    assert process.said[0].startswith("Process 1 of this run was lost. ") and "--resume --out DIR" in process.said[0]
+
+
+def test_the_reason_of_a_process_that_is_gone_is_preferred():
+    """The broken connection is seen first, the announcement a moment later."""
+    store = Store()
+    first = Process(store, 0, fails("Gloo: Connection closed by peer"))
+    Process(store, 1, fails("The disk is full."))
+    first.ended.wait(10)
+    assert first.said == ["Process 1 failed: The disk is full."]
+
+
+def test_processes_that_part_say_nothing_and_wait_for_each_other():
+    store, going = Store(), threading.Event()
+    quick = Process(store, 0, lambda _: None)
+    slow = Process(store, 1, lambda _: going.wait(10))
+    assert not quick.ended.wait(0.3)
+    going.set()
+    for process in (quick, slow):
+        process.join(10)
+        assert process.said == [] and process.codes == [143]
+
+
+def test_who_does_not_part_with_the_others_ends_too():
+    store = Store()
+    Process(store, 0, lambda _: None)
+    busy = Process(store, 1, waits_for_ever)
+    assert busy.ended.wait(10)
+    assert busy.said == ["Process 0 failed: It was interrupted."] and busy.codes == [143]
+
+
+def test_errors_of_devices_and_of_files_are_not_those_of_peers():
+    assert not is_peer_lost(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    assert not is_peer_lost(FileNotFoundError("run/config.json"))
+
+
+FATAL = "F1127 11:56:10 546 client.h:80] Terminating process because the JAX distributed service detected fatal errors."
+UNHEALTHY = (
+    "E1127 [service.cc] UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n2\n3\nThe tasks"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "logs", "expected"),
+    [
+        (0, "", (0, "")),
+        (2, "anything", (2, "")),
+        (-signal.SIGABRT, FATAL, (1, "Process 0 of this run was lost.")),
+        (-signal.SIGABRT, f"{UNHEALTHY}\n{FATAL}", (1, "Process 2, 3 of this run was lost.")),
+        (-signal.SIGABRT, f"{FATAL}\ncifar_jax ended with 2\n", (2, "")),
+        (-signal.SIGABRT, "F1127 12:00:00 1 a.cc:3] Check failed: x > 0", (1, "aborted by JAX (Check failed: x > 0)")),
+        (-signal.SIGKILL, "", (1, "Process 1 was killed by SIGKILL, perhaps as memory ran out.")),
+    ],
+)
+def test_the_parent_explains_an_end_by_a_signal(code, logs, expected):
+    found, sentence = explained_end(code, logs, "1")
+    assert found == expected[0] and expected[1] in (sentence or "") and bool(sentence) == bool(expected[1])
+
+
+CHILD = """
+import os, signal, sys, time
+from cifar_jax.runtime.peers import supervise
+supervise()
+print(os.getpid(), flush=True)
+print("said", file=sys.stderr)
+os.write(2, b"a log of C++\\n")
+{then}
+"""
+
+
+def supervised(tmp_path, then):
+    (tmp_path / "program.py").write_text(CHILD.format(then=then))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PROCESS_ID": "1"}
+    return subprocess.Popen([sys.executable, tmp_path / "program.py"], env=environment, stdout=-1, stderr=-1, text=True)
+
+
+@pytest.mark.parametrize(
+    ("then", "code", "sentence"),
+    [
+        ("sys.exit(3)", 3, ""),
+        ("os.abort()", 1, "Error: Process 1 was aborted by JAX (a log of C++)."),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1, "Error: Process 1 was killed by SIGKILL"),
+    ],
+)
+def test_a_supervised_process_ends_with_a_code_and_a_sentence(tmp_path, then, code, sentence):
+    process = supervised(tmp_path, then)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code and err.startswith(f"said\n{sentence}") and err.count("\n") == 1 + bool(sentence)
+
+
+def test_a_signal_is_passed_on(tmp_path):
+    with supervised(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); time.sleep(30)") as process:
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(10) == 143
+
+
+def test_the_child_ends_with_its_parent(tmp_path):
+    with supervised(tmp_path, "time.sleep(30)") as process:
+        process.stdout.readline()
+        began = time.monotonic()
+        process.kill()
+        assert process.stdout.read() == "" and time.monotonic() - began < 10  # the child has closed it
