@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from features.test_pipeline import count_compilations
 from helpers import narrow_networks, without_pictures
 from tasks import batch_of, fitted, on_all_layers, on_features, on_images, start_of, steps_of
 
@@ -62,6 +63,22 @@ def assert_same(on_one, on_eight, tolerance=1e-5):
         assert b.sharding.is_fully_replicated and len(b.sharding.device_set) == 8
     for a, b in zip(rows, rows_8, strict=True):
         np.testing.assert_allclose(a[1:5], b[1:5], rtol=tolerance)
+
+
+def test_features(backbone, images):
+    """Each device takes rows of one piece at a time, however many pieces there are."""
+    one, eight = (make_extractor(backbone, batch_size=8 * n, devices=jax.devices()[:n]) for n in (1, 8))
+    np.testing.assert_allclose(eight(images.images), one(images.images), rtol=1e-5, atol=1e-6)
+    pieces = [slice(0, 33), slice(33, 66), slice(66, 70)]
+    features = {rows.start: values for rows, values in eight.stream(images.images, pieces)}
+    assert list(features) == [0, 8, 16, 24, 32, 33, 41, 49, 57, 65, 66]
+    for rows, values in eight.stream(images.images, pieces[1:]):
+        np.testing.assert_array_equal(values, features[rows.start])
+
+
+def test_ragged_pieces_take_one_compilation(backbone, images):
+    extractor = make_extractor(backbone, batch_size=64)
+    assert count_compilations(lambda: [extractor(images.images[:num]) for num in (70, 33, 5)]) == 1
 
 
 def test_cached(backbone, images):
