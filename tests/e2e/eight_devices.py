@@ -77,7 +77,7 @@ def test_features(backbone, images):
 
 
 def test_ragged_pieces_take_one_compilation(backbone, images):
-    extractor = make_extractor(backbone, batch_size=64)
+    extractor = make_extractor(backbone, batch_size=16)
     assert count_compilations(lambda: [extractor(images.images[:num]) for num in (70, 33, 5)]) == 1
 
 
