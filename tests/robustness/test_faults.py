@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
@@ -34,8 +35,9 @@ from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.splits import make_data
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.experiment import train
-from cifar_jax.features import extraction as extraction, extractor as features
+from cifar_jax.features import extraction, extractor as features
 from cifar_jax.features.extractor import make_extractor
+from cifar_jax.models.backbone import FunctionBackbone
 from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained import random_backbone
 from cifar_jax.runs.directory import CHECKPOINTS, METRICS, claimed
@@ -229,13 +231,16 @@ def test_features_that_were_made_before_the_memory_was_full_are_kept(monkeypatch
     np.testing.assert_allclose(
         extractor(shapes.images, done.append), make_extractor(backbone)(shapes.images), rtol=1e-5
     )
-    assert len(said) == 1 and calls[:5] == [16, 16, 16, 16, 8] and done[:3] == [16, 32, 40]
+    assert len(said) == 1 and calls[:5] == [16, 16, 16, 16, 8] and done[:3] == [16, 24, 32]
 
 
 @pytest.mark.parametrize(
     ("message", "part"),
     [
-        ("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.", "Out of memory. A smaller --image-size"),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
+            "Out of memory in training. Start again with --batch-size",
+        ),
         (
             "INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE: the device is lost",
             "Device lost. Continue with --resume",
@@ -266,14 +271,10 @@ def test_a_device_that_is_lost_during_extraction_is_not_taken_for_a_full_one(mon
 # Numbers
 
 
-def test_a_backbone_that_is_dead_is_noticed(tmp_path, capsys, monkeypatch):
-    def dead(*_, **__):
-        return lambda images, on_images=None: np.ones((len(images), 32), np.float32)
-
-    monkeypatch.setattr(extraction, "make_extractor", dead)
-    result = command(capsys, "train", *TINY, "--out", tmp_path / "run")
-    dead = "gives the same features for all training images: the network is dead"
-    is_one_error(result, 1, "random-w16", dead, "trained.")
+def test_a_backbone_that_is_dead_is_noticed(tmp_path, shapes):
+    dead = FunctionBackbone(lambda _, images: jnp.ones((len(images), 32)), {}, "a constant")
+    with pytest.raises(RunError, match="constant gives the same features for all training images: the network is dead"):
+        extraction.dataset_features(config(tmp_path), dead, 32, {"training images": shapes})
 
 
 def test_images_that_are_all_the_same_have_the_same_features(tmp_path, backbone):

@@ -160,7 +160,12 @@ def _read_split(tfds: Any, builder: Any, split: str) -> Dataset:
 
 def _download(name: str, root: Path) -> Path:
     logger.info(f"{name} is not prepared in {root}; downloading and preparing it there with tensorflow-datasets.")
-    with _tensorflow(root) as tfds, _few_retries(), contextlib.redirect_stdout(sys.stderr):
+    with (
+        _tensorflow(root) as tfds,
+        _few_retries(),
+        _removing_empty_directories(root, name),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
         try:
             builder = tfds.builder(name, data_dir=root)
             builder.download_and_prepare()
@@ -209,6 +214,21 @@ def _tensorflow(place: Path) -> Iterator[Any]:
         # absl, which TFDS logs with, adds a handler to a root logger without one, which would print every log record.
         for handler in set(logging.root.handlers).difference(handlers):
             logging.root.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def _removing_empty_directories(root: Path, name: str) -> Iterator[None]:
+    """Removes the empty directories that the block created if it fails."""
+    own = (root / "downloads", root / name, root, *root.parents)
+    made = [path for path in own if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for top in made:
+            for directory in (*sorted(top.rglob("*"), reverse=True), top):
+                with contextlib.suppress(OSError):  # a file, or a directory that contains one
+                    directory.rmdir()
+        raise
 
 
 @contextlib.contextmanager
