@@ -50,23 +50,24 @@ def train(arguments: list[str], reporter: ConsoleReporter) -> int:
     if config.optim.deterministic:
         use_deterministic_algorithms()
     peers = join()
-    if not is_first():
-        reporter.mute()
-    reporter.bars &= config.run.progress
-    _use_compile_cache(config.run.cache_dir)
-    if warning := unused_accelerator():
-        logger.warning(warning)
     with _ending_together(peers, "--debug" in arguments):
+        if not is_first():
+            reporter.mute()
+        reporter.bars &= config.run.progress
+        _use_compile_cache(config.run.cache_dir)
+        if warning := unused_accelerator():
+            logger.warning(warning)
         try:
             question = f"{config.run.out} holds this run, unfinished. Resume it?"
             may_ask = not (config.run.resume or config.run.overwrite)
             if may_ask and from_first(lambda: is_unfinished(config) and reporter.confirm(question)):
                 config = replace(config, run=replace(config.run, resume=True))
             out = run_job(config, reporter)
+            from_first(lambda: None)  # waits for the first process to have written the run
         except Interrupted as stop:
             _log_interruption(config, stop)
             if peers:
-                peers.part(stop.exit_code, "It was interrupted.")
+                peers.leave_together(stop.exit_code)
             return stop.exit_code
         if is_first():
             reporter.closing(out, read_json(out / SUMMARY))

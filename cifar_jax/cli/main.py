@@ -118,7 +118,7 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
         from cifar_jax.runtime.devices import keep_freed_memory, use_all_cores
 
         if arguments[0] == "train" and is_distributed():
-            supervise()
+            supervise("--debug" in arguments)
         use_all_cores()
         keep_freed_memory()
     code = main(arguments)

@@ -135,7 +135,7 @@ def cached_features(
 def _writing(
     path: Path, array: Any, dtype: str
 ) -> Iterator[Callable[[slice, Float32[np.ndarray, "n features"]], None]]:
-    """Gives a function that stores a chunk in the background. The first failure is logged once all are written."""
+    """Yields a function that stores a chunk in the background. The first failure is logged once all are written."""
     writes: list[Any] = []
 
     def write(rows: slice, features: Float32[np.ndarray, "n features"]) -> None:

@@ -62,10 +62,10 @@ def dataset_features(
         )
         for name in datasets
     }
-    absent = sum(num_absent(root / FEATURES / keys[name], len(data.images)) for name, data in datasets.items())
+    absent = {name: num_absent(root / FEATURES / keys[name], len(data.images)) for name, data in datasets.items()}
     faster = faster_ways(config, backbone, image_size)
     clock = clock or Clock()
-    bars = Forecast(absent, clock, faster, "Extracting the features").watch(reporter or Silent())
+    bars = Forecast(sum(absent.values()), clock, faster, "Extracting the features").watch(reporter or Silent())
     num_images, stopwatch = 0, Clock()
     largest = max(len(data.images) for data in datasets.values())
 
@@ -84,10 +84,10 @@ def dataset_features(
             yield from made.stream(images_u8, pieces)
         num_images += sum(piece.stop - piece.start for piece in pieces)
 
-    if absent:  # else the network need not be put on the devices, unless the cache turns out to be corrupt
-        extractor()
     for name, dataset in datasets.items():
         with bars.progress(f"Features of {name}", len(dataset.images), compiles=True) as bar:
+            if absent[name]:  # else the network need not be put on the devices, unless the cache is corrupt
+                extractor()
             features[name] = cached_features(
                 root / FEATURES / keys[name],
                 dataset.images,

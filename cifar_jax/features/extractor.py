@@ -165,8 +165,9 @@ def make_extractor(
       image_size: side in pixels that the images are upsampled to; the backbone's own if None.
       precision: `float32` or `bfloat16`.
       batch_size: images per compiled call, shared out to the devices, at most 1,024 each; chosen by platform and image
-        size if None. Every batch has this size; the last one is padded. If the devices run out of memory, it is
-        halved and the batch retried, which is logged.
+        size if None. On each device it is rounded down to a power of two, which divides the chunks of the cache.
+        Every batch has this size; the last one is padded. If the devices run out of memory, it is halved and the
+        batch retried, which is logged.
       devices: devices of one platform; all local devices if None.
       num_images: the most images there will be, if known; a batch is not made larger.
 
@@ -184,9 +185,9 @@ def make_extractor(
     mesh = mesh_of(devices or jax.local_devices())
     platform, image_size = mesh.devices.flat[0].platform, image_size or backbone.image_size
     each = -(-batch_size // mesh.size) if batch_size else extraction_batch_size(image_size, platform)
-    each = min(each, MAX_BATCH)
-    if num_images:
-        each = min(each, -(-num_images // mesh.size))
+    each = _power_of_two(each)
+    while num_images and each > 1 and each * mesh.size >= 2 * num_images:
+        each //= 2
     if isinstance(backbone, FunctionBackbone):
         return Extractor(jax.jit(extract), replicate(mesh, backbone), mesh, each, backbone.num_features)
     folded = prepare(backbone, image_size, precision, platform)
@@ -225,4 +226,4 @@ def default_batch_size(image_size: int) -> int:
 
 
 def _power_of_two(most: float) -> int:
-    return 2 ** max(0, min(10, int(math.log2(most))))
+    return 2 ** max(0, min(int(math.log2(MAX_BATCH)), int(math.log2(most))))

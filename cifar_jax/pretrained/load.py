@@ -107,7 +107,7 @@ def _parse(path: Path, asked: str | None, known: Mapping[str, registry.Entry], n
         safe = safetensors_file.read_safetensors(path)
         tensors = without_prefixes(safe.tensors)
         if safetensors_file.KEY in safe.metadata or not is_known(tensors):
-            if asked is not None:
+            if asked is not None and safetensors_file.KEY in safe.metadata:
                 raise WeightsError(
                     f"--variant {asked} does not apply to {path}, which records its own variant. Omit it."
                 )

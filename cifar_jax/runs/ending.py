@@ -68,10 +68,13 @@ def training_explained(config: TrainConfig, training: Training, writer: RunWrite
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        advice = "Fewer --hidden units or a smaller --image-size need less"
-        if option := training.smaller_step():
-            advice = f"Start again with {option}, which fits by the compiler's analysis"
-        raise RunError(f"Out of memory in training. {advice} ({str(error).partition(chr(10))[0]}).") from error
+        option, advice = "", "A smaller --batch-size, --micro-batch or --image-size needs less"
+        if jax.process_count() == 1:  # else the others would wait for what is compiled here
+            with contextlib.suppress(Exception):  # the memory is full
+                option = training.smaller_step()
+        if option:
+            advice = f"Start again with {option}, with which a step fits by the compiler's analysis"
+        raise RunError(f"Out of memory. {advice} ({str(error).partition(chr(10))[0]}).") from error
     except Diverged as error:
         fault = error.fault or training.fault(error.state, error.epoch - 1, error.step - 1)
         kept = f"The checkpoint after {writer.saved.words} is kept. " if writer.saved > (0, 0) else ""

@@ -34,7 +34,7 @@ def join() -> Peers | None:
     Raises:
       UserError: if only some of the variables are set, or the other processes cannot be reached.
     """
-    if not is_distributed():
+    if not (is_distributed() or jax.distributed.is_initialized()):
         return None
     asked = [name for name in NAMES if os.environ.get(name)]
     detects = os.environ.get(DETECT, "0") not in ("", "0")

@@ -27,11 +27,11 @@ DETECT = "CIFAR_JAX_DISTRIBUTED"
 _ENDED = "cifar_jax ended with"  # before the exit code, in the file for C++ logs
 _CHILD = "CIFAR_JAX_SUPERVISED"  # file descriptors of a pipe from the parent, and of the file for C++ logs
 
-HEARTBEAT = 15  # seconds without a sign of life after which a process is taken for lost
+HEARTBEAT = 25  # seconds without a sign of life after which a process is considered lost
 POLL = 0.5  # seconds between looks for an announcement
 GRACE = 1.0  # seconds that a process has to end by an error of its own once another one has failed
-PATIENCE = 5.0  # seconds that a process that failed waits for the others to have heard of it
-CONTINUE = "What is saved is whole: continue with --resume --out DIR"
+PATIENCE = 5.0  # seconds that a process that failed waits for the others to have read its reason
+CONTINUE = "All files are complete: continue with --resume --out DIR"
 
 
 def is_distributed() -> bool:
@@ -43,14 +43,17 @@ def is_distributed() -> bool:
 # The parent process
 
 
-def supervise() -> None:
+def supervise(debug: bool = False) -> None:
     """Continues in a child process; the parent waits for it, explains its end if need be, and exits.
 
     The parent passes SIGTERM and Ctrl-C on. If the parent is killed, the child ends at once. C++ logs of the child say
     little to a user; they are read only for the cause of its end.
+
+    Args:
+      debug: whether the child's C++ logs are shown instead.
     """
     if _CHILD in os.environ:
-        _become_child()
+        _become_child(debug)
         return
     alive, ours = os.pipe()
     with tempfile.TemporaryFile("w+", errors="backslashreplace") as logs:
@@ -61,8 +64,7 @@ def supervise() -> None:
         )
         os.close(alive)
         # A terminal sends Ctrl-C to both processes.
-        from_terminal = sys.stdin is not None and sys.stdin.isatty()
-        signal.signal(signal.SIGINT, lambda *_: None if from_terminal else child.send_signal(signal.SIGINT))
+        signal.signal(signal.SIGINT, lambda *_: None if _in_foreground() else child.send_signal(signal.SIGINT))
         signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
         code = child.wait()
         logs.seek(0)
@@ -71,6 +73,13 @@ def supervise() -> None:
         print(f"Error: {sentence}", file=sys.stderr, flush=True)
     os.close(ours)
     os._exit(code)
+
+
+def _in_foreground() -> bool:
+    """Whether a terminal sends Ctrl-C to this process and its children."""
+    with contextlib.suppress(OSError), open("/dev/tty", "rb", 0) as terminal:
+        return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    return False
 
 
 def explained_end(code: int, logs: str, own: str | None) -> tuple[int, str | None]:
@@ -85,15 +94,18 @@ def explained_end(code: int, logs: str, own: str | None) -> tuple[int, str | Non
         return code, None
     if recorded := re.search(rf"^{_ENDED} (\d+)$", logs, re.MULTILINE):
         return int(recorded[1]), None
+    if -code in (signal.SIGINT, signal.SIGTERM):
+        return 128 - code, None
     this = "This process" if own is None else f"Process {own}"
-    if code != -signal.SIGABRT:
-        return 1, f"{this} was killed by {signal.Signals(-code).name}, perhaps as memory ran out. {CONTINUE}."
+    if code == -signal.SIGKILL:
+        return 1, f"{this} was killed by SIGKILL, perhaps as memory ran out. {CONTINUE}."
     if "distributed service detected fatal errors" in logs:
         unhealthy = re.search(r"stopped sending heartbeats\)[^\n]*\n(\d+(?:\n\d+)*)\n", logs)
         lost = ", ".join(unhealthy[1].split()) if unhealthy else "0"  # process 0 runs the coordination service
         return 1, lost_sentence(f"Process {lost}")
     fatal = re.search(r"^F\d{4} .*?\] (.*)", logs, re.MULTILINE)
-    return 1, f"{this} was aborted by JAX ({fatal[1] if fatal else logs.strip()[-300:] or 'no reason given'})."
+    reason = fatal[1] if fatal else logs.strip()[-300:] or "without a message"
+    return 1, f"{this} was ended by {signal.Signals(-code).name} ({reason}). {CONTINUE}."
 
 
 def lost_sentence(process: str) -> str:
@@ -101,8 +113,8 @@ def lost_sentence(process: str) -> str:
     return f"{process} of this run was lost. {CONTINUE} once it is back."
 
 
-def _become_child() -> None:
-    """Ends this process when its parent ends, and parts its stderr from that of C++."""
+def _become_child(debug: bool) -> None:
+    """Ends this process when its parent ends, and unless `debug` parts its stderr from that of C++."""
     alive, logs = map(int, os.environ[_CHILD].split(","))
 
     def end_with_parent() -> None:
@@ -110,6 +122,8 @@ def _become_child() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    if debug:
+        return
     terminal, encoding = os.dup(2), sys.stderr.encoding
     sys.stderr = open(terminal, "w", buffering=1, encoding=encoding, errors="backslashreplace")  # noqa: SIM115
     os.dup2(logs, 2)
@@ -145,6 +159,7 @@ class Peers:
         leave: Callable[[int], None] = os._exit,
         poll: float = POLL,
         patience: float = PATIENCE,
+        long: float = 600.0,
     ) -> None:
         """Takes what reaches the other processes.
 
@@ -154,10 +169,11 @@ class Peers:
           count: the number of processes.
           leave: ends this process at once. JAX's regular exit waits for the others.
           poll: seconds between looks for an announcement.
-          patience: seconds that a process that failed waits for the others to have heard of it.
+          patience: seconds that a process that failed waits for the others to have read its reason.
+          long: seconds that processes wait for the first one to write the run.
         """
         self._store, self._own, self._count = store, own, count
-        self._leave, self._poll, self._patience = leave, poll, patience
+        self._leave, self._poll, self._patience, self._long = leave, poll, patience, long
         self._ends = threading.Lock()  # held by the thread that ends this process
 
     @contextlib.contextmanager
@@ -165,6 +181,8 @@ class Peers:
         self, explain: Callable[[BaseException], tuple[str, int]], say: Callable[[str], object]
     ) -> Iterator[None]:
         """Ends all processes if one of them leaves the block by an error, or is lost.
+
+        An error with the attribute `in_all_processes` is raised in all of them; each is left time to react to it.
 
         Args:
           explain: returns the message and exit code for an error of the block.
@@ -177,6 +195,9 @@ class Peers:
         try:
             yield
         except BaseException as error:
+            if getattr(error, "in_all_processes", False):
+                self._end_with_all(*explain(error), say)
+                raise
             if is_peer_lost(error):
                 # It may have announced why it leaves, in which case the watcher ends this process.
                 watcher.join(2 * self._poll + GRACE)
@@ -188,17 +209,21 @@ class Peers:
         finally:
             done.set()
 
-    def part(self, code: int, reason: str) -> None:
-        """Waits, before an end that all processes have agreed on, until all are as far.
+    def leave_together(self, code: int) -> None:
+        """Waits, before an end that all processes have agreed on, until all have come to it.
 
-        Those that are not, as they have heard of it too late, end for the reason given.
+        The first process still writes the run when the others are here, for as long as that takes. If it fails in that,
+        they end for its reason; if it is killed, JAX aborts them.
         """
         record_end(code)
-        self._set(f"ended/{self._own}", {})
-        if not self._wait_for("ended"):
-            self._set("failure", {"process": self._own, "reason": reason, "code": code})
-            self._set(f"heard/{self._own}", {})
-            self._wait_for("heard")
+        self._set(f"finished/{self._own}", {})
+        self._wait_for("finished", self._long)
+
+    def _end_with_all(self, reason: str, code: int, say: Callable[[str], object]) -> None:
+        say(reason)
+        self._flush()
+        self.leave_together(code)
+        self._leave(code)
 
     def _watch(self, done: threading.Event, say: Callable[[str], object]) -> None:
         while not done.wait(self._poll):
@@ -211,23 +236,26 @@ class Peers:
     def _end(self, reason: str, code: int, say: Callable[[str], object]) -> None:
         with self._ends:
             say(reason)
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
+            self._flush()
             record_end(code)
-            self._set(f"heard/{self._own}", {})
-            if (self._get("failure") or {}).get("process") == self._own:
-                self._wait_for("heard")
+            self._set(f"acknowledged/{self._own}", {})
+            # The others read the reason from the first process.
+            if self._own == 0 or (self._get("failure") or {}).get("process") == self._own:
+                self._wait_for("acknowledged", self._patience)
             self._leave(code)
 
-    def _wait_for(self, name: str) -> bool:
-        """Waits until all processes have set a key of theirs, but no longer than is worth it; whether they have."""
-        until = time.monotonic() + self._patience
-        while not (met := all(self._get(f"{name}/{process}") is not None for process in range(self._count))):
-            if time.monotonic() > until:
+    def _flush(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+
+    def _wait_for(self, name: str, seconds: float) -> None:
+        """Waits until all processes have set a key of theirs, up to a number of seconds."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if all(self._get(f"{name}/{process}") is not None for process in range(self._count)):
                 break
             time.sleep(self._poll / 5)
-        return met
 
     def _get(self, key: str) -> Any:
         try:
@@ -241,13 +269,16 @@ class Peers:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Whether an error of JAX means that another process of the run is gone."""
-    return bool(
-        re.search(r"\b(Gloo|NCCL|coordination.?service|heartbeat)|Connection (closed|reset) by peer", str(error), re.I)
+    """Whether an error of JAX, which begins with a status code, means that another process of the run is gone."""
+    of_jax = re.match(
+        r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION):", str(error)
     )
+    about = re.search(r"Gloo|NCCL|coordination.?service|heartbeat|Connection (closed|reset) by peer", str(error), re.I)
+    return bool(of_jax and about)
 
 
 def record_end(code: int) -> None:
     """Tells the parent process the exit code, in case JAX aborts this process before it has ended."""
     if _CHILD in os.environ:
-        os.write(2, f"\n{_ENDED} {code}\n".encode())
+        with contextlib.suppress(OSError):  # no space left for the file
+            os.write(2, f"\n{_ENDED} {code}\n".encode())

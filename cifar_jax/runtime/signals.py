@@ -6,6 +6,7 @@ Python runs signal handlers between bytecode instructions, so after a compiled e
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -74,13 +75,14 @@ class Signals:
         # The second signal may end the process at any point, as files are written atomically.
         for other in self._usual:
             signal.signal(other, signal.SIG_DFL)
-        with contextlib.suppress(OSError):
-            if os.isatty(2):
-                os.write(2, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
+        with contextlib.suppress(OSError, ValueError):
+            if os.isatty(terminal := sys.stderr.fileno()):
+                os.write(terminal, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
         if self._on_request:
             self._on_request(self.requested, self._depth > 0)
         if not self._alone:
-            signal.raise_signal(signal.SIGTERM)  # JAX handles it and notifies the other processes
+            signal.raise_signal(signal.SIGTERM)  # JAX handles it and notifies the others; all stop after the same step
+            return
         self._raise()
 
     def _raise(self) -> None:

@@ -113,8 +113,8 @@ def make_evaluate(
       task: the task whose splits are scored, all but `train`.
       loss_fn: the loss that the task trains on.
       mesh: the devices that a batch is sharded over; `make_mesh(None)` if None.
-      batch_size: examples per batch; affects the result only by rounding of the loss. If the devices run out of memory
-        it is halved, which is logged.
+      batch_size: examples per batch; affects the result only by rounding of the loss. If the devices of a
+        single process run out of memory on images, it is halved, which is logged.
       reporter: shows a progress bar if the inputs do not reside on the devices.
       stopping: polled for each batch; returns whether to stop.
 

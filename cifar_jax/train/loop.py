@@ -131,6 +131,8 @@ class Diverged(RunError):
     `state` is the state after the last good step, or if an update was not finite, the state after that update.
     """
 
+    in_all_processes = True  # of a run, as the state and the metrics of a step are the same in all of them
+
     def __init__(self, state: TrainState, epoch: int, step: int, fault: str = "", more: str = "") -> None:
         """Takes the epoch and step, counted from one, the first tensor that was not finite, and more sentences."""
         self.state, self.epoch, self.step, self.fault = state, epoch, step, fault

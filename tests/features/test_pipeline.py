@@ -91,6 +91,8 @@ def count_compilations(run) -> int:
     return len(counted)
 
 
-@pytest.mark.parametrize(("num_images", "batch_size", "expected"), [(None, 8, 8), (5, 8, 5), (None, 4096, 1024)])
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "expected"), [(None, 8, 8), (3, 8, 4), (None, 20, 16), (None, 4096, 1024)]
+)
 def test_a_batch_is_no_larger_than_asked_for_or_needed(backbone, num_images, batch_size, expected):
     assert make_extractor(backbone, batch_size=batch_size, num_images=num_images).batch_size == expected

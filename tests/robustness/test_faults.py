@@ -239,7 +239,7 @@ def test_features_that_were_made_before_the_memory_was_full_are_kept(monkeypatch
     [
         (
             "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
-            "Out of memory in training. Start again with --batch-size",
+            "Out of memory. Start again with --batch-size",
         ),
         (
             "INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE: the device is lost",

@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 from cifar_jax.errors import UserError
-from cifar_jax.runtime.peers import Peers, explained_end, is_peer_lost
+from cifar_jax.runtime.peers import GRACE, Peers, explained_end, is_peer_lost
 
 
 class Store(dict):
@@ -46,7 +46,7 @@ class Process(threading.Thread):
         except Exception:
             self.ended.set()
         else:
-            self.peers.part(143, "It was interrupted.")
+            self.peers.leave_together(143)
             self.leave(143)
 
 
@@ -92,13 +92,13 @@ def test_a_process_that_is_gone_without_a_reason_is_named(message):
 def test_the_reason_of_a_process_that_is_gone_is_preferred():
     """The broken connection is seen first, the announcement a moment later."""
     store = Store()
-    first = Process(store, 0, fails("Gloo: Connection closed by peer"))
+    first = Process(store, 0, fails("UNKNOWN: Gloo: Connection closed by peer"))
     Process(store, 1, fails("The disk is full."))
     first.ended.wait(10)
     assert first.said == ["Process 1 failed: The disk is full."]
 
 
-def test_processes_that_part_say_nothing_and_wait_for_each_other():
+def test_processes_that_leave_together_say_nothing_and_wait_for_each_other():
     store, going = Store(), threading.Event()
     quick = Process(store, 0, lambda _: None)
     slow = Process(store, 1, lambda _: going.wait(10))
@@ -109,17 +109,40 @@ def test_processes_that_part_say_nothing_and_wait_for_each_other():
         assert process.said == [] and process.codes == [143]
 
 
-def test_who_does_not_part_with_the_others_ends_too():
+class Diverged(Exception):
+    in_all_processes = True
+
+
+def test_an_error_of_all_processes_leaves_the_first_one_time_to_write():
+    store, writing = Store(), threading.Event()
+
+    def diverges(process):
+        if process is first:
+            assert writing.wait(10)
+        raise Diverged("The loss is not finite.")
+
+    first = None
+    second = Process(store, 1, diverges)
+    first = Process(store, 0, diverges)
+    assert not second.ended.wait(2 * GRACE) and not first.said
+    writing.set()
+    for process in (first, second):
+        process.join(10)
+        assert process.said == ["The loss is not finite."] and process.codes == [2]
+
+
+def test_a_first_process_that_fails_in_writing_ends_those_that_wait_for_it():
     store = Store()
-    Process(store, 0, lambda _: None)
-    busy = Process(store, 1, waits_for_ever)
-    assert busy.ended.wait(10)
-    assert busy.said == ["Process 0 failed: It was interrupted."] and busy.codes == [143]
+    waiting = Process(store, 1, lambda process: process.peers.leave_together(143))
+    Process(store, 0, fails("The disk is full."))
+    assert waiting.ended.wait(10)
+    assert waiting.said == ["Process 0 failed: The disk is full."] and waiting.codes[0] == 2
 
 
 def test_errors_of_devices_and_of_files_are_not_those_of_peers():
     assert not is_peer_lost(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
-    assert not is_peer_lost(FileNotFoundError("run/config.json"))
+    assert not is_peer_lost(UserError("--out /data/nccl-tests holds other files"))
+    assert not is_peer_lost(ConnectionResetError("[Errno 104] Connection reset by peer"))
 
 
 FATAL = "F1127 11:56:10 546 client.h:80] Terminating process because the JAX distributed service detected fatal errors."
@@ -136,7 +159,13 @@ UNHEALTHY = (
         (-signal.SIGABRT, FATAL, (1, "Process 0 of this run was lost.")),
         (-signal.SIGABRT, f"{UNHEALTHY}\n{FATAL}", (1, "Process 2, 3 of this run was lost.")),
         (-signal.SIGABRT, f"{FATAL}\ncifar_jax ended with 2\n", (2, "")),
-        (-signal.SIGABRT, "F1127 12:00:00 1 a.cc:3] Check failed: x > 0", (1, "aborted by JAX (Check failed: x > 0)")),
+        (
+            -signal.SIGABRT,
+            "F1127 12:00:00 1 a.cc:3] Check failed: x > 0",
+            (1, "Process 1 was ended by SIGABRT (Check failed: x > 0)."),
+        ),
+        (-signal.SIGTERM, "", (143, "")),
+        (-signal.SIGSEGV, "Fatal: address", (1, "Process 1 was ended by SIGSEGV (Fatal: address).")),
         (-signal.SIGKILL, "", (1, "Process 1 was killed by SIGKILL, perhaps as memory ran out.")),
     ],
 )
@@ -166,7 +195,7 @@ def supervised(tmp_path, then):
     ("then", "code", "sentence"),
     [
         ("sys.exit(3)", 3, ""),
-        ("os.abort()", 1, "Error: Process 1 was aborted by JAX (a log of C++)."),
+        ("os.abort()", 1, "Error: Process 1 was ended by SIGABRT (a log of C++)."),
         ("os.kill(os.getpid(), signal.SIGKILL)", 1, "Error: Process 1 was killed by SIGKILL"),
     ],
 )

@@ -94,6 +94,6 @@ def test_training_names_a_size_that_fits(tmp_path, narrow, quick_compile, mode, 
     config = parse_train(
         [*TINY, "--mode", mode, "--out", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
     )
-    with pytest.raises(RunError, match=f"^Out of memory in training. Start again with {option}, which fits") as raised:
+    with pytest.raises(RunError, match=f"^Out of memory. Start again with {option}, with which a step fits") as raised:
         train(config, loss_fn=loss_fn)
     assert FULL in str(raised.value)

@@ -16,8 +16,8 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     Nothing is unpacked to disk, so names are only keys, never paths.
 
     Raises:
-      WeightsError: if it is corrupt, also while the block reads it; an entry is compressed or encrypted; or the entries
-        together are larger than the file.
+      WeightsError: if it is corrupt, also while the block reads it; an entry is compressed or encrypted; two entries
+        have one name; or the entries together are larger than the file.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -34,6 +34,8 @@ def _validate_entries(infos: list[zipfile.ZipInfo], path: Path) -> None:
                 f"{path} has a compressed or encrypted entry {info.filename!r}, which neither PyTorch nor Keras "
                 "writes. Unpack the archive and use the weights file inside it."
             )
+    if len({info.filename for info in infos}) < len(infos):
+        raise WeightsError(f"{path} has two entries of one name, so its content is ambiguous. Get a fresh copy.")
     # Overlapping entries would together be larger than the file.
     if sum(info.file_size for info in infos) > path.stat().st_size:
         raise WeightsError(f"{path} is corrupt: its entries are larger than the file. Get a fresh copy of the file.")

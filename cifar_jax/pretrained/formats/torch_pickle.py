@@ -19,6 +19,7 @@ import numpy as np
 from cifar_jax.errors import WeightsError
 
 # Bounds the time and memory that a small malicious file can cost. A ResNet152 with optimizer state takes 100,000.
+MAX_DIMENSIONS = 64  # of a tensor, as in NumPy
 MAX_INSTRUCTIONS = 500_000
 
 STORAGES = {
@@ -107,6 +108,12 @@ def _parameter(tensor: Tensor, *_: Any) -> Tensor:
     return _expect(tensor, Tensor)
 
 
+def _size(sizes: Any) -> tuple[Any, ...]:
+    if len(_expect(sizes, tuple | list)) > MAX_DIMENSIONS:
+        raise ValueError(f"a shape of {len(sizes)} dimensions")
+    return tuple(sizes)
+
+
 def _ordered_dict(pairs: list[Any] = []) -> dict[Any, Any]:  # noqa: B006 (never mutated)
     return {_key(key): value for key, value in _expect(pairs, list)}
 
@@ -118,8 +125,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch.Size": lambda sizes: tuple(_expect(sizes, tuple | list)),
-    "torch.device": lambda kind, index=0: f"{kind}:{index}",
+    "torch.Size": _size,
+    "torch.device": lambda *_: "device",  # where a tensor lay does not matter here
 }
 
 
@@ -137,7 +144,7 @@ def read_pickle(stream: BinaryIO, what: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of invalid escape sequences in strings
             return _Machine(what).run(stream)
-    except (ValueError, TypeError, LookupError, ArithmeticError, struct.error) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, struct.error) as error:
         raise WeightsError(
             f"{what} is corrupt: its pickle cannot be read ({error}). Get a fresh copy of the file."
         ) from error

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from cifar_jax.models.resnet import block_name
@@ -51,6 +51,6 @@ class Family(NamedTuple):
         return tuple(blocks[stage] for stage in sorted(blocks, key=int))
 
 
-def detect_family(names: Iterable[str], families: Mapping[str, Family]) -> str | None:
+def detect_family(names: Collection[str], families: Mapping[str, Family]) -> str | None:
     """Returns the family that a file's tensor names belong to, or None."""
     return next((family for family, known in families.items() if known.stage_sizes(names)), None)

@@ -7,6 +7,7 @@ BatchNorm's `num_batches_tracked` counts training steps and is not needed to run
 import re
 from collections.abc import Collection
 
+from cifar_jax.errors import WeightsError
 from cifar_jax.pretrained.names import Family
 
 IGNORED = "num_batches_tracked"  # name suffix of tensors that are not needed
@@ -67,7 +68,14 @@ def top_names(family: str) -> tuple[str, str]:
 
 
 def without_transformers_prefix(names: Collection[str]) -> dict[str, str]:
-    """Maps a file's names to those of FAMILIES: without `resnet.` if all but the classifier's have it."""
+    """Maps a file's names to those of FAMILIES: without `resnet.` if all but the classifier's have it.
+
+    Raises:
+      WeightsError: if two tensors would have one name.
+    """
     inside = [name for name in names if name not in top_names("huggingface")]
     prefixed = inside and all(name.startswith(PREFIX) for name in inside)
-    return {name: name.removeprefix(PREFIX) if prefixed else name for name in names}
+    renamed = {name: name.removeprefix(PREFIX) if prefixed else name for name in names}
+    if len(set(renamed.values())) < len(renamed):
+        raise WeightsError(f"Two tensors have one name but for the prefix {PREFIX!r}; remove one of them.")
+    return renamed
