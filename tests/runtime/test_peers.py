@@ -30,7 +30,7 @@ class Process(threading.Thread):
 
     def __init__(self, store, own, work):
         super().__init__(daemon=True)
-        self.said, self.codes, self.ended = [], [], threading.Event()
+        self.own, self.said, self.codes, self.ended = own, [], [], threading.Event()
         self.peers = Peers(store, own, 2, leave=self.leave, poll=0.01, patience=2)
         self.work = work
         self.start()
@@ -117,11 +117,10 @@ def test_an_error_of_all_processes_leaves_the_first_one_time_to_write():
     store, writing = Store(), threading.Event()
 
     def diverges(process):
-        if process is first:
+        if process.own == 0:
             assert writing.wait(10)
         raise Diverged("The loss is not finite.")
 
-    first = None
     second = Process(store, 1, diverges)
     first = Process(store, 0, diverges)
     assert not second.ended.wait(2 * GRACE) and not first.said
