@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import hearing, keep_compiled_in, narrow_networks, without_pictures
+from helpers import forwarding_logs, keep_compiled_in, narrow_networks, without_pictures
 
 from cifar_jax.data import Dataset, Splits
 from cifar_jax.data.sources.shapes import draw_shapes
@@ -79,10 +79,10 @@ def quick_compile() -> Iterator[None]:
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def log_messages() -> Iterator[list[str]]:
     """The messages that the library logs during the test."""
     messages: list[str] = []
-    with hearing(messages.append):
+    with forwarding_logs(messages.append):
         yield messages
 
 

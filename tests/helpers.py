@@ -101,19 +101,19 @@ FIELDS = FunctionBackbone(
 )
 
 
-class _Hearing(logging.Handler):
-    def __init__(self, hears: Callable[[str], object]) -> None:
+class _ForwardingHandler(logging.Handler):
+    def __init__(self, forward: Callable[[str], object]) -> None:
         super().__init__(logging.INFO)
-        self._hears = hears
+        self._forward = forward
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._hears(record.getMessage())
+        self._forward(record.getMessage())
 
 
 @contextmanager
-def hearing(hears: Callable[[str], object]) -> Iterator[None]:
+def forwarding_logs(forward: Callable[[str], object]) -> Iterator[None]:
     """Calls a function with each message that the library logs, until the block ends."""
-    library, handler = logging.getLogger("cifar_jax"), _Hearing(hears)
+    library, handler = logging.getLogger("cifar_jax"), _ForwardingHandler(forward)
     level = library.level
     library.addHandler(handler)
     library.setLevel(logging.INFO)

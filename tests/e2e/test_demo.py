@@ -1,4 +1,4 @@
-"""The backbone that comes with the project is worth what it is said to be worth: on drawn images and on real ones."""
+"""The backbone that comes with the project is worth what the documents claim: on drawn images and on real ones."""
 
 import json
 from dataclasses import replace

@@ -163,13 +163,13 @@ def test_loss_is_trained_on_and_reported(made, mode):
     assert not same(run.head_params, plain.head_params)
 
 
-def test_evaluation_of_a_run_is_told_its_loss(made, said):
+def test_evaluation_of_a_run_is_told_its_loss(made, log_messages):
     path = made("another_loss", "cached")
     summary = load_run(path).summary
     assert evaluate_run(path, loss_fn=another_loss.focal_loss)["test_loss"] == pytest.approx(summary["val_loss"])
-    assert not any("focal_loss" in sentence for sentence in said)
+    assert not any("focal_loss" in sentence for sentence in log_messages)
     assert evaluate_run(path)["test_loss"] > summary["val_loss"]
-    assert f"The run in {path} was trained with the loss focal_loss; the loss here is cross-entropy." in said
+    assert f"The run in {path} was trained with the loss focal_loss; the loss here is cross-entropy." in log_messages
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import NARROW, ROOT, TESTS, files_below, full_disk, hearing
+from helpers import NARROW, ROOT, TESTS, files_below, forwarding_logs, full_disk
 
 from cifar_jax.data import Dataset
 from cifar_jax.errors import RunError
@@ -116,32 +116,32 @@ def test_key_depends_on_everything_that_changes_features(shapes, monkeypatch):
 # Computation and reuse
 
 
-def test_each_chunk_is_computed_once(tmp_path, said):
+def test_each_chunk_is_computed_once(tmp_path, log_messages):
     done = []
     features, starts = get(tmp_path, on_images=done.append)
     np.testing.assert_array_equal(features, FEATURES)
-    assert starts == STARTS and said == [] and done == [*range(0, NUM, 256), NUM]
+    assert starts == STARTS and log_messages == [] and done == [*range(0, NUM, 256), NUM]
     features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
-    assert starts == [] and said == [f"The features come from the cache, {entry(tmp_path)}."]
+    assert starts == [] and log_messages == [f"The features come from the cache, {entry(tmp_path)}."]
     assert "lock" in os.listdir(entry(tmp_path)) and not list(tmp_path.rglob("*.__lock"))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RunError("the backbone burst")])
-def test_interrupted_extraction_resumes(tmp_path, said, error):
+def test_interrupted_extraction_resumes(tmp_path, log_messages, error):
     done = []
     with pytest.raises(type(error) if isinstance(error, RunError) else error):
         get(tmp_path, extractor=Extractor(stops_at=2, error=error))
     features, starts = get(tmp_path, on_images=done.append)
     np.testing.assert_array_equal(features, FEATURES)
     assert starts == [2 * CHUNK_ROWS] and done == [2 * CHUNK_ROWS, 2 * CHUNK_ROWS + 256, NUM]
-    assert said == [
+    assert log_messages == [
         f"The features of 2,048 of 2,548 images come from the cache, {entry(tmp_path)}; extraction continues at image "
         "2,049 of 2,548."
     ]
 
 
-def test_killed_process_leaves_whole_chunks_and_no_lock(tmp_path, said):
+def test_killed_process_leaves_whole_chunks_and_no_lock(tmp_path, log_messages):
     code = (
         "import os, signal, sys, pathlib, numpy as np, features.test_cache as t\n"
         "class Killed(t.Extractor):\n"
@@ -153,11 +153,11 @@ def test_killed_process_leaves_whole_chunks_and_no_lock(tmp_path, said):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "JAX_PLATFORMS": "cpu"}
     killed = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    said.clear()
+    log_messages.clear()
     features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
     # The second chunk was on its way to the disk: it is there, or it is not.
-    assert starts in (STARTS[1:], STARTS[2:]) and "continues at image" in said[0] and len(said) == 1
+    assert starts in (STARTS[1:], STARTS[2:]) and "continues at image" in log_messages[0] and len(log_messages) == 1
 
 
 def test_zeros_are_stored_and_missing_chunks_are_not_read_as_zeros(tmp_path):
@@ -204,19 +204,19 @@ def test_features_that_overflow_the_dtype_raise(tmp_path):
         (1, "1,024", lambda path: path.write_bytes(b"")),
     ],
 )
-def test_corrupt_chunk_is_reported_and_recomputed_alone(tmp_path, said, number, num, damage):
+def test_corrupt_chunk_is_reported_and_recomputed_alone(tmp_path, log_messages, number, num, damage):
     get(tmp_path)
     damage(chunk(tmp_path, number))
-    said.clear()
+    log_messages.clear()
     features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
-    assert starts == [STARTS[number]] and len(said) == 2
-    assert said[0].startswith("The cache is corrupt (") and str(chunk(tmp_path, number)) in said[0]
-    assert said[0].endswith(f": recomputing the features of {num} images.")
+    assert starts == [STARTS[number]] and len(log_messages) == 2
+    assert log_messages[0].startswith("The cache is corrupt (") and str(chunk(tmp_path, number)) in log_messages[0]
+    assert log_messages[0].endswith(f": recomputing the features of {num} images.")
     assert get(tmp_path)[1] == []
 
 
-def test_no_corruption_of_any_file_changes_features(tmp_path, said):
+def test_no_corruption_of_any_file_changes_features(tmp_path, log_messages):
     """A hundred files with one byte changed, or cut short: of the chunks, and what is for people."""
     get(tmp_path)
     rng = np.random.default_rng(0)
@@ -228,9 +228,9 @@ def test_no_corruption_of_any_file_changes_features(tmp_path, said):
             flip(path, rng.integers(path.stat().st_size), 1 << rng.integers(8))
         else:
             path.write_bytes(path.read_bytes()[: rng.integers(path.stat().st_size)])
-        said.clear()
+        log_messages.clear()
         np.testing.assert_array_equal(get(tmp_path)[0], FEATURES)
-        assert not any("could not be saved" in text for text in said)
+        assert not any("could not be saved" in text for text in log_messages)
     assert get(tmp_path)[1] == []
 
 
@@ -239,7 +239,7 @@ def test_no_corruption_of_any_file_changes_features(tmp_path, said):
 
 
 def test_second_process_waits_and_computes_nothing_again(tmp_path):
-    inside, go_on, said = threading.Event(), threading.Event(), []
+    inside, go_on, log_messages = threading.Event(), threading.Event(), []
 
     def slow(images_u8, pieces):
         inside.set()
@@ -247,40 +247,47 @@ def test_second_process_waits_and_computes_nothing_again(tmp_path):
         yield from Extractor().stream(images_u8, pieces)
 
     def second(text):
-        said.append(text)
+        log_messages.append(text)
         go_on.set()
 
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(cached_features, entry(tmp_path), IMAGES, slow, WIDTH)
         assert inside.wait(10)
         never = Extractor(stops_at=0)
-        with hearing(second):
+        with forwarding_logs(second):
             features = cached_features(entry(tmp_path), IMAGES, never.stream, WIDTH)
         np.testing.assert_array_equal(features, first.result())
-    assert said[0] == f"Another process is computing the features in {entry(tmp_path)}; waiting for it."
-    assert "come from the cache" in said[1]
+    assert log_messages[0] == f"Another process is computing the features in {entry(tmp_path)}; waiting for it."
+    assert "come from the cache" in log_messages[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Unwritable directories
 
 
-def test_unwritable_directory_is_logged_once(tmp_path, said):
+def test_unwritable_directory_is_logged_once(tmp_path, log_messages):
     place = tmp_path / "cache"
     place.write_text("a file")
     for _ in range(2):
         features, starts = get(place)
         np.testing.assert_array_equal(features, FEATURES)
         assert starts == STARTS
-    assert len(said) == 2 and all(text.startswith(f"The features could not be saved in {place} (") for text in said)
+    assert len(log_messages) == 2 and all(
+        text.startswith(f"The features could not be saved in {place} (") for text in log_messages
+    )
     assert place.read_text() == "a file"
 
 
-def test_full_disk_is_logged_once_and_leaves_no_partial_chunks(tmp_path, said):
-    said.clear()
+def test_full_disk_is_logged_once_and_leaves_no_partial_chunks(tmp_path, log_messages):
+    log_messages.clear()
     with full_disk(at=CHUNK_ROWS * WIDTH * 4):  # a chunk has four bytes more
         features, starts = get(tmp_path)
     np.testing.assert_array_equal(features, FEATURES)
-    assert starts == STARTS and len(said) == 1 and "could not be saved" in said[0] and "File too large" in said[0]
+    assert (
+        starts == STARTS
+        and len(log_messages) == 1
+        and "could not be saved" in log_messages[0]
+        and "File too large" in log_messages[0]
+    )
     assert not [path for path in files_below(tmp_path) if path.endswith(("__lock", "0/0", "1/0", "2/0"))]
     assert get(tmp_path)[1] == STARTS

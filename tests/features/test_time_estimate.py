@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 from features.test_extractor import MEANS
-from helpers import hearing
+from helpers import forwarding_logs
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
@@ -31,7 +31,7 @@ def messages_of(num, per_batch, seconds, compiling=20.0):
     time, messages, batches = Time(), [], [-1]
     forecast = Forecast(num, time.clock, faster="Faster: cake.")
     time.seconds = compiling
-    with hearing(lambda text: messages.append((text, batches[0]))):
+    with forwarding_logs(lambda text: messages.append((text, batches[0]))):
         for _ in range(num // per_batch):
             batches[0] += 1
             forecast.note(per_batch)
@@ -83,7 +83,7 @@ def test_a_forecast_counts_the_steps_of_bars_and_not_where_they_begin():
     time, bars = Time(), Bars()
     forecast = Forecast(2000, time.clock)
     whole, half = forecast.watch(bars), forecast.watch(bars, weight=0.5)
-    with hearing(lambda text: bars.shown.append(text)):
+    with forwarding_logs(lambda text: bars.shown.append(text)):
         for reporter, begins in ((whole, 200), (half, 0)):
             with reporter.progress("some", 400) as bar:
                 for done in range(begins, begins + 101, 20):

@@ -143,13 +143,13 @@ def test_a_clock_that_jumps_back_changes_nothing(tmp_path, monkeypatch):
     assert all(seconds >= 0 for seconds in summary_of(run)["seconds"].values())
 
 
-def test_a_flipped_bit_in_a_chunk_of_features_is_reported_and_changes_nothing(tmp_path, said):
+def test_a_flipped_bit_in_a_chunk_of_features_is_reported_and_changes_nothing(tmp_path, log_messages):
     plain = config(tmp_path)
     first = rows_of(train(plain, backbone=FIELDS))
     chunks = [path for path in (tmp_path / "cache" / "features").glob("*/c/*/*") if path.is_file()]
     flip_bit(chunks[0])
     assert rows_of(train(replace(plain, out=str(tmp_path / "again")), backbone=FIELDS)) == first
-    assert sum("The cache is corrupt" in text for text in said) == 1
+    assert sum("The cache is corrupt" in text for text in log_messages) == 1
 
 
 def test_the_lock_goes_with_the_block_and_so_does_a_directory_that_holds_nothing(tmp_path):
@@ -196,7 +196,9 @@ def backbone(shapes):
     return random_backbone(jax.random.key(0), shapes.images[:64], ResNetConfig(stage_sizes=(1, 1), width=4), 32)
 
 
-def test_extraction_goes_on_with_half_as_many_images_where_the_memory_is_too_small(monkeypatch, backbone, shapes, said):
+def test_extraction_goes_on_with_half_as_many_images_where_the_memory_is_too_small(
+    monkeypatch, backbone, shapes, log_messages
+):
     expected, sizes = make_extractor(backbone)(shapes.images), []
 
     def too_small(images):
@@ -208,16 +210,16 @@ def test_extraction_goes_on_with_half_as_many_images_where_the_memory_is_too_sma
     extractor, done = make_extractor(backbone, batch_size=64), []
     np.testing.assert_allclose(extractor(shapes.images, done.append), expected, rtol=1e-5, atol=1e-6)
     assert sizes[:3] == [64, 32, 16] and set(sizes[2:]) == {16} and done[-1] == len(shapes.images)
-    assert said[0] == (
+    assert log_messages[0] == (
         "Out of memory at batch size 64; retrying with 32, which may change the last bits of features. Pass "
         "--extract-batch-size 32 to start there."
     )
-    assert len(said) == 2
+    assert len(log_messages) == 2
     extractor(shapes.images[:30])
-    assert len(said) == 2 and sizes[-1] == 16  # it is remembered
+    assert len(log_messages) == 2 and sizes[-1] == 16  # it is remembered
 
 
-def test_features_that_were_made_before_the_memory_was_full_are_kept(monkeypatch, backbone, shapes, said):
+def test_features_that_were_made_before_the_memory_was_full_are_kept(monkeypatch, backbone, shapes, log_messages):
     calls, done = [], []
 
     def later(images):
@@ -231,7 +233,7 @@ def test_features_that_were_made_before_the_memory_was_full_are_kept(monkeypatch
     np.testing.assert_allclose(
         extractor(shapes.images, done.append), make_extractor(backbone)(shapes.images), rtol=1e-5
     )
-    assert len(said) == 1 and calls[:5] == [16, 16, 16, 16, 8] and done[:3] == [16, 24, 32]
+    assert len(log_messages) == 1 and calls[:5] == [16, 16, 16, 16, 8] and done[:3] == [16, 24, 32]
 
 
 @pytest.mark.parametrize(

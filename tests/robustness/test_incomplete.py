@@ -158,17 +158,19 @@ def test_what_happens_while_a_diverged_run_ends_does_not_hide_divergence(
         assert last.startswith("Writing the summary failed too: ") and "No space left on device" in last
 
 
-def test_ctrl_c_in_the_first_epoch_tells_its_steps_and_resuming_raises_no_false_alarm(tmp_path, cache, narrow, said):
+def test_ctrl_c_in_the_first_epoch_tells_its_steps_and_resuming_raises_no_false_alarm(
+    tmp_path, cache, narrow, log_messages
+):
     job = config(tmp_path, cache, mode="live", schedule="cosine", batch_size=4)
     undisturbed = train(replace(job, out=str(tmp_path / "undisturbed")))
     reporter = Disturbance(lambda: signal.raise_signal(signal.SIGINT), epoch=1, examples=16)
     # Those that the devices had been given are finished.
     with pytest.raises(Interrupted, match=r"interrupted after 0 epochs and 1\d steps") as stopped:
         train(job, reporter)
-    said.clear()
+    log_messages.clear()
     resumed = train(replace(job, resume=True))
-    assert f"Resuming the run in {resumed} after {stopped.value.saved.words}." in said
-    assert not [text for text in said if "metrics.jsonl" in text]
+    assert f"Resuming the run in {resumed} after {stopped.value.saved.words}." in log_messages
+    assert not [text for text in log_messages if "metrics.jsonl" in text]
     assert rows_of(resumed) == rows_of(undisturbed)
 
 

@@ -259,17 +259,21 @@ def test_load_run_with_params_of_other_shapes_does_not_advise_to_start_again(tmp
         load_run(run, head=dense_head((4,))._replace(name="mine"), backbone=NETWORK)
 
 
-def test_a_function_must_have_the_variables_of_the_run_and_another_program_is_warned_of(tmp_path, said):
+def test_a_function_must_have_the_variables_of_the_run_and_another_program_is_warned_of(tmp_path, log_messages):
     run = train(config(tmp_path), backbone=NETWORK)
     same = network(function=lambda variables, images: fields(variables, images) * 1)
     assert same.sha256 == NETWORK.sha256 and same.program_sha256 != NETWORK.program_sha256
     load_run(run, backbone=network())
-    assert not [text for text in said if "program" in text]
+    assert not [text for text in log_messages if "program" in text]
     assert load_run(run, backbone=same).backbone is same
-    assert [text for text in said if "'fields' has the variables of the run" in text and "a different program" in text]
-    said.clear()
+    assert [
+        text
+        for text in log_messages
+        if "'fields' has the variables of the run" in text and "a different program" in text
+    ]
+    log_messages.clear()
     train(config(tmp_path, epochs=2, resume=True), backbone=same)
-    assert [text for text in said if "compiles to a different program than when the run began" in text]
+    assert [text for text in log_messages if "compiles to a different program than when the run began" in text]
     assert summary_of(run)["images_per_second"] is not None  # features of the other program are not taken for its own
     with pytest.raises(UserError, match="pass the same one to load_run as backbone="):
         load_run(run, backbone=network(seed=1))
@@ -291,11 +295,11 @@ def test_a_backbone_that_was_passed_is_not_called_untrained_before(tmp_path):
     assert load_run(train(job, backbone=backbone)).backbone.variant == backbone.variant
 
 
-def test_the_loss_of_an_evaluation_is_named_with_its_smoothing(tmp_path, said):
+def test_the_loss_of_an_evaluation_is_named_with_its_smoothing(tmp_path, log_messages):
     run = train(config(tmp_path, label_smoothing=0.1), backbone=NETWORK, loss_fn=focal)
     evaluate_run(run, backbone=NETWORK)
     text = "was trained with the loss focal; the loss here is cross-entropy with label smoothing."
-    assert [sentence for sentence in said if text in sentence]
+    assert [sentence for sentence in log_messages if text in sentence]
 
 
 class Guarded(Silent):

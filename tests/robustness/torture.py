@@ -36,7 +36,7 @@ from cifar_jax.runs.checkpoint import list_checkpoints, newest_whole
 from cifar_jax.runs.directory import BACKBONE, CHECKPOINTS, METRICS, SUMMARY
 from cifar_jax.runs.writer import RunWriter
 from cifar_jax.runtime.timing import Clock
-from tests.helpers import hearing, narrow_networks
+from tests.helpers import forwarding_logs, narrow_networks
 
 # Imported for the processes that are forked from this one, none of which then takes seconds to begin. JAX itself is not
 # begun in this one: its threads would not be there in the others.
@@ -187,7 +187,7 @@ def outcome(run: Path, cache: Path) -> dict[str, Any]:
     summary = json.loads((run / SUMMARY).read_text())
     kept = list_checkpoints(run / CHECKPOINTS)
     damaged: list[str] = []
-    with hearing(damaged.append):
+    with forwarding_logs(damaged.append):
         newest_whole(run / CHECKPOINTS)
     leaves = {path.name: json.loads((path / "checkpoint.json").read_text())["arrays"] for path in kept}
     scores = {name: value for name, value in summary.items() if name.startswith(("val_", "test_", "class_", "conf"))}

@@ -61,15 +61,15 @@ def test_a_flipped_bit_in_the_arrays_is_noticed(tmp_path, head, where):
         load_checkpoint(tmp_path, head)
 
 
-def test_a_damaged_one_is_said_and_the_one_before_it_used(tmp_path, head, said):
+def test_a_damaged_one_is_said_and_the_one_before_it_used(tmp_path, head, log_messages):
     for position in (ONE, TWO, THREE):
         save_checkpoint(tmp_path, position, head, {"at": position.epoch})
-    assert newest_whole(tmp_path) == (THREE, {"at": 3}) and said == []
+    assert newest_whole(tmp_path) == (THREE, {"at": 3}) and log_messages == []
     (tmp_path / "0003" / "checkpoint.json").write_text("{")
     flip_bit(tmp_path / "0002" / "arrays.safetensors", -1)
     assert newest_whole(tmp_path) == (ONE, {"at": 1})
-    assert len(said) == 2 and "0003 cannot be read" in said[0]
-    assert "0002 is corrupt: checksum mismatch in params/head/" in said[1]
+    assert len(log_messages) == 2 and "0003 cannot be read" in log_messages[0]
+    assert "0002 is corrupt: checksum mismatch in params/head/" in log_messages[1]
     payload = tmp_path / "0001" / "arrays.safetensors"
     payload.write_bytes(payload.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"can be used\. Start the run again with --overwrite"):
@@ -119,11 +119,11 @@ def test_names_tell_what_a_checkpoint_holds(tmp_path, head):
 
 
 @pytest.mark.parametrize("name", ["lr[0.1]", "a\\b", "*?", "caf\udce9", "x" * 200])
-def test_the_path_may_have_any_name(tmp_path, head, said, name):
+def test_the_path_may_have_any_name(tmp_path, head, log_messages, name):
     (tmp_path / name).mkdir()
     directory = tmp_path / name / "checkpoints"
     save_checkpoint(directory, ONE, head)
-    assert newest_whole(directory) == (ONE, {}) and said == []
+    assert newest_whole(directory) == (ONE, {}) and log_messages == []
     assert jax.tree.all(jax.tree.map(np.array_equal, load_checkpoint(directory, head), head))
 
 
@@ -150,11 +150,11 @@ def test_what_does_not_read_back_is_not_kept(tmp_path, head, monkeypatch):
     assert names_of(tmp_path) == ["0001"]
 
 
-def test_an_older_format_is_refused(tmp_path, head, said):
+def test_an_older_format_is_refused(tmp_path, head, log_messages):
     target = save_checkpoint(tmp_path, ONE, head)
     about = read_sealed(target / "checkpoint.json")
     write_sealed(target / "checkpoint.json", about | {"format": 3})
     for read in (lambda: load_checkpoint(tmp_path, head), lambda: newest_whole(tmp_path)):
         with pytest.raises(UserError, match=r"written by another version of this program\. Train again"):
             read()
-    assert said == []
+    assert log_messages == []

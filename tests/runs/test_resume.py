@@ -152,12 +152,12 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, undisturbed, options, k
     assert [position_of(path) for path in list_checkpoints(run / CHECKPOINTS)] == sorted(kept)
 
 
-def test_a_corrupt_checkpoint_is_reported_and_the_one_before_it_used(undisturbed, stopped, said):
+def test_a_corrupt_checkpoint_is_reported_and_the_one_before_it_used(undisturbed, stopped, log_messages):
     flip_bit(stopped / CHECKPOINTS / "0002" / "arrays.safetensors")
     run_job(stopped, "cached", resume=True)
     assert_same_bits(stopped, undisturbed("cached"))
-    assert any("0002 is corrupt" in text and "using the one before it" in text for text in said)
-    assert any("Resuming the run" in text and "after 1 epoch." in text for text in said)
+    assert any("0002 is corrupt" in text and "using the one before it" in text for text in log_messages)
+    assert any("Resuming the run" in text and "after 1 epoch." in text for text in log_messages)
 
 
 @pytest.mark.parametrize(
@@ -168,14 +168,14 @@ def test_a_corrupt_checkpoint_is_reported_and_the_one_before_it_used(undisturbed
         ("finetune", {"schedule": "constant", "warmup_epochs": 0.0}),
     ],
 )
-def test_a_finished_run_is_continued_from_the_checkpoint_before_a_corrupt_one(tmp_path, said, options, more):
+def test_a_finished_run_is_continued_from_the_checkpoint_before_a_corrupt_one(tmp_path, log_messages, options, more):
     """Whatever that one needs was kept as well, and nothing was removed before that was known."""
     whole = run_job(tmp_path / "whole", options, **more, epochs=4)
     run = run_job(tmp_path / "run", options, **more)
     flip_bit(run / CHECKPOINTS / "0003" / "arrays.safetensors")
     run_job(run, options, **more, epochs=4, resume=True)
     assert_same_bits(run, whole, options)
-    assert any("0003 is corrupt" in text for text in said)
+    assert any("0003 is corrupt" in text for text in log_messages)
 
 
 def test_a_run_that_another_process_continues_is_left_alone(stopped):
@@ -192,13 +192,13 @@ def test_a_run_that_another_process_continues_is_left_alone(stopped):
 
 
 @pytest.mark.parametrize("content", ["", "{}\n", "not JSON\n", None])
-def test_corrupt_metrics_are_written_again_from_the_checkpoint(stopped, said, content):
+def test_corrupt_metrics_are_written_again_from_the_checkpoint(stopped, log_messages, content):
     metrics = stopped / "metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text(whole.replace("0", "1", 3) if content is None else content)
     run_job(stopped, "cached", resume=True)
     assert metrics.read_text().startswith(whole)
-    assert any("metrics.jsonl is missing or corrupt" in text for text in said)
+    assert any("metrics.jsonl is missing or corrupt" in text for text in log_messages)
 
 
 def test_images_may_not_change_under_the_same_name(tmp_path, stopped, monkeypatch):

@@ -50,13 +50,13 @@ def kept(root):
         (0, [2, 3], [2, 3]),
     ],
 )
-def test_least_recently_used_features_are_evicted_first(tmp_path, said, entries, in_use, left):
+def test_least_recently_used_features_are_evicted_first(tmp_path, log_messages, entries, in_use, left):
     keep(tmp_path, 3, 1, 4, 2)
-    said.clear()
+    log_messages.clear()
     limit_features(tmp_path, entries * ENTRY_BYTES, [name_of(number) for number in in_use])
     assert kept(tmp_path) == left
-    assert len(said) == (len(left) < 4) and all(
-        "GB of least recently used features (--cache-limit)" in text for text in said
+    assert len(log_messages) == (len(left) < 4) and all(
+        "GB of least recently used features (--cache-limit)" in text for text in log_messages
     )
 
 
@@ -67,14 +67,14 @@ def test_reading_counts_as_use(tmp_path):
     assert kept(tmp_path) == [1]
 
 
-def test_entries_in_use_by_another_process_are_kept(tmp_path, said):
+def test_entries_in_use_by_another_process_are_kept(tmp_path, log_messages):
     keep(tmp_path, 1, 2)
     with locked(tmp_path / FEATURES / name_of(1), pytest.fail):
         limit_features(tmp_path, 0, [])
         assert kept(tmp_path) == [1]
-        said.clear()
+        log_messages.clear()
         assert clear(tmp_path) == 0
-    assert kept(tmp_path) == [1] and "another process is using it" in said[0] and len(said) == 1
+    assert kept(tmp_path) == [1] and "another process is using it" in log_messages[0] and len(log_messages) == 1
 
 
 def test_directory_removed_while_waiting_for_its_lock_is_created_again(tmp_path):
@@ -113,7 +113,7 @@ def test_contents(tmp_path):
     assert contents(tmp_path / "nothing") == []
 
 
-def test_clear_removes_only_files_that_the_cache_wrote(tmp_path, said):
+def test_clear_removes_only_files_that_the_cache_wrote(tmp_path, log_messages):
     root, outside = tmp_path / "cache", tmp_path / "outside"
     keep(root, 1, 2, 3)
     keep(outside, 4)
@@ -139,26 +139,26 @@ def test_clear_removes_only_files_that_the_cache_wrote(tmp_path, said):
     (root / "features" / name_of(3) / "c" / "7").symlink_to(outside / FEATURES / name_of(4) / "c" / "0")
     (root / "data" / "linked").symlink_to(outside)
     before = files_below(outside)
-    said.clear()
+    log_messages.clear()
     assert clear(root) > 3 * ENTRY_BYTES
     assert files_below(outside) == before
     assert all(path.read_text() == "mine" for path in theirs)
     left = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
     assert sorted(left) == sorted(theirs)
-    assert not (root / FEATURES / name_of(1)).exists() and len(said) == 3
-    assert all("is kept: the cache did not write it" in text for text in said)
+    assert not (root / FEATURES / name_of(1)).exists() and len(log_messages) == 3
+    assert all("is kept: the cache did not write it" in text for text in log_messages)
 
 
-def test_symlinked_folder_is_not_followed(tmp_path, said):
+def test_symlinked_folder_is_not_followed(tmp_path, log_messages):
     root, outside = tmp_path / "cache", tmp_path / "outside"
     keep(outside, 1)
     root.mkdir()
     (root / FEATURES).symlink_to(outside / FEATURES)
     before = files_below(outside)
-    said.clear()
+    log_messages.clear()
     assert clear(root) == 0
     limit_features(root, 0, [])
-    assert files_below(outside) == before and str(root / FEATURES) in said[0]
+    assert files_below(outside) == before and str(root / FEATURES) in log_messages[0]
 
 
 def test_info_shows_the_cache_and_clears_it(tmp_path, capsys):
@@ -177,12 +177,12 @@ def test_info_shows_the_cache_and_clears_it(tmp_path, capsys):
     is_one_error(command(capsys, "info", "--clear", "--cache-dir", tmp_path), 2, "--clear goes with `info cache`")
 
 
-def test_extraction_evicts_all_features_but_its_own(tmp_path, said):
+def test_extraction_evicts_all_features_but_its_own(tmp_path, log_messages):
     keep(tmp_path, 1)
     config = TrainConfig(cache_dir=str(tmp_path), cache_limit=0.0)
     datasets = {f"images {seed}": Dataset(*draw_shapes(20, seed)) for seed in (0, 1)}
     extracted = dataset_features(config, MEANS, 32, datasets)
     own = kept(tmp_path)
     assert extracted.num_images == 40 and len(own) == 2 and 1 not in own
-    assert "GB of least recently used features (--cache-limit)" in said[-1]
+    assert "GB of least recently used features (--cache-limit)" in log_messages[-1]
     assert dataset_features(config, MEANS, 32, datasets).num_images == 0 and kept(tmp_path) == own

@@ -62,7 +62,7 @@ def test_compiled_functions_are_cached_until_cleared(tmp_path, events):
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, -1])
-def test_truncated_entry_is_removed_and_written_again(tmp_path, events, said, size):
+def test_truncated_entry_is_removed_and_written_again(tmp_path, events, log_messages, size):
     """JAX alone would warn of it at each start; a warning is an error here."""
     use_compile_cache(str(tmp_path))
     expected = compile_afresh()
@@ -71,17 +71,17 @@ def test_truncated_entry_is_removed_and_written_again(tmp_path, events, said, si
     use_compile_cache(str(tmp_path))  # logs nothing about whole entries
     cut = next(iter(whole))
     cut.write_bytes(whole[cut][:size])
-    assert said == []
+    assert log_messages == []
     use_compile_cache(str(tmp_path))
-    assert len(said) == 1 and said[0].startswith("Removed 1 truncated compiled functions from ")
+    assert len(log_messages) == 1 and log_messages[0].startswith("Removed 1 truncated compiled functions from ")
     events.update(hits=0, misses=0)
     np.testing.assert_array_equal(compile_afresh(), expected)
     assert events == {"hits": len(whole) - 1, "misses": 1} and entries(tmp_path) == sorted(whole)
     use_compile_cache(str(tmp_path))
-    assert len(said) == 1
+    assert len(log_messages) == 1
 
 
-def test_only_entries_written_since_the_last_check_are_read(tmp_path, said):
+def test_only_entries_written_since_the_last_check_are_read(tmp_path, log_messages):
     use_compile_cache(str(tmp_path))
     old, new = (tmp_path / "xla" / f"jit_{name}-{'0' * 64}-cache" for name in ("old", "new"))
     for path in (old, new):
@@ -108,15 +108,15 @@ def test_least_recently_used_entries_above_the_limit_are_removed(tmp_path):
     assert entries(tmp_path) == [paths[0], *paths[2:]]
 
 
-def test_unusable_directory_is_logged_once_and_left_unchanged(tmp_path, said):
+def test_unusable_directory_is_logged_once_and_left_unchanged(tmp_path, log_messages):
     (tmp_path / "file").write_text("notes")
     use_compile_cache(str(tmp_path / "file"))
     (tmp_path / "open" / "xla").mkdir(parents=True)
     (tmp_path / "open" / "xla").chmod(0o777)
     use_compile_cache(str(tmp_path / "open"))
     compile_afresh()
-    assert len(said) == 2 and all("Cannot save compiled functions in" in text for text in said)
-    assert "others can write there" in said[1] and files_below(tmp_path / "open") == ["xla"]
+    assert len(log_messages) == 2 and all("Cannot save compiled functions in" in text for text in log_messages)
+    assert "others can write there" in log_messages[1] and files_below(tmp_path / "open") == ["xla"]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ class Process(threading.Thread):
 
     def __init__(self, store, own, work):
         super().__init__(daemon=True)
-        self.own, self.said, self.codes, self.ended = own, [], [], threading.Event()
+        self.own, self.shown, self.codes, self.ended = own, [], [], threading.Event()
         self.peers = Peers(store, own, 2, leave=self.leave, poll=0.01, patience=2)
         self.work = work
         self.start()
@@ -41,7 +41,7 @@ class Process(threading.Thread):
 
     def run(self):
         try:
-            with self.peers.failing_together(lambda error: (str(error), 2), self.said.append):
+            with self.peers.failing_together(lambda error: (str(error), 2), self.shown.append):
                 self.work(self)
         except Exception:
             self.ended.set()
@@ -70,8 +70,8 @@ def test_the_others_end_with_the_reason_of_the_one_that_failed(failing):
     for process in processes:
         process.ended.wait(10)
     other = processes[1 - failing]
-    assert processes[failing].said == ["The weights are missing."] and processes[failing].codes == [2]
-    assert other.said == [f"Process {failing} failed: The weights are missing."] and other.codes == [2]
+    assert processes[failing].shown == ["The weights are missing."] and processes[failing].codes == [2]
+    assert other.shown == [f"Process {failing} failed: The weights are missing."] and other.codes == [2]
 
 
 def test_what_fails_in_all_processes_is_said_once_by_each():
@@ -79,14 +79,14 @@ def test_what_fails_in_all_processes_is_said_once_by_each():
     processes = [Process(store, own, fails("No such option.")) for own in (0, 1)]
     for process in processes:
         process.join(10)
-        assert process.said == ["No such option."] and process.codes == [2]
+        assert process.shown == ["No such option."] and process.codes == [2]
 
 
 @pytest.mark.parametrize("message", ["UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:9"])
 def test_a_process_that_is_gone_without_a_reason_is_named(message):
     process = Process(Store(), 0, fails(message))
     process.join(10)
-    assert process.said[0].startswith("Process 1 of this run was lost. ") and "--resume --out DIR" in process.said[0]
+    assert process.shown[0].startswith("Process 1 of this run was lost. ") and "--resume --out DIR" in process.shown[0]
 
 
 def test_the_reason_of_a_process_that_is_gone_is_preferred():
@@ -95,7 +95,7 @@ def test_the_reason_of_a_process_that_is_gone_is_preferred():
     first = Process(store, 0, fails("UNKNOWN: Gloo: Connection closed by peer"))
     Process(store, 1, fails("The disk is full."))
     first.ended.wait(10)
-    assert first.said == ["Process 1 failed: The disk is full."]
+    assert first.shown == ["Process 1 failed: The disk is full."]
 
 
 def test_processes_that_leave_together_say_nothing_and_wait_for_each_other():
@@ -106,7 +106,7 @@ def test_processes_that_leave_together_say_nothing_and_wait_for_each_other():
     going.set()
     for process in (quick, slow):
         process.join(10)
-        assert process.said == [] and process.codes == [143]
+        assert process.shown == [] and process.codes == [143]
 
 
 class Diverged(Exception):
@@ -123,11 +123,11 @@ def test_an_error_of_all_processes_leaves_the_first_one_time_to_write():
 
     second = Process(store, 1, diverges)
     first = Process(store, 0, diverges)
-    assert not second.ended.wait(2 * GRACE) and not first.said
+    assert not second.ended.wait(2 * GRACE) and not first.shown
     writing.set()
     for process in (first, second):
         process.join(10)
-        assert process.said == ["The loss is not finite."] and process.codes == [2]
+        assert process.shown == ["The loss is not finite."] and process.codes == [2]
 
 
 def test_a_first_process_that_fails_in_writing_ends_those_that_wait_for_it():
@@ -135,7 +135,7 @@ def test_a_first_process_that_fails_in_writing_ends_those_that_wait_for_it():
     waiting = Process(store, 1, lambda process: process.peers.leave_together(143))
     Process(store, 0, fails("The disk is full."))
     assert waiting.ended.wait(10)
-    assert waiting.said == ["Process 0 failed: The disk is full."] and waiting.codes[0] == 2
+    assert waiting.shown == ["Process 0 failed: The disk is full."] and waiting.codes[0] == 2
 
 
 def test_errors_of_devices_and_of_files_are_not_those_of_peers():
@@ -178,7 +178,7 @@ import os, signal, sys, time
 from cifar_jax.runtime.peers import supervise
 supervise()
 print(os.getpid(), flush=True)
-print("said", file=sys.stderr)
+print("shown", file=sys.stderr)
 os.write(2, b"a log of C++\\n")
 {then}
 """
@@ -201,7 +201,7 @@ def supervised(tmp_path, then):
 def test_a_supervised_process_ends_with_a_code_and_a_sentence(tmp_path, then, code, sentence):
     process = supervised(tmp_path, then)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == code and err.startswith(f"said\n{sentence}") and err.count("\n") == 1 + bool(sentence)
+    assert process.returncode == code and err.startswith(f"shown\n{sentence}") and err.count("\n") == 1 + bool(sentence)
 
 
 def test_a_signal_is_passed_on(tmp_path):

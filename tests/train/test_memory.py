@@ -55,7 +55,7 @@ def test_step_bytes_count_what_a_step_reads_and_computes():
     assert small > params and large - small >= 112 * 4096 * 4  # at least one activation for each further image
 
 
-def test_evaluation_begins_again_with_smaller_batches(said):
+def test_evaluation_begins_again_with_smaller_batches(log_messages):
     task, sizes = images_task(), []
 
     def forward(params, batch_stats, frozen, inputs, **how):
@@ -69,7 +69,9 @@ def test_evaluation_begins_again_with_smaller_batches(said):
     expected = make_evaluate(task, cross_entropy)(state)
     assert result.loss == pytest.approx(expected.loss) and (result.confusion == expected.confusion).all()
     assert sizes == [128, 64, 32]
-    assert said == [f"Out of memory in the evaluation; repeating it with batches of {size}." for size in (64, 32)]
+    assert log_messages == [
+        f"Out of memory in the evaluation; repeating it with batches of {size}." for size in (64, 32)
+    ]
 
 
 def test_other_errors_of_a_device_end_the_evaluation():

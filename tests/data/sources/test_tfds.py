@@ -32,12 +32,12 @@ def root(prepared, tmp_path):
 
 
 @pytest.fixture
-def load(root, tmp_path, said):
+def load(root, tmp_path, log_messages):
     """Loads the copy and returns it with the messages logged meanwhile."""
 
     def load_copy():
-        said.clear()
-        return load_tfds("tiny", str(root), str(tmp_path / "cache")), list(said)
+        log_messages.clear()
+        return load_tfds("tiny", str(root), str(tmp_path / "cache")), list(log_messages)
 
     return load_copy
 
@@ -51,8 +51,8 @@ def refusal(load):
 
 
 def test_reads_a_prepared_data_set(load):
-    splits, said = load()
-    assert (splits.name, splits.version, said) == ("tiny", "1.0.0", [])
+    splits, log_messages = load()
+    assert (splits.name, splits.version, log_messages) == ("tiny", "1.0.0", [])
     assert splits.class_names == tuple(f"class {label}" for label in range(10))
     for dataset, count, seed in ((splits.train, 40, 0), (splits.test, 20, 1)):
         written = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), np.uint8)
@@ -72,8 +72,8 @@ def test_root_logger_is_left_unchanged(load, monkeypatch):
 def test_second_load_memory_maps_without_tensorflow(load, monkeypatch):
     first, _ = load()
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # cannot be imported
-    second, said = load()
-    assert said == []
+    second, log_messages = load()
+    assert log_messages == []
     for one, other in ((first.train, second.train), (first.test, second.test)):
         assert isinstance(other.images, np.memmap) and isinstance(other.labels, np.memmap)
         assert not other.images.flags.writeable
@@ -94,9 +94,9 @@ def test_corrupt_cache_is_detected_and_rebuilt(load, tmp_path, damage):
     first, _ = load()
     (kept,) = (tmp_path / "cache" / "data").iterdir()
     damage(kept)
-    second, said = load()
+    second, log_messages = load()
     assert second.train.digests() == first.train.digests()
-    assert len(said) == 1 and str(kept) in said[0] and said[0].endswith(" again.")
+    assert len(log_messages) == 1 and str(kept) in log_messages[0] and log_messages[0].endswith(" again.")
     assert load()[1] == [] and list(kept.parent.iterdir()) == [kept]
 
 
@@ -110,8 +110,8 @@ def test_changed_source_is_decoded_again(load, root, tmp_path):
     load()
     labels = root / "tiny" / "1.0.0" / "label.labels.txt"
     labels.write_text(labels.read_text().replace("class 3", "cat"))
-    splits, said = load()
-    assert splits.class_names[3] == "cat" and said == []
+    splits, log_messages = load()
+    assert splits.class_names[3] == "cat" and log_messages == []
     assert len(list((tmp_path / "cache" / "data").iterdir())) == 2
 
 
@@ -120,9 +120,13 @@ def test_unwritable_cache_is_logged(load, tmp_path, blocked):
     (tmp_path / "cache").parent.mkdir(exist_ok=True)
     (tmp_path / blocked).parent.mkdir(exist_ok=True)
     (tmp_path / blocked).write_text("a file where a directory should be")
-    splits, said = load()
+    splits, log_messages = load()
     assert len(splits.train.labels) == 40
-    assert len(said) == 1 and "cannot be cached" in said[0] and "decoded again next time" in said[0]
+    assert (
+        len(log_messages) == 1
+        and "cannot be cached" in log_messages[0]
+        and "decoded again next time" in log_messages[0]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
