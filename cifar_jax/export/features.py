@@ -115,7 +115,8 @@ def _of_images(
     )
     image_size = network_image_size(config, backbone)
     side = image_size if direct else TRAINED_SIDE
-    extractor = make_extractor(backbone, image_size, config.backbone.precision, config.backbone.extract_batch_size)
+    precision, batch_size = config.backbone.precision, config.backbone.extract_batch_size
+    extractor = make_extractor(backbone, image_size, precision, batch_size, num_images=len(paths))
     features = np.empty((len(paths), backbone.num_features), np.float32)
     with reporter.progress("Features of image files", len(paths), compiles=True) as bar:
         bar(0)

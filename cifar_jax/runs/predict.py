@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from cifar_jax.data import load_data
 from cifar_jax.data.sources.images import ImageError, read_image
 from cifar_jax.errors import UserError
-from cifar_jax.features.extractor import extraction_batch_size, make_extractor
+from cifar_jax.features.extractor import make_extractor
 from cifar_jax.models.backbone import AnyBackbone, extract
 from cifar_jax.models.head import Head, dense_logits
 from cifar_jax.runs.reader import Run, load_run
@@ -70,20 +70,17 @@ def predict_files(
     """
     image_size = run.backbone.image_size
     side = image_size if direct else TRAINED_SIDE
-    extractor = make_extractor(run.backbone, image_size, run.config.backbone.precision)
+    num = min(at_once, len(paths))  # of one shape throughout, so that each function is compiled once
+    extractor = make_extractor(run.backbone, image_size, run.config.backbone.precision, num_images=num)
+    features = np.zeros((num, run.backbone.num_features), np.float32)
     probabilities = jax.jit(lambda params, features: jax.nn.softmax(run.head(params, features)))
-    # Batches after the first are padded to the extractor's batch size, as another size would be compiled again.
-    devices = jax.local_devices()
-    compiled = min(at_once, extraction_batch_size(image_size, devices[0].platform) * len(devices))
-    least = 0
     for start in range(0, len(paths), at_once):
         read = [_read(path, side) for path in paths[start : start + at_once]]
         images = [image for image in read if not isinstance(image, ImageError)]
         probs: Iterator[Any] = iter(())
         if images:
-            black = [np.zeros_like(images[0])] * (least - len(images))
-            probs = iter(np.asarray(probabilities(run.head_params, extractor(np.stack(images + black)))))
-            least = compiled
+            features[: len(images)] = extractor(np.stack(images))
+            probs = iter(np.asarray(probabilities(run.head_params, features)))
         for path, image in zip(paths[start : start + at_once], read, strict=True):
             if isinstance(image, ImageError):
                 yield Prediction(str(path), error=image.reason)
