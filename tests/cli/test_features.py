@@ -87,7 +87,7 @@ def test_features_of_image_files(tmp_path, capsys, weights, pictures, options, s
         assert result.code == 0 and result.err == "", result
     arrays = read(tmp_path / "of.npz")
     images = np.stack([read_image(path, side) for path in pictures])
-    expected = make_extractor(load_backbone(weights), size, precision)(images)
+    expected = make_extractor(load_backbone(weights), size, precision, num_images=len(images))(images)
     np.testing.assert_array_equal(arrays["features"], expected, strict=True)
     np.testing.assert_array_equal(np.load(tmp_path / "of.npy"), expected, strict=True)
     assert list(arrays["paths"]) == list(map(str, pictures)) and arrays["image_size"] == size
