@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float32, PyTree
 
 from cifar_jax.errors import UserError
-from cifar_jax.runtime.peers import DETECT, HEARTBEAT, NAMES, Peers, is_distributed
+from cifar_jax.runtime.peers import DETECT, HEARTBEAT, NAMES, Peers, is_distributed, joining
 
 
 def join() -> Peers | None:
@@ -44,7 +44,8 @@ def join() -> Peers | None:
     try:
         count, own = (int(os.environ[name]) if name in asked else None for name in NAMES[1:])
         if not jax.distributed.is_initialized():
-            jax.distributed.initialize(num_processes=count, process_id=own, heartbeat_timeout_seconds=HEARTBEAT)
+            with joining(os.environ.get(NAMES[0], "the address that JAX has found")):
+                jax.distributed.initialize(num_processes=count, process_id=own, heartbeat_timeout_seconds=HEARTBEAT)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"This process cannot join the others ({reason}); check ${', $'.join(NAMES)}.") from error

@@ -8,6 +8,7 @@ one is gone; so each works under a parent process that does no more than explain
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -24,7 +25,8 @@ from cifar_jax.errors import RunError
 # JAX itself reads only the first of these.
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 DETECT = "CIFAR_JAX_DISTRIBUTED"
-_ENDED = "cifar_jax ended with"  # before the exit code, in the file for C++ logs
+# Notes to the parent process, in the file for C++ logs.
+_JOINED, _ENDED = "cifar_jax joined", "cifar_jax ended with"
 _CHILD = "CIFAR_JAX_SUPERVISED"  # file descriptors of a pipe from the parent, and of the file for C++ logs
 
 HEARTBEAT = 25  # seconds without a sign of life after which a process is considered lost
@@ -32,6 +34,8 @@ POLL = 0.5  # seconds between looks for an announcement
 GRACE = 1.0  # seconds that a process has to end by an error of its own once another one has failed
 PATIENCE = 5.0  # seconds that a process that failed waits for the others to have read its reason
 CONTINUE = "All files are complete: continue with --resume --out DIR"
+
+logger = logging.getLogger(__name__)
 
 
 def is_distributed() -> bool:
@@ -99,6 +103,8 @@ def explained_end(code: int, logs: str, own: str | None) -> tuple[int, str | Non
     this = "This process" if own is None else f"Process {own}"
     if code == -signal.SIGKILL:
         return 1, f"{this} was killed by SIGKILL, perhaps as memory ran out. {CONTINUE}."
+    if "distributed service detected fatal errors" in logs and f"{_JOINED}\n" not in logs:
+        return 1, f"{this} waited for the others in vain. Start all of them, with the same ${NAMES[0]}."
     if "distributed service detected fatal errors" in logs:
         unhealthy = re.search(r"stopped sending heartbeats\)[^\n]*\n(\d+(?:\n\d+)*)\n", logs)
         lost = ", ".join(unhealthy[1].split()) if unhealthy else "0"  # process 0 runs the coordination service
@@ -279,6 +285,30 @@ def is_peer_lost(error: BaseException) -> bool:
 
 def record_end(code: int) -> None:
     """Tells the parent process the exit code, in case JAX aborts this process before it has ended."""
+    _tell_parent(f"{_ENDED} {code}")
+
+
+@contextlib.contextmanager
+def joining(address: str, patience: float = 10.0) -> Iterator[None]:
+    """Lets signals end the process while the block waits, within C++, for the other processes; logs a long wait."""
+    if threading.current_thread() is threading.main_thread():
+        usual = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX replaces it once all have joined
+    else:
+        usual = None
+    waiting = threading.Timer(patience, logger.info, [f"Waiting for the other processes at {address}."])
+    waiting.daemon = True
+    waiting.start()
+    try:
+        yield
+    finally:
+        waiting.cancel()
+        if usual is not None:
+            signal.signal(signal.SIGINT, usual)
+    _tell_parent(_JOINED)
+
+
+def _tell_parent(note: str) -> None:
     if _CHILD in os.environ:
         with contextlib.suppress(OSError):  # no space left for the file
-            os.write(2, f"\n{_ENDED} {code}\n".encode())
+            os.write(2, f"\n{note}\n".encode())

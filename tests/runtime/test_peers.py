@@ -144,6 +144,7 @@ def test_errors_of_devices_and_of_files_are_not_those_of_peers():
     assert not is_peer_lost(ConnectionResetError("[Errno 104] Connection reset by peer"))
 
 
+JOINED = "cifar_jax joined"
 FATAL = "F1127 11:56:10 546 client.h:80] Terminating process because the JAX distributed service detected fatal errors."
 UNHEALTHY = (
     "E1127 [service.cc] UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n2\n3\nThe tasks"
@@ -155,8 +156,9 @@ UNHEALTHY = (
     [
         (0, "", (0, "")),
         (2, "anything", (2, "")),
-        (-signal.SIGABRT, FATAL, (1, "Process 0 of this run was lost.")),
-        (-signal.SIGABRT, f"{UNHEALTHY}\n{FATAL}", (1, "Process 2, 3 of this run was lost.")),
+        (-signal.SIGABRT, FATAL, (1, "Process 1 waited for the others in vain.")),
+        (-signal.SIGABRT, f"{JOINED}\n{FATAL}", (1, "Process 0 of this run was lost.")),
+        (-signal.SIGABRT, f"{JOINED}\n{UNHEALTHY}\n{FATAL}", (1, "Process 2, 3 of this run was lost.")),
         (-signal.SIGABRT, f"{FATAL}\ncifar_jax ended with 2\n", (2, "")),
         (
             -signal.SIGABRT,
