@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from cifar_jax.errors import RunError
 
@@ -33,7 +33,7 @@ HEARTBEAT = 25  # seconds without a sign of life after which a process is consid
 POLL = 0.5  # seconds between looks for an announcement
 GRACE = 1.0  # seconds that a process has to end by an error of its own once another one has failed
 PATIENCE = 5.0  # seconds that a process that failed waits for the others to have read its reason
-CONTINUE = "All files are complete: continue with --resume --out DIR"
+CONTINUE = "Start all processes again with --resume --out DIR to continue from the last checkpoint"
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +116,11 @@ def explained_end(code: int, logs: str, own: str | None) -> tuple[int, str | Non
 
 def lost_sentence(process: str) -> str:
     """Says that a process is gone without having given a reason."""
-    return f"{process} of this run was lost. {CONTINUE} once it is back."
+    return f"{process} of this run was lost. {CONTINUE}."
 
 
 def _become_child(debug: bool) -> None:
-    """Ends this process when its parent ends, and unless `debug` parts its stderr from that of C++."""
+    """Ends this process when its parent ends, and unless `debug` sends what C++ prints to the file of its logs."""
     alive, logs = map(int, os.environ[_CHILD].split(","))
 
     def end_with_parent() -> None:
@@ -130,9 +130,16 @@ def _become_child(debug: bool) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     if debug:
         return
-    terminal, encoding = os.dup(2), sys.stderr.encoding
-    sys.stderr = open(terminal, "w", buffering=1, encoding=encoding, errors="backslashreplace")  # noqa: SIM115
+    sys.stdout, sys.stderr = _on_own_descriptor(sys.stdout), _on_own_descriptor(sys.stderr)
+    os.dup2(logs, 1)
     os.dup2(logs, 2)
+
+
+def _on_own_descriptor(stream: TextIO) -> TextIO:
+    """Opens what a stream of Python writes to once more, so that it stays when C++'s is sent elsewhere."""
+    stream.flush()
+    buffering = 1 if stream.line_buffering else -1
+    return open(os.dup(stream.fileno()), "w", buffering, encoding=stream.encoding, errors="backslashreplace")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
