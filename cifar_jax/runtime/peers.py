@@ -138,7 +138,7 @@ def _become_child(debug: bool) -> None:
 def _on_own_descriptor(stream: TextIO) -> TextIO:
     """Opens what a stream of Python writes to once more, so that it stays when C++'s is sent elsewhere."""
     stream.flush()
-    buffering = 1 if stream.line_buffering else -1
+    buffering = 1 if stream.line_buffering or getattr(stream, "write_through", False) else -1
     return open(os.dup(stream.fileno()), "w", buffering, encoding=stream.encoding, errors="backslashreplace")
 
 
