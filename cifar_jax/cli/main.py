@@ -14,8 +14,8 @@ from cifar_jax.cli.errors import explanation, print_error
 from cifar_jax.cli.parsing import program
 from cifar_jax.cli.stdio import CLOSED, OutputLost, guarded, open_missing
 from cifar_jax.errors import UserError, no_such
-from cifar_jax.runtime.peers import is_distributed, supervise
 from cifar_jax.runtime.signals import Signals, Terminated
+from cifar_jax.runtime.supervisor import is_distributed, supervise
 from cifar_jax.version import __version__
 
 USAGE = """usage: {program} COMMAND [options]

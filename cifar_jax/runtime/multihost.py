@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float32, PyTree
 
 from cifar_jax.errors import UserError
-from cifar_jax.runtime.peers import DETECT, HEARTBEAT, NAMES, Peers, is_distributed, joining
+from cifar_jax.runtime.peers import HEARTBEAT, Peers, joining
+from cifar_jax.runtime.supervisor import DETECT, NAMES, detects, is_distributed
 
 
 def join() -> Peers | None:
@@ -37,8 +38,7 @@ def join() -> Peers | None:
     if not (is_distributed() or jax.distributed.is_initialized()):
         return None
     asked = [name for name in NAMES if os.environ.get(name)]
-    detects = os.environ.get(DETECT, "0") not in ("", "0")
-    if len(asked) < 3 and not detects:
+    if len(asked) < 3 and not detects():
         missing = next(name for name in NAMES if name not in asked)
         raise UserError(f"${asked[0]} is set, but ${missing} is not; set it too, or ${DETECT}=1 to detect it.")
     try:

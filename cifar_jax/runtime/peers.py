@@ -2,8 +2,7 @@
 
 Without this, the other processes wait in a collective for the one that failed, and it waits for them in its exit, until
 JAX aborts them all. Here the process that fails announces its reason to the others through the key-value store of JAX's
-coordination service, and all leave without waiting. JAX aborts a process, from C++, as soon as it notices that another
-one is gone; so each works under a parent process that does no more than explain such an end.
+coordination service, and all leave without waiting. What JAX aborts is explained by `supervisor`.
 """
 
 import contextlib
@@ -12,138 +11,21 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from cifar_jax.errors import RunError
-
-# JAX itself reads only the first of these.
-NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-DETECT = "CIFAR_JAX_DISTRIBUTED"
-# Notes to the parent process, in the file for C++ logs.
-_JOINED, _ENDED = "cifar_jax joined", "cifar_jax ended with"
-_CHILD = "CIFAR_JAX_SUPERVISED"  # file descriptors of a pipe from the parent, and of the file for C++ logs
+from cifar_jax.runtime.supervisor import lost_sentence, record_end, record_joined
 
 HEARTBEAT = 25  # seconds without a sign of life after which a process is considered lost
 POLL = 0.5  # seconds between looks for an announcement
 GRACE = 1.0  # seconds that a process has to end by an error of its own once another one has failed
 PATIENCE = 5.0  # seconds that a process that failed waits for the others to have read its reason
-CONTINUE = "Start all processes again with --resume --out DIR to continue from the last checkpoint"
 
 logger = logging.getLogger(__name__)
-
-
-def is_distributed() -> bool:
-    """Whether the environment variables ask for a run of several processes."""
-    return any(os.environ.get(name) for name in NAMES) or os.environ.get(DETECT, "0") not in ("", "0")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The parent process
-
-
-def supervise(debug: bool = False) -> None:
-    """Continues in a child process; the parent waits for it, explains its end if need be, and exits.
-
-    The parent passes SIGTERM and Ctrl-C on. If the parent is killed, the child ends at once. C++ logs of the child say
-    little to a user; they are read only for the cause of its end.
-
-    Args:
-      debug: whether the child's C++ logs are shown instead.
-    """
-    if _CHILD in os.environ:
-        _become_child(debug)
-        return
-    alive, ours = os.pipe()
-    with tempfile.TemporaryFile("w+", errors="backslashreplace") as logs:
-        child = subprocess.Popen(
-            [sys.executable, *sys.orig_argv[1:]],
-            env=os.environ | {_CHILD: f"{alive},{logs.fileno()}"},
-            pass_fds=(alive, logs.fileno()),
-        )
-        os.close(alive)
-        # A terminal sends Ctrl-C to both processes.
-        signal.signal(signal.SIGINT, lambda *_: None if _in_foreground() else child.send_signal(signal.SIGINT))
-        signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
-        code = child.wait()
-        logs.seek(0)
-        code, sentence = explained_end(code, logs.read(), os.environ.get(NAMES[2]))
-    if sentence:
-        print(f"Error: {sentence}", file=sys.stderr, flush=True)
-    os.close(ours)
-    os._exit(code)
-
-
-def _in_foreground() -> bool:
-    """Whether a terminal sends Ctrl-C to this process and its children."""
-    with contextlib.suppress(OSError), open("/dev/tty", "rb", 0) as terminal:
-        return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-    return False
-
-
-def explained_end(code: int, logs: str, own: str | None) -> tuple[int, str | None]:
-    """Returns the exit code for a child's return code, and a sentence if it was ended by a signal and has said nothing.
-
-    Args:
-      code: return code; of a signal its negative number.
-      logs: what the process wrote to file descriptor 2, as C++ does.
-      own: the number of this process, if known.
-    """
-    if code >= 0:
-        return code, None
-    if recorded := re.search(rf"^{_ENDED} (\d+)$", logs, re.MULTILINE):
-        return int(recorded[1]), None
-    if -code in (signal.SIGINT, signal.SIGTERM):
-        return 128 - code, None
-    this = "This process" if own is None else f"Process {own}"
-    if code == -signal.SIGKILL:
-        return 1, f"{this} was killed by SIGKILL, perhaps as memory ran out. {CONTINUE}."
-    if "distributed service detected fatal errors" in logs and f"{_JOINED}\n" not in logs:
-        return 1, f"{this} waited for the others in vain. Start all of them, with the same ${NAMES[0]}."
-    if "distributed service detected fatal errors" in logs:
-        unhealthy = re.search(r"stopped sending heartbeats\)[^\n]*\n(\d+(?:\n\d+)*)\n", logs)
-        lost = ", ".join(unhealthy[1].split()) if unhealthy else "0"  # process 0 runs the coordination service
-        return 1, lost_sentence(f"Process {lost}")
-    fatal = re.search(r"^F\d{4} .*?\] (.*)", logs, re.MULTILINE)
-    reason = fatal[1] if fatal else logs.strip()[-300:] or "without a message"
-    return 1, f"{this} was ended by {signal.Signals(-code).name} ({reason}). {CONTINUE}."
-
-
-def lost_sentence(process: str) -> str:
-    """Says that a process is gone without having given a reason."""
-    return f"{process} of this run was lost. {CONTINUE}."
-
-
-def _become_child(debug: bool) -> None:
-    """Ends this process when its parent ends, and unless `debug` sends what C++ prints to the file of its logs."""
-    alive, logs = map(int, os.environ[_CHILD].split(","))
-
-    def end_with_parent() -> None:
-        os.read(alive, 1)  # returns when the parent is gone, as it writes nothing
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    if debug:
-        return
-    sys.stdout, sys.stderr = _on_own_descriptor(sys.stdout), _on_own_descriptor(sys.stderr)
-    os.dup2(logs, 1)
-    os.dup2(logs, 2)
-
-
-def _on_own_descriptor(stream: TextIO) -> TextIO:
-    """Opens what a stream of Python writes to once more, so that it stays when C++'s is sent elsewhere."""
-    stream.flush()
-    buffering = 1 if stream.line_buffering or getattr(stream, "write_through", False) else -1
-    return open(os.dup(stream.fileno()), "w", buffering, encoding=stream.encoding, errors="backslashreplace")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The processes of a run
 
 
 class Store(Protocol):
@@ -290,11 +172,6 @@ def is_peer_lost(error: BaseException) -> bool:
     return bool(of_jax and about)
 
 
-def record_end(code: int) -> None:
-    """Tells the parent process the exit code, in case JAX aborts this process before it has ended."""
-    _tell_parent(f"{_ENDED} {code}")
-
-
 @contextlib.contextmanager
 def joining(address: str, patience: float = 10.0) -> Iterator[None]:
     """Lets signals end the process while the block waits, within C++, for the other processes; logs a long wait."""
@@ -312,10 +189,4 @@ def joining(address: str, patience: float = 10.0) -> Iterator[None]:
         waiting.cancel()
         if usual is not None:
             signal.signal(signal.SIGINT, usual)
-    _tell_parent(_JOINED)
-
-
-def _tell_parent(note: str) -> None:
-    if _CHILD in os.environ:
-        with contextlib.suppress(OSError):  # no space left for the file
-            os.write(2, f"\n{note}\n".encode())
+    record_joined()

@@ -13,7 +13,7 @@ from cifar_jax import experiment
 from cifar_jax.cli.main import main
 from cifar_jax.errors import UserError
 from cifar_jax.runtime import multihost
-from cifar_jax.runtime.peers import supervise
+from cifar_jax.runtime.supervisor import supervise
 
 JOB = (*TINY, "--schedule", "constant", "--train-examples", "127", "--cache-dir")
 
