@@ -16,14 +16,14 @@ def explanation(error: Exception) -> tuple[str, int] | None:
         return str(error), 2 if isinstance(error, UserError) else 1
     import jax
 
-    from cifar_jax.runtime.devices import is_device_lost, is_out_of_memory, missing_platform
+    from cifar_jax.runtime.devices import is_device_lost, is_out_of_memory, missing_platform, out_of_memory
 
     if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
-        reason = str(error).partition("\n")[0] or "no memory left on the host"
         if is_out_of_memory(error):
             advice = "A smaller --image-size, --extract-batch-size, --batch-size or --hidden needs less"
-            return f"Out of memory. {advice} ({reason}).", 1
+            return out_of_memory(error, advice), 1
         if is_device_lost(error):
+            reason = str(error).partition("\n")[0]
             return f"Device lost. Continue with --resume --out DIR once it is back ({reason}).", 1
     if isinstance(error, RuntimeError | AssertionError) and (missing := missing_platform(error)):
         return missing, 2

@@ -13,7 +13,7 @@ from cifar_jax.errors import RunError, UserError
 from cifar_jax.runs.checkpoint import Position
 from cifar_jax.runs.match import rates_of
 from cifar_jax.runs.writer import RunWriter
-from cifar_jax.runtime.devices import is_out_of_memory
+from cifar_jax.runtime.devices import is_out_of_memory, out_of_memory
 from cifar_jax.runtime.signals import Signals
 from cifar_jax.train.from_config import Training
 from cifar_jax.train.loop import Diverged
@@ -74,7 +74,7 @@ def training_explained(config: TrainConfig, training: Training, writer: RunWrite
                 option = training.smaller_step()
         if option:
             advice = f"Start again with {option}, with which a step fits by the compiler's analysis"
-        raise RunError(f"Out of memory. {advice} ({str(error).partition(chr(10))[0]}).") from error
+        raise RunError(out_of_memory(error, advice)) from error
     except Diverged as error:
         fault = error.fault or training.fault(error.state, error.epoch - 1, error.step - 1)
         kept = f"The checkpoint after {writer.saved.words} is kept. " if writer.saved > (0, 0) else ""

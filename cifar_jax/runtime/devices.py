@@ -43,6 +43,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
+def out_of_memory(error: BaseException, advice: str) -> str:
+    """Returns the message for an error that means out of memory, with advice in a sentence without its full stop."""
+    reason = str(error).partition("\n")[0] or "no memory left on the host"
+    return f"Out of memory. {advice} ({reason})."
+
+
+def memory_limit(device: jax.Device) -> int | None:
+    """Returns the bytes that JAX may use on a device, if it says."""
+    limit: int | None = (device.memory_stats() or {}).get("bytes_limit")
+    return limit
+
+
 def is_device_lost(error: BaseException) -> bool:
     """Whether an error of XLA or of the CUDA or TPU driver means that a device failed or is unreachable."""
     return bool(re.match(r"(UNAVAILABLE|DATA_LOSS|ABORTED)|.*\b(CUDA_ERROR_\w+|device (is )?(lost|gone))", str(error)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from cifar_jax.runtime.devices import accelerator
+from cifar_jax.runtime.devices import accelerator, memory_limit
 from cifar_jax.runtime.sharding import make_mesh
 from cifar_jax.version import __version__
 
@@ -60,7 +60,7 @@ def device_rows() -> list[dict[str, str]]:
 
 
 def _memory(device: jax.Device) -> str:
-    limit = (device.memory_stats() or {}).get("bytes_limit")
+    limit = memory_limit(device)
     return f"{limit / 2**30:.1f} GiB" if limit else ""
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from cifar_jax.runtime.devices import memory_limit
 from cifar_jax.runtime.sharding import replicated_sharding, round_up, rows_sharding
 from cifar_jax.train.loop import Advance
 from cifar_jax.train.step import TrainState, TrainStep
@@ -49,8 +50,7 @@ def step_bytes(train_step: TrainStep, state: TrainState, task: Task, advance: Ad
 
 def device_bytes(device: jax.Device) -> int:
     """Memory of a device that JAX may use, in bytes; that of the host for a CPU."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return int(limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return memory_limit(device) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def largest_fitting(bytes_of: Callable[[int], int], size: int, limit: float, multiple: int = 1) -> int | None:
