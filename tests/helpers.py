@@ -44,6 +44,10 @@ TINY = (
 )
 
 
+# Fields of a configuration that trains in seconds.
+SMALL_JOB = {"dataset": "shapes", "train_examples": 72, "test_examples": 20, "epochs": 3, "hidden": (8,)}
+
+
 class Disturbance(Silent):
     """A reporter that calls a function when an epoch is done, or once as many of its examples are, before it is."""
 

@@ -17,6 +17,7 @@ import pytest
 from helpers import (
     FIELDS,
     ROOT,
+    SMALL_JOB,
     TINY,
     Disturbance,
     command,
@@ -48,11 +49,7 @@ pytestmark = pytest.mark.usefixtures("narrow")
 
 def config(tmp_path, **more):
     usual = {
-        "dataset": "shapes",
-        "train_examples": 72,
-        "test_examples": 20,
-        "epochs": 3,
-        "hidden": (8,),
+        **SMALL_JOB,
         "cache_dir": str(tmp_path / "cache"),
         "out": str(tmp_path / "run"),
     }

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Silent, command, is_one_error, narrow_networks, without_pictures
+from helpers import Killed, Silent, command, is_one_error, narrow_networks, summary_of, without_pictures
 
 from cifar_jax import FunctionBackbone, TrainConfig, UserError, dense_head, flax_head, load_backbone, load_run
 from cifar_jax.experiment import train
@@ -57,14 +57,6 @@ def config(tmp_path, **more):
 
 def contents(run):
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-
-
-def summary_of(run):
-    return json.loads((run / "summary.json").read_text())
-
-
-class Killed(BaseException):
-    """Ends a run as kill -9 does: nothing catches it."""
 
 
 class Stops(Silent):

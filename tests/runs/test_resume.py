@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import FIELDS, NARROW, TINY, Killed, Silent, flip_bit, kill_at, rows_of, summary_of
+from helpers import FIELDS, NARROW, SMALL_JOB, TINY, Killed, Silent, flip_bit, kill_at, rows_of, summary_of
 
 from cifar_jax import load_run, random_backbone, save_backbone
 from cifar_jax.cli import commands
@@ -55,11 +55,7 @@ pytestmark = pytest.mark.usefixtures("narrow")
 
 def config(out, options, **more):
     usual = {
-        "dataset": "shapes",
-        "train_examples": 72,
-        "test_examples": 20,
-        "epochs": 3,
-        "hidden": (8,),
+        **SMALL_JOB,
         "learning_rate": 0.1,
         "cache_dir": str(out.parent / "cache"),
         "out": str(out),
