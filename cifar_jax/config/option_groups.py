@@ -16,13 +16,26 @@ class DataConfig:
     """Images to train and test on."""
 
     dataset: str = "cifar10"
-    """cifar10, shapes (synthetic, needs no download), or another 32x32 classification set of TFDS"""
+    """a folder of pictures (ROOT/CLASS/... or ROOT/{train,test}/CLASS/...), an .npz file, a TFDS set by name, as
+    cifar10, or by directory, or shapes (synthetic, needs no download)"""
     train_examples: int | None = None
     """number of training images, balanced over the classes; if omitted, all"""
     test_examples: int | None = None
     """number of test images, balanced over the classes; if omitted, all"""
     val_fraction: float = 0.0
     """fraction of the training images to hold out for validation; at 0 the test images are used, as in the notebook"""
+    test_fraction: float = 0.2
+    """fraction of the images to test on, where a data set has neither test nor validation images"""
+    label_key: str | None = None
+    """name of the label to learn, where a TFDS set has several"""
+    skip_unreadable: bool = False
+    """leave out pictures of a folder that cannot be read, and list them; if omitted, the first one is an error"""
+    resize: Literal["auto", "upsample", "eval-transform"] = "auto"
+    """how pictures become the network's input: upsample repeats the pixels of small squares of one size by a whole
+    factor; eval-transform resizes the shorter side and crops the centre as the weights expect; auto upsamples squares
+    of at most 64 pixels"""
+    interpolation: Literal["auto", "nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "auto"
+    """eval-transform: filter of the resize; auto takes that of the weights"""
     shuffle: bool = True
     """reshuffle the training images every epoch"""
     augment: tuple[Literal["flip", "crop", "cutout"], ...] = ()

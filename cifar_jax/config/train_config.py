@@ -116,14 +116,14 @@ def _check_values(options: Mapping[str, Any]) -> None:
     require(rates, lambda v: v is None or 0 < v < math.inf, "a positive number")
     fractions = "momentum val_fraction label_smoothing bn_momentum"
     require(fractions, lambda v: 0 <= v < 1, "at least 0 and below 1")
+    require("test_fraction", lambda v: 0 < v < 1, "above 0 and below 1")
     require("weight_decay cache_limit warmup_epochs", lambda v: 0 <= v < math.inf, "a number of at least 0")
     require("freeze_stages", lambda v: 0 <= v <= 4, "between 0 and 4")
     require("augment", lambda v: len(set(v)) == len(v), "a list without repetitions")
     require("hidden", lambda v: all(1 <= width <= 2**20 for width in v), "widths between 1 and 1048576")
     require("dataset weights", str.strip, "a name")
     require(" ".join(PATHS), lambda v: v is None or v.strip(), "a path")
-    sides = range(32, 4097, 32)  # the images' own side is 32
-    require("image_size", lambda v: v is None or v in sides, "a multiple of 32, at most 4096")
+    require("image_size", lambda v: v is None or 32 <= v <= 4096, "between 32 and 4096")
     if options["preset"] not in PRESETS:
         raise UserError(no_such("--preset", options["preset"], PRESETS))
 
@@ -144,6 +144,9 @@ def _meaningless(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if options["augment"] and mode == "cached":
         reads_once = "--augment needs the pixels at every step, but --mode cached reads them only once"
         yield "augment", f"{reads_once}; leave it out or use --mode live or finetune."
+    if options["interpolation"] != "auto" and options["resize"] == "upsample":
+        repeats = "--interpolation applies to --resize eval-transform, while upsample repeats pixels"
+        yield "interpolation", f"{repeats}; leave one of them out."
     if "feature_dtype" in is_set and mode != "cached":
         cached_only = "--feature-dtype applies to --mode cached only"
         yield "feature_dtype", f"{cached_only}; leave it out in --mode {mode}, which caches no features."

@@ -1,52 +1,83 @@
-"""Data sets as two arrays, and random draws from them: balanced subsets, held-out images, the order of an epoch."""
+"""Data sets as images and labels, and random draws: balanced subsets, held-out images, the order of an epoch."""
 
 import hashlib
-from typing import NamedTuple
+import json
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int32, PRNGKeyArray, UInt8
+from jaxtyping import Int, Int32, PRNGKeyArray
 
+from cifar_jax.data.pictures import Resized, content_digests, resized, subset
+from cifar_jax.data.resize import Resize
 from cifar_jax.errors import UserError
 from cifar_jax.files import update_digest
-
-IMAGE_SHAPE = (32, 32, 3)
 
 
 class Digests(NamedTuple):
     """SHA-256 digests of a data set, equal for the same examples in the same order."""
 
-    images: str  # digest of the pixels
-    examples: str  # digest of the pixels and labels
+    images: str  # digest of the pixels, or of the encoded pictures and how they are resized
+    examples: str  # digest of the images and labels
 
 
 class Dataset(NamedTuple):
     """Images and their labels."""
 
-    images: UInt8[np.ndarray, "n 32 32 3"]
+    images: Any  # uint8 [n, height, width, 3] in memory, or `Pictures` of any size, or `Resized`, read by rows
     labels: Int32[np.ndarray, "n"]
 
-    def take(self, indices: Int32[np.ndarray, "m"]) -> "Dataset":
+    def take(self, indices: Int[np.ndarray, "m"] | slice) -> "Dataset":
         """Returns the examples at `indices`, in that order."""
-        return Dataset(self.images[indices], self.labels[indices])
+        return Dataset(subset(self.images, indices), self.labels[indices])
 
     def digests(self) -> Digests:
-        """Computes both digests in one pass over the pixels."""
+        """Computes both digests; of images in memory in one pass over the pixels."""
         digest = hashlib.sha256()
-        update_digest(digest, self.images)
+        if isinstance(self.images, np.ndarray):
+            update_digest(digest, self.images)
+        else:
+            update_digest(digest, content_digests(self.images))
+            if isinstance(self.images, Resized):
+                digest.update(json.dumps(self.images.resize.to_json(), sort_keys=True).encode())
         images = digest.hexdigest()
         update_digest(digest, self.labels)
         return Digests(images, digest.hexdigest())
 
 
 class Splits(NamedTuple):
-    """Training and test images of a data set, with its name, version and classes."""
+    """Training and test images of a data set, with its name, version and classes.
+
+    Attributes:
+      train: training images.
+      test: test images.
+      class_names: class names by label.
+      name: name of the data set, or of the folder or file.
+      version: its version; empty for a folder or a file.
+      val: validation images of its own, in addition to the test images.
+      notes: sentences on what was found, for the header.
+    """
 
     train: Dataset
     test: Dataset
     class_names: tuple[str, ...]
     name: str
     version: str
+    val: Dataset | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, Dataset]:
+        """The splits that there are, by name."""
+        return {"train": self.train, "test": self.test} | ({} if self.val is None else {"val": self.val})
+
+    def resized(self, resize: Resize) -> "Splits":
+        """Returns the splits with images that are resized when they are read."""
+        train, test, val = (
+            part and Dataset(resized(part.images, resize), part.labels) for part in (self.train, self.test, self.val)
+        )
+        assert train and test, "both are there"
+        return self._replace(train=train, test=test, val=val)
 
 
 def check(dataset: Dataset, num_classes: int, what: str) -> None:
@@ -56,9 +87,9 @@ def check(dataset: Dataset, num_classes: int, what: str) -> None:
       UserError: for another dtype or shape, no images, unequal counts, or a label outside 0..num_classes - 1.
     """
     images, labels = dataset
-    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE:
-        raise UserError(f"{what} has {images.dtype} images of shape {images.shape[1:]}; only uint8 32x32x3 is usable.")
-    if labels.dtype != np.int32 or labels.shape != images.shape[:1] or not len(labels):
+    if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
+        raise UserError(f"{what} has {images.dtype} images {[*images.shape]}; only uint8 [n, h, w, 3] is usable.")
+    if labels.dtype != np.int32 or labels.shape != (len(images),) or not len(labels):
         raise UserError(
             f"{what} has {len(images)} images but {labels.dtype} labels of shape {labels.shape}; prepare it again with "
             "one int32 label per image."
@@ -92,10 +123,30 @@ def balanced_subset(
     return np.sort(by_rank[:num_examples]).astype(np.int32)
 
 
+def stratified_subset(
+    labels: Int32[np.ndarray, "n"], num_examples: int, key: PRNGKeyArray
+) -> Int32[np.ndarray, "num_examples"]:
+    """Draws the indices of a random subset in which each class has its share of the whole, and at least one example.
+
+    Of classes with a single example none is drawn, and at least one example of every class is left over as long as the
+    number allows it. Where all classes are equally large, this is `balanced_subset`. The indices ascend.
+    """
+    shuffled = np.asarray(jax.random.permutation(key, len(labels)))
+    share = np.empty(len(labels))  # of its class that comes before an example, in shuffled order
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        share[members] = np.arange(len(members)) / len(members)
+        share[members[-1]] = 1.0
+    by_share = shuffled[np.argsort(share[shuffled], kind="stable")]
+    return np.sort(by_share[:num_examples]).astype(np.int32)
+
+
 def hold_out(
-    labels: Int32[np.ndarray, "n"], fraction: float, key: PRNGKeyArray
+    labels: Int32[np.ndarray, "n"], fraction: float, key: PRNGKeyArray, option: str = "--val-fraction"
 ) -> tuple[Int32[np.ndarray, "kept"], Int32[np.ndarray, "held"]]:
-    """Splits indices into those to train on and `round(fraction * n)` held-out ones, balanced over the classes.
+    """Splits indices into those to train on and `round(fraction * n)` held-out ones, with a share of each class.
+
+    At least one example of each class is held out, if it has two. `option` is what the fraction is called in messages.
 
     Raises:
       UserError: if either part would be empty.
@@ -103,10 +154,10 @@ def hold_out(
     num_held = round(fraction * len(labels))
     if not 0 < num_held < len(labels):
         raise UserError(
-            f"--val-fraction {fraction} of {len(labels)} training images holds out {num_held}; choose a fraction that "
-            "leaves images for both training and validation."
+            f"{option} {fraction} of {len(labels)} training images holds out {num_held}; choose a fraction that "
+            "leaves images on both sides."
         )
-    held = balanced_subset(labels, num_held, key)
+    held = stratified_subset(labels, num_held, key)
     kept = np.setdiff1d(np.arange(len(labels), dtype=np.int32), held)
     return kept, held
 

@@ -1,14 +1,17 @@
-"""Loading of data sets by name, cut down to the requested number of examples."""
+"""Loading of data sets by name or path, cut down to the requested number of examples."""
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from cifar_jax.data.dataset import Dataset, Splits, balanced_subset
+from cifar_jax.data.dataset import Dataset, Splits, balanced_subset, check, hold_out
 from cifar_jax.data.sources import shapes
-from cifar_jax.data.sources.tfds import data_root, find_prepared, known_to_tfds, load_tfds, prepared_names
+from cifar_jax.data.sources.folder import load_folder
+from cifar_jax.data.sources.npz import load_npz
+from cifar_jax.data.sources.tfds import data_root, known_to_tfds, load_tfds, prepared_in, prepared_names
 from cifar_jax.errors import UserError, did_you_mean
 from cifar_jax.rng import stream_key
 
@@ -16,51 +19,59 @@ from cifar_jax.rng import stream_key
 SHAPES_TRAIN, SHAPES_TEST = 50_000, 10_000
 SHAPES_VERSION = "1.0.0"
 MAX_SHAPES = 1_000_000  # 3 GB; there is no natural limit to synthetic images
+TEST_FRACTION = 0.2  # of the images of a set without test images
 
-# TFDS sets of 32x32 images, which need no lookup.
+# Names that need no lookup.
 OF_TFDS = ("cifar10", "cifar100", "svhn_cropped", "cifar10_corrupted", "cmaterdb")
-TAKES = "cifar10, shapes, or another TFDS data set of 32x32 images"
+TAKES = "a folder of pictures, an .npz file, cifar10 or another TFDS data set, or shapes"
+
+Kind = Literal["shapes", "folder", "npz", "tfds", "tfds-directory"]
+
+
+def kind_of(name: str) -> Kind:
+    """Tells what a value of --dataset is: a path if it has a separator or exists as one, else a name.
+
+    Raises:
+      UserError: if it is a path at which there is nothing that could be a data set.
+    """
+    if name == "shapes":
+        return "shapes"
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return "tfds-directory" if prepared_in(path) else "folder"
+    if path.is_file():
+        if path.suffix == ".npz":
+            return "npz"
+        raise UserError(f"--dataset {name} is a file, but not an .npz file. --dataset takes {TAKES}.")
+    if os.path.isabs(path) or name.startswith(("./", "../", "~")) or path.suffix == ".npz":
+        raise UserError(f"--dataset {name} does not exist. --dataset takes {TAKES}.")
+    return "tfds"  # `name/config` too
 
 
 def check_name(name: str, data_dir: str | None = None) -> None:
-    """Checks that a data set of this name exists, without any download and without importing TensorFlow.
+    """Checks that a data set exists, without any download and without importing TensorFlow.
 
     Args:
-      name: `shapes`, a set prepared in the data directory, or one that TFDS knows, such as `svhn_cropped`,
+      name: a path; `shapes`; a set prepared in the data directory; or one that TFDS knows, such as `svhn_cropped`,
         `cifar10_corrupted/fog_1` or `cifar10:3.0.2`.
       data_dir: the TFDS data directory.
 
     Raises:
-      UserError: if it is a path or there is no such set; the message suggests a similar name.
+      UserError: if there is no such set; the message suggests a similar name.
     """
-    if name in ("shapes", *OF_TFDS) or name in (prepared := prepared_names(data_dir)):
+    if kind_of(name) != "tfds" or name in OF_TFDS or name in (prepared := prepared_names(data_dir)):
         return
-    has_separator = "/" in name or os.sep in name
-    if has_separator and os.path.exists(os.path.expanduser(name)):
-        raise UserError(_not_a_path(name))
     known = known_to_tfds()
     # Without TFDS the names are unknown, and names with a colon may be community data sets; TFDS itself decides later.
     if not known or ":" in name or name.partition("/")[0] in known:
         return
-    if has_separator or os.path.lexists(name):
-        raise UserError(_not_a_path(name))
-    # Sets that fit are suggested before the hundreds of others in TFDS: `cifar-10` most likely means cifar10.
+    if "/" in name or os.sep in name:
+        raise UserError(f"--dataset {name} does not exist. --dataset takes {TAKES}.")
+    # Common sets are suggested before the hundreds of others in TFDS: `cifar-10` most likely means cifar10.
     meant = did_you_mean(name, ["shapes", *OF_TFDS, *prepared]) or did_you_mean(name, known)
     raise UserError(
-        f"There is no data set {name!r} in {data_root(data_dir)} or TFDS.{meant} --dataset takes {TAKES}; for a TFDS "
-        "data set of your own, give its directory with --data-dir."
-    )
-
-
-def _not_a_path(name: str) -> str:
-    path = Path(os.path.expanduser(name))
-    if found := find_prepared(path.name, str(path.parent)):
-        return (
-            f"--dataset takes a name, but {name} is a path; give --dataset {path.name} --data-dir {found.parents[1]}."
-        )
-    return (
-        f"--dataset takes a name, but {name} is a path. Give {TAKES}; for a TFDS data set of your own, give its "
-        "directory with --data-dir."
+        f"There is no folder or file {name!r}, and no data set of this name in {data_root(data_dir)} or TFDS.{meant} "
+        f"--dataset takes {TAKES}."
     )
 
 
@@ -72,28 +83,65 @@ def load_splits(
     train_examples: int | None = None,
     test_examples: int | None = None,
     seed: int = 0,
+    test_fraction: float = TEST_FRACTION,
+    label_key: str | None = None,
+    skip_unreadable: bool = False,
 ) -> Splits:
     """Loads the training and test images of a data set.
 
+    Images of one small size lie in memory, or are mapped into it. Others are `Pictures`, which are decoded when they
+    are read; `Splits.resized` makes images of one size of them.
+
     Args:
-      name: `cifar10`, `shapes`, or another TFDS set of 32x32x3 images with labels.
+      name: a folder of pictures, an .npz file, the name or directory of a TFDS set, or `shapes`.
       data_dir: the TFDS data directory; if None, $TFDS_DATA_DIR or ~/tensorflow_datasets.
       cache_dir: the cache directory for decoded arrays; if None, $CIFAR_JAX_CACHE or ~/.cache/cifar_jax.
       train_examples: size of a balanced random subset of the training images; None for all.
       test_examples: the same for the test images.
-      seed: seed of the subsets and of synthetic images.
+      seed: seed of the subsets, of a split by `test_fraction` and of synthetic images.
+      test_fraction: fraction of the images to test on where the set has no test images of its own.
+      label_key: name of the label in a TFDS set that has several.
+      skip_unreadable: whether to leave out files of a folder that cannot be decoded.
 
     Raises:
       UserError: if there is no such set, it is corrupt, or it has fewer examples than requested.
     """
-    if name == "shapes":
+    kind = kind_of(name)
+    if label_key is not None and kind not in ("tfds", "tfds-directory"):
+        raise UserError(f"--label-key {label_key} names a label of a TFDS set, which {name} is not; leave it out.")
+    if kind == "shapes":
         return _draw_splits(train_examples or SHAPES_TRAIN, test_examples or SHAPES_TEST, seed)
-    check_name(name, data_dir)
-    splits = load_tfds(name, data_dir, cache_dir)
+    path = Path(os.path.expanduser(name))
+    if kind == "folder":
+        splits = load_folder(path, skip_unreadable)
+    elif kind == "npz":
+        splits = load_npz(path)
+    else:
+        check_name(name, data_dir)
+        splits = load_tfds(name, data_dir, cache_dir, label_key)
+    splits = _with_test(splits, test_fraction, stream_key(seed, "test_split"))
+    for split, part in splits.parts.items():
+        check(part, len(splits.class_names), f"The {split} split of {name}")
     return splits._replace(
         train=_subset(splits.train, train_examples, stream_key(seed, "train_subset"), "training"),
         test=_subset(splits.test, test_examples, stream_key(seed, "test_subset"), "test"),
     )
+
+
+def _with_test(splits: Splits, fraction: float, key: PRNGKeyArray) -> Splits:
+    """Adds test images to a set without any: its validation images, or a share of the training images."""
+    if len(splits.test.labels):
+        if fraction != TEST_FRACTION:
+            raise UserError(
+                f"--test-fraction {fraction} holds out test images, but {splits.name} has its own; leave it out."
+            )
+        return splits
+    if splits.val is not None:
+        note = "tested on its validation images, as it has no test images"
+        return splits._replace(test=splits.val, val=None, notes=(*splits.notes, note))
+    kept, held = hold_out(splits.train.labels, fraction, key, "--test-fraction")
+    note = f"no test images of its own: {len(held):,} of {len(splits.train.labels):,} held out (--test-fraction)"
+    return splits._replace(train=splits.train.take(kept), test=splits.train.take(held), notes=(*splits.notes, note))
 
 
 def _subset(dataset: Dataset, num_examples: int | None, key: PRNGKeyArray, split: str) -> Dataset:

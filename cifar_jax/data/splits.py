@@ -1,6 +1,5 @@
 """Images of a job, divided into training, validation and test images."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -9,7 +8,10 @@ import numpy as np
 from cifar_jax.config import TrainConfig
 from cifar_jax.data.dataset import Dataset, Digests, Splits, hold_out
 from cifar_jax.data.load import load_splits
+from cifar_jax.data.pictures import content_digests, sizes_of
+from cifar_jax.data.resize import Resize, choose_resize
 from cifar_jax.errors import UserError
+from cifar_jax.models.preprocess import EvalTransform
 from cifar_jax.rng import stream_key
 
 
@@ -22,6 +24,7 @@ class RunData(NamedTuple):
       test: test images.
       splits: the data set they come from.
       digests: digests by `train`, `test`, and `val` where images are held out.
+      resize: how pictures became images of one size.
     """
 
     train: Dataset
@@ -29,6 +32,7 @@ class RunData(NamedTuple):
     test: Dataset
     splits: Splits
     digests: Mapping[str, Digests]
+    resize: Resize
 
     @property
     def parts(self) -> dict[str, Dataset]:
@@ -52,20 +56,22 @@ class RunData(NamedTuple):
 
 
 def images_in_both(train: Dataset, other: Dataset) -> int:
-    """Counts the images of `other` that are bit-identical to a training image."""
-    hashes, others = (
-        [hashlib.blake2b(image, digest_size=16).digest() for image in np.ascontiguousarray(part.images)]
-        for part in (train, other)
-    )
-    known = set(hashes)
-    return sum(one in known for one in others)
+    """Counts the images of `other` whose content is that of a training image."""
+    known, others = ([digest.tobytes() for digest in content_digests(part.images)] for part in (train, other))
+    in_training = set(known)
+    return sum(digest in in_training for digest in others)
 
 
-def load_data(config: TrainConfig) -> RunData:
-    """Loads the data set of a configuration and divides it into training, validation and test images.
+def load_data(config: TrainConfig, image_size: int, transform: EvalTransform | None = None) -> RunData:
+    """Loads the data set of a configuration, and divides it into training, validation and test images of one size.
+
+    Args:
+      config: the configuration.
+      image_size: side of the network's input in pixels.
+      transform: the evaluation transform of the weights.
 
     Raises:
-      UserError: if it cannot be loaded or has fewer training images than a batch.
+      UserError: if it cannot be loaded or resized as asked.
     """
     splits = load_splits(
         config.data.dataset,
@@ -74,22 +80,39 @@ def load_data(config: TrainConfig) -> RunData:
         train_examples=config.data.train_examples,
         test_examples=config.data.test_examples,
         seed=config.optim.seed,
+        test_fraction=config.data.test_fraction,
+        label_key=config.data.label_key,
+        skip_unreadable=config.data.skip_unreadable,
     )
-    train, val = splits.train, splits.test
+    sizes = np.concatenate([sizes_of(part.images) for part in splits.parts.values()])
+    resize = choose_resize(
+        config.data.resize, config.data.interpolation, sizes, image_size, transform or EvalTransform()
+    )
+    return divided(config, splits, resize)
+
+
+def divided(config: TrainConfig, splits: Splits, resize: Resize) -> RunData:
+    """Divides a data set into training, validation and test images, resized when they are read.
+
+    Raises:
+      UserError: if `--val-fraction` is given for a set with validation images of its own.
+    """
+    found = splits.resized(resize)
+    train, val = found.train, found.val
     if config.data.val_fraction:
-        kept, held = hold_out(
-            np.asarray(train.labels), config.data.val_fraction, stream_key(config.optim.seed, "hold_out")
-        )
-        train, val = splits.train.take(kept), splits.train.take(held)
-    if config.optim.batch_size > len(train.labels):
-        raise UserError(
-            f"--batch-size must be at most {len(train.labels)}, the number of training images, got "
-            f"{config.optim.batch_size}."
-        )
-    return make_data(train, val, splits)
+        if val is not None:
+            raise UserError(
+                f"--val-fraction {config.data.val_fraction} holds out training images, but {splits.name} has "
+                "validation images of its own; leave it out."
+            )
+        labels, key = np.asarray(train.labels), stream_key(config.optim.seed, "hold_out")
+        kept, held = hold_out(labels, config.data.val_fraction, key)
+        train, val = found.train.take(kept), found.train.take(held)
+    return make_data(train, found.test if val is None else val, found, resize)
 
 
-def make_data(train: Dataset, val: Dataset, splits: Splits) -> RunData:
-    """Builds a `RunData` and computes its digests, in one pass over the pixels."""
+def make_data(train: Dataset, val: Dataset, splits: Splits, resize: Resize = Resize()) -> RunData:  # noqa: B008
+    """Builds a `RunData` and computes its digests, of images in memory in one pass over the pixels."""
     used = {"train": train, "test": splits.test} | ({} if val is splits.test else {"val": val})
-    return RunData(train, val, splits.test, splits, {name: part.digests() for name, part in used.items()})
+    digests = {name: part.digests() for name, part in used.items()}
+    return RunData(train, val, splits.test, splits, digests, resize)

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.data.resize import Resize
 from cifar_jax.data.sources.images import read_image
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.features.extraction import dataset_features
 from cifar_jax.features.extractor import make_extractor
 from cifar_jax.files import check_target, replacing
 from cifar_jax.pretrained import UNTRAINED, AnyBackbone, load_backbone
-from cifar_jax.runs.predict import TRAINED_SIDE
 from cifar_jax.runtime.progress import Reporter, Silent
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.train.load_inputs import load_inputs, network_image_size
 
+TRAINED_SIDE = 32  # side of the data sets' images in pixels
 BATCH_SIZE = 1024  # image files in memory at a time
 
 
@@ -114,14 +115,14 @@ def _of_images(
         config.backbone.weights, config.backbone.variant, cache_dir=config.run.cache_dir, progress=reporter.progress
     )
     image_size = network_image_size(config, backbone)
-    side = image_size if direct else TRAINED_SIDE
+    resize = Resize("upsample", image_size if direct else TRAINED_SIDE)
     precision, batch_size = config.backbone.precision, config.backbone.extract_batch_size
     extractor = make_extractor(backbone, image_size, precision, batch_size, num_images=len(paths))
     features = np.empty((len(paths), backbone.num_features), np.float32)
     with reporter.progress("Features of image files", len(paths), compiles=True) as bar:
         bar(0)
         for start in range(0, len(paths), BATCH_SIZE):
-            images = np.stack([read_image(path, side) for path in paths[start : start + BATCH_SIZE]])
+            images = np.stack([read_image(path, resize) for path in paths[start : start + BATCH_SIZE]])
             features[start : start + len(images)] = extractor(images)
             bar(start + len(images))
     return backbone, {"features": features, "paths": np.array(paths)}

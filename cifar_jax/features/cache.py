@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32
 
+from cifar_jax.data.pictures import Images
 from cifar_jax.errors import RunError
-from cifar_jax.features.extractor import Images, Rows
+from cifar_jax.features.extractor import Rows
 from cifar_jax.files import write_json
 from cifar_jax.models.backbone import AnyBackbone
 from cifar_jax.runtime.caches import ABOUT, locked

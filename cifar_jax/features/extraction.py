@@ -5,13 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.data import Dataset
+from cifar_jax.data.pictures import Images, content_digests
 from cifar_jax.errors import RunError
 from cifar_jax.features.cache import cached_features, features_key, num_absent
-from cifar_jax.features.extractor import Extractor, Images, Rows, make_extractor
+from cifar_jax.features.extractor import Extractor, Rows, make_extractor
 from cifar_jax.features.time_estimate import Forecast, faster_ways
 from cifar_jax.files import cache_root
 from cifar_jax.pretrained import AnyBackbone
@@ -97,19 +98,15 @@ def dataset_features(
                 about={"what": f"features of {config.data.dataset} {name}, {how}", "backbone": backbone.source},
                 on_images=bar,
             )
-        _require_different(features[name], dataset.images, f"{backbone.source} gives the same features for all {name}")
+        _require_different(features[name], dataset, f"{backbone.source} gives the same features for all {name}")
     limit_features(root, config.run.cache_limit * 1e9, list(keys.values()))
     seconds = stopwatch.seconds
     return Extracted(features, num_images, seconds.get("extraction", 0.0), seconds.get("compilation", 0.0))
 
 
-def _require_different(
-    features: Float32[np.ndarray, "n features"], images_u8: UInt8[np.ndarray, "n h w 3"], what: str
-) -> None:
+def _require_different(features: Float32[np.ndarray, "n features"], dataset: Dataset, what: str) -> None:
     # Row by row with an early exit, as usually the second row already differs.
-    if not _differ(features) and _differ(images_u8):
-        raise RunError(f"{what}: the network is dead or its preprocessing is wrong; nothing was trained.")
-
-
-def _differ(rows: np.ndarray) -> bool:
-    return not all(np.array_equal(row, rows[0]) for row in rows)
+    if all(np.array_equal(row, features[0]) for row in features):
+        digests = content_digests(dataset.images)
+        if (digests != digests[0]).any():
+            raise RunError(f"{what}: the network is dead or its preprocessing is wrong; nothing was trained.")

@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32, PyTree, UInt8
 
+from cifar_jax.data.pictures import Images
+from cifar_jax.data.pipeline import read_batches
 from cifar_jax.errors import RunError
 from cifar_jax.models.backbone import AnyBackbone, FunctionBackbone, extract
 from cifar_jax.models.folded import features_of, prepare
@@ -24,7 +26,6 @@ IN_FLIGHT = 3  # batches: one is transferred and one copied out while one is com
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Images: TypeAlias = UInt8[np.ndarray, "n h w 3"]
 Rows: TypeAlias = tuple[slice, Float32[np.ndarray, "rows features"]]
 
 
@@ -120,11 +121,15 @@ class Extractor:
             for piece in pieces
             for start in range(piece.start, piece.stop, size)
         ]
-        for first in range(0, len(units), num_devices):
-            own = units[first : first + num_devices]
+        groups = [units[first : first + num_devices] for first in range(0, len(units), num_devices)]
+        wanted = [np.concatenate([np.arange(rows.start, rows.stop) for rows in own]) for own in groups]
+        for own, found in zip(groups, read_batches(images_u8, wanted), strict=True):
             batch = np.zeros((size * num_devices, *images_u8.shape[1:]), np.uint8)
+            taken = 0
             for number, rows in enumerate(own):
-                batch[number * size : number * size + rows.stop - rows.start] = images_u8[rows]
+                count = rows.stop - rows.start
+                batch[number * size : number * size + count] = found[taken : taken + count]
+                taken += count
             yield own, batch
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from cifar_jax.errors import UserError
-from cifar_jax.models.preprocess import Preprocessing, preprocess
+from cifar_jax.models.preprocess import EvalTransform, Preprocessing, preprocess
 from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables, network_name
 
 
@@ -22,20 +22,21 @@ from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables, network_nam
     jax.tree_util.register_dataclass,
     data_fields=["variables"],
     meta_fields=["config", "preprocessing", "image_size"],
-    drop_fields=["sha256", "source", "variant", "top"],
+    drop_fields=["transform", "sha256", "source", "variant", "top"],
 )
 @dataclass(frozen=True, eq=False)
 class Backbone:
     """A network without its top, as a pytree: the variables are leaves, everything that defines the computation static.
 
-    Its provenance (`sha256`, `source`, `variant`, `top`) is not passed into jit, so two files of the same network share
-    one compiled function.
+    Its provenance (`sha256`, `source`, `variant`, `top`) and what is done on the host (`transform`) are not passed into
+    jit, so two files of the same network share one compiled function.
 
     Attributes:
       config: the network's shape and variant.
       preprocessing: the preprocessing that it was trained with.
       image_size: side in pixels of the images that it was trained with.
       variables: {"params", "batch_stats"}, float32.
+      transform: how photos are resized and cropped for it.
       sha256: SHA-256 of the weights file, or of the file that `save_backbone` would write; empty if not known.
       source: path of the weights file, or a description of how the variables were made.
       variant: human-readable name of the variant, and how it was determined.
@@ -46,6 +47,7 @@ class Backbone:
     preprocessing: Preprocessing
     image_size: int
     variables: Variables
+    transform: EvalTransform = EvalTransform()  # noqa: RUF009 (frozen)
     sha256: str = ""
     source: str = ""
     variant: str = ""

@@ -37,6 +37,31 @@ class Preprocessing:
             raise ValueError(f"invalid preprocessing {self}")
 
 
+@dataclass(frozen=True)
+class EvalTransform:
+    """How a photo is made the input of a network in evaluation: resize the shorter side, crop the centre.
+
+    Attributes:
+      shorter: length that the shorter side is resized to before the crop, in pixels.
+      side: side of the crop in pixels.
+      interpolation: filter of the resize: `nearest`, `box`, `bilinear`, `hamming`, `bicubic` or `lanczos`.
+    """
+
+    shorter: int = 256
+    side: int = 224
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        """Refuses invalid values, which a corrupt file may contain."""
+        filters = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+        if not (1 <= self.side <= self.shorter <= 16 * self.side) or self.interpolation not in filters:
+            raise ValueError(f"invalid evaluation transform {self}")
+
+    def shorter_side(self, image_size: int) -> int:
+        """The length for a crop of another side, in the same proportion: 256 for 224, as 224 / 0.875."""
+        return round(image_size * self.shorter / self.side)
+
+
 # Modes of keras.applications.imagenet_utils.preprocess_input. The means of `caffe` are those of the ImageNet training
 # set in BGR, 0..255; those of `torch` are the usual ImageNet statistics in RGB, 0..1.
 CAFFE = Preprocessing("caffe", channels="bgr", mean=(103.939, 116.779, 123.68))

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from cifar_jax.files import replacing
 
@@ -47,6 +48,13 @@ def _paper_style() -> Iterator[None]:
         yield
 
 
+def sample_rows(labels: Integer[np.ndarray, " n"]) -> Integer[np.ndarray, " m"]:
+    """The rows that `plot_samples` shows: the first of every class, then the second of every class, and so on."""
+    seen: defaultdict[int, Iterator[int]] = defaultdict(count)
+    rank = np.array([next(seen[label]) for label in labels.tolist()])
+    return np.lexsort((labels, rank))[: 2 * SAMPLE_COLUMNS]
+
+
 @_paper_style()
 def plot_samples(
     train_images: UInt8[np.ndarray, "train height width 3"],
@@ -66,10 +74,7 @@ def plot_samples(
     blocks: list[list[Tile]] = []
     for images, labels in ((train_images, train_labels), (val_images, val_labels)):
         _check_examples(images, labels, class_names)
-        seen: defaultdict[int, Iterator[int]] = defaultdict(count)
-        rank = np.array([next(seen[label]) for label in labels.tolist()])
-        chosen = np.lexsort((labels, rank))[: 2 * SAMPLE_COLUMNS]
-        blocks.append([(images[i], class_names[labels[i]], INK) for i in chosen])
+        blocks.append([(images[i], class_names[labels[i]], INK) for i in sample_rows(labels)])
     figure, split = _draw_grid(blocks, SAMPLE_COLUMNS, side=96, left=36, top=0), len(blocks[0])
     for name, panels in (("training", figure.axes[:split]), (val_name, figure.axes[split:])):
         middle = (panels[0].get_position().y1 + panels[-1].get_position().y0) / 2
@@ -232,8 +237,18 @@ def _place_axes(figure: Figure, left: int, top: int, width: int, height: int) ->
     return figure.add_axes((left / across, 1 - (top + height) / up, width / across, height / up))
 
 
+def _shrunk(image: UInt8[np.ndarray, "height width 3"], side: int) -> UInt8[np.ndarray, "height width 3"]:
+    """Reduces an image that is larger than a tile."""
+    if max(image.shape) <= side:
+        return image
+    picture = Image.fromarray(image)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
+
+
 def _draw_grid(blocks: list[list[Tile]], columns: int, side: int, left: int, top: int) -> Figure:
     """Draws blocks of tiles in rows; images are enlarged to about `side` by an integer factor to keep them crisp."""
+    blocks = [[(_shrunk(image, side), text, colour) for image, text, colour in block] for block in blocks]
     image, texts = blocks[0][0][0], [text for block in blocks for _, text, _ in block]
     height, width = (size * max(1, side // max(image.shape)) for size in image.shape[:2])
     across = ceil(max(width, *map(_width, texts))) + 10

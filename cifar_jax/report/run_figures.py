@@ -5,9 +5,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Integer, UInt8
 
-from cifar_jax.data import RunData
-from cifar_jax.report.plots import plot_confusion, plot_curves, plot_predictions, plot_samples, save_figure
+from cifar_jax.data import Dataset, RunData
+from cifar_jax.data.pipeline import read_batches
+from cifar_jax.report.plots import plot_confusion, plot_curves, plot_predictions, plot_samples, sample_rows, save_figure
 from cifar_jax.rng import stream_key
 from cifar_jax.runtime.progress import EpochRow
 from cifar_jax.train.evaluate import EvalResult
@@ -18,8 +20,14 @@ NUM_PREDICTIONS = 32
 def write_samples(out: Path, data: RunData) -> None:
     """Writes samples.png to the run directory. Raises OSError if it cannot be written."""
     names = data.splits.class_names
-    figure = plot_samples(*data.train, *data.val, names, val_name=data.val_name)
+    train, val = (_read(part, sample_rows(part.labels)) for part in (data.train, data.val))
+    figure = plot_samples(*train, *val, names, val_name=data.val_name)
     save_figure(figure, out / "samples.png")
+
+
+def _read(part: Dataset, rows: Integer[np.ndarray, " m"]) -> tuple[UInt8[np.ndarray, "m h w 3"], np.ndarray]:
+    (images,) = read_batches(part.images, [rows])
+    return images, part.labels[rows]
 
 
 def write_pictures(
@@ -37,11 +45,11 @@ def write_pictures(
     splits = [("", data.val_name, data.val, val)]
     if data.held_out:
         splits.append(("test_", "test", data.test, test))
-    for prefix, split, (images, labels), result in splits:
+    for prefix, split, part, result in splits:
         key = stream_key(seed, "pictures")
-        shown = np.asarray(jax.random.permutation(key, len(labels))[:NUM_PREDICTIONS], np.int32)
+        shown = np.asarray(jax.random.permutation(key, len(part.labels))[:NUM_PREDICTIONS], np.int32)
         probs = np.asarray(jax.nn.softmax(result.logits[shown]))
-        figures[f"{prefix}predictions.png"] = plot_predictions(images[shown], labels[shown], probs, names, split=split)
+        figures[f"{prefix}predictions.png"] = plot_predictions(*_read(part, shown), probs, names, split=split)
         figures[f"{prefix}confusion.png"] = plot_confusion(result.confusion, names, split=split)
     for name, figure in figures.items():
         save_figure(figure, out / name)

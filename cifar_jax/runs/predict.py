@@ -11,11 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from cifar_jax.data import load_data
+from cifar_jax.data.resize import Resize
 from cifar_jax.data.sources.images import ImageError, read_image
 from cifar_jax.errors import UserError
 from cifar_jax.features.extractor import make_extractor
 from cifar_jax.models.backbone import AnyBackbone, extract
 from cifar_jax.models.head import Head, dense_logits
+from cifar_jax.models.preprocess import EvalTransform
 from cifar_jax.runs.reader import Run, load_run
 from cifar_jax.runtime.progress import Reporter, Silent
 from cifar_jax.train.evaluate import evaluate, make_eval_step, wilson_interval
@@ -24,7 +26,6 @@ from cifar_jax.train.task import HeadFn, head_forward
 
 logger = logging.getLogger(__name__)
 
-TRAINED_SIDE = 32  # side of the training images in pixels
 AT_ONCE = 256  # maximum number of image files in memory
 
 
@@ -69,13 +70,13 @@ def predict_files(
       A prediction for each path; for a file that cannot be read it holds the error.
     """
     image_size = run.backbone.image_size
-    side = image_size if direct else TRAINED_SIDE
+    resize = Resize("upsample", image_size) if direct else run.resize
     num = min(at_once, len(paths))  # of one shape throughout, so that each function is compiled once
     extractor = make_extractor(run.backbone, image_size, run.config.backbone.precision, num_images=num)
     features = np.zeros((num, run.backbone.num_features), np.float32)
     probabilities = jax.jit(lambda params, features: jax.nn.softmax(run.head(params, features)))
     for start in range(0, len(paths), at_once):
-        read = [_read(path, side) for path in paths[start : start + at_once]]
+        read = [_read(path, resize) for path in paths[start : start + at_once]]
         images = [image for image in read if not isinstance(image, ImageError)]
         probs: Iterator[Any] = iter(())
         if images:
@@ -88,9 +89,9 @@ def predict_files(
                 yield Prediction(str(path), _top(next(probs), run.class_names, top))
 
 
-def _read(path: str | Path, side: int) -> UInt8[np.ndarray, "side side 3"] | ImageError:
+def _read(path: str | Path, resize: Resize) -> UInt8[np.ndarray, "side side 3"] | ImageError:
     try:
-        return read_image(path, side)
+        return read_image(path, resize)
     except ImageError as error:
         return error
 
@@ -134,7 +135,7 @@ def evaluate_run(
         here = f"the loss here is cross-entropy{smoothed}"
         logger.warning(f"The run in {run.path} was trained with the loss {name}; {here}.")
     config = replace(run.config, run=replace(run.config.run, data_dir=data_dir or run.config.run.data_dir))
-    data = load_data(config)
+    data = load_data(config, run.backbone.image_size, EvalTransform())
     if data.digests["test"].examples != run.summary["dataset"].get("test_sha256"):
         raise UserError(
             f"The test images of {config.data.dataset} are not those that the run {run.path} was scored on; name the "

@@ -12,6 +12,7 @@ import jax
 from jaxtyping import PyTree
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.data.resize import Resize
 from cifar_jax.errors import UserError
 from cifar_jax.files import sha256_of_file
 from cifar_jax.models.head import Head, dense_head
@@ -39,6 +40,7 @@ class Run:
       backbone: the network, located by its hash, with the image size of the run.
       head_params: parameters of the trained head.
       class_names: class names by label.
+      resize: how pictures become the images that it was trained on.
       head: the function that `head_params` belong to.
     """
 
@@ -48,6 +50,7 @@ class Run:
     backbone: AnyBackbone
     head_params: PyTree
     class_names: tuple[str, ...]
+    resize: Resize
     head: Head = field(default_factory=dense_head)
 
     def __repr__(self) -> str:
@@ -104,6 +107,7 @@ def load_run(
     _require_complete(path, config, summary, allow_incomplete)
     try:
         class_names = tuple(map(str, summary["dataset"]["class_names"]))
+        resize = Resize.from_json(summary.get("resize"))
         about = {name: str(summary["backbone"][name] or "") for name in ("sha256", "source")}
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / SUMMARY} is not as `train` wrote it; name another run directory.") from error
@@ -124,7 +128,7 @@ def load_run(
     selected = Position(int(summary.get("selected_epoch") or 0))
     params = load_checkpoint(path / CHECKPOINTS, {"params": like}, selected)["params"]
     trained = found.replace(variables=params["backbone"]) if "backbone" in like else found
-    return Run(path, config, summary, trained, params["head"], class_names, chosen)
+    return Run(path, config, summary, trained, params["head"], class_names, resize, chosen)
 
 
 def _require_parts(

@@ -231,6 +231,7 @@ class RunWriter:
                 **backbone.about(),
                 "image_size": self._image_size,
             },
+            "resize": self._problem.resize.to_json(),
             "dataset": {
                 "name": data.splits.name,
                 "version": data.splits.version,

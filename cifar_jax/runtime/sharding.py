@@ -56,6 +56,20 @@ def shard(mesh: Mesh, tree: PyTree, axis: int = 0) -> PyTree:
     return _place(tree, rows_sharding(mesh, axis))
 
 
+def local_rows(mesh: Mesh, count: int) -> slice:
+    """The rows of a batch of `count` that the devices of this process hold; a multiple of the number of devices."""
+    each, own = count // mesh.size, len(mesh.local_devices)
+    first = list(mesh.devices.flat).index(mesh.local_devices[0])
+    return slice(first * each, (first + own) * each)
+
+
+def shard_local(mesh: Mesh, own: Any) -> jax.Array:
+    """Shards a batch of which each process has only its `local_rows`."""
+    if jax.process_count() == 1:
+        return jax.device_put(own, rows_sharding(mesh))
+    return jax.make_array_from_process_local_data(rows_sharding(mesh), own)
+
+
 def _place(tree: PyTree, sharding: NamedSharding) -> PyTree:
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)

@@ -12,10 +12,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Int32, PyTree
 
+from cifar_jax.data.pipeline import read_batches
 from cifar_jax.models.head import dense_logits
 from cifar_jax.runtime.devices import is_out_of_memory
 from cifar_jax.runtime.progress import Reporter, Silent
-from cifar_jax.runtime.sharding import make_mesh, replicate, replicated_sharding, round_up, shard
+from cifar_jax.runtime.sharding import (
+    local_rows,
+    make_mesh,
+    replicate,
+    replicated_sharding,
+    round_up,
+    shard,
+    shard_local,
+)
 from cifar_jax.train.losses import LossFn, cross_entropy, losses_of
 from cifar_jax.train.step import TrainState, classes_of
 from cifar_jax.train.task import Batch, Forward, Task, head_forward
@@ -203,11 +212,14 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yields all examples in batches of one shape, sharded over the devices; the last batch is padded."""
     batch_size = round_up(mesh, batch_size)
-    for start in range(0, len(labels), batch_size):
-        rows = np.arange(start, start + batch_size)
-        real = rows < len(labels)
-        rows[~real] = 0
-        yield Batch(*shard(mesh, (inputs[rows], labels[rows], real.astype(np.float32))))
+    starts = range(0, len(labels), batch_size)
+    numbers = [np.arange(start, start + batch_size) for start in starts]
+    batches = [np.where(rows < len(labels), rows, 0) for rows in numbers]
+    own = local_rows(mesh, batch_size)
+    images = read_batches(inputs, [rows[own] for rows in batches])
+    for number, rows, local in zip(numbers, batches, images, strict=True):
+        real = (number < len(labels)).astype(np.float32)
+        yield Batch(shard_local(mesh, local), *shard(mesh, (labels[rows], real)))
 
 
 class _Tally:

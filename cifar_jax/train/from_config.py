@@ -12,7 +12,6 @@ from jaxtyping import PyTree
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.config.option_groups import DEFAULTS, OF_A_RESNET
-from cifar_jax.data import Dataset
 from cifar_jax.data.augment import augment as augment_images
 from cifar_jax.errors import UserError
 from cifar_jax.features.extraction import Extracted, dataset_features
@@ -259,7 +258,7 @@ def extract_features(config: TrainConfig, inputs: Inputs, reporter: Reporter, cl
     own, digests = {}, None
     for split, part in data.parts.items():
         rows = own_rows(len(part.labels))
-        own[names[split]] = Dataset(part.images[rows], part.labels[rows])
+        own[names[split]] = part.take(rows)
     if jax.process_count() == 1:
         digests = {names[split]: data.digests[split].images for split in data.parts}
     found = dataset_features(config, backbone, image_size, own, digests=digests, reporter=reporter, clock=clock)

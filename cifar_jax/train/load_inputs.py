@@ -12,7 +12,7 @@ import numpy as np
 from cifar_jax.config import TrainConfig
 from cifar_jax.config.option_groups import OF_A_PROCESS
 from cifar_jax.data import Dataset, RunData, load_data
-from cifar_jax.data.dataset import IMAGE_SHAPE
+from cifar_jax.data.pipeline import read_batches
 from cifar_jax.data.splits import images_in_both
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import UNTRAINED, AnyBackbone, Backbone, FunctionBackbone, load_backbone, random_backbone
@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
 
     data: RunData
     backbone: AnyBackbone
-    image_size: int  # side in pixels that images are upsampled to
+    image_size: int  # side in pixels of the network's input
 
     def digests(self) -> dict[str, str]:
         """Digests, by name, of the inputs that determine the results."""
@@ -63,11 +63,12 @@ def load_inputs(config: TrainConfig, clock: Clock, progress: Progress, backbone:
         if backbone is None and not untrained:
             weights, variant = config.backbone.weights, config.backbone.variant
             backbone = load_backbone(weights, variant, cache_dir=config.run.cache_dir, progress=progress)
+    image_size = network_image_size(config, backbone)
     with clock("data"):
-        data = load_data(config)
+        data = load_data(config, image_size, backbone.transform if isinstance(backbone, Backbone) else None)
     with clock("weights"):
         backbone = with_digest(backbone or make_untrained(config, data.train))
-    return Inputs(data, backbone, network_image_size(config, backbone))
+    return Inputs(data, backbone, image_size)
 
 
 def with_digest(backbone: AnyBackbone) -> AnyBackbone:
@@ -85,26 +86,17 @@ def make_untrained(config: TrainConfig, train: Dataset) -> Backbone:
     )
     network, image_size = UNTRAINED[config.backbone.weights]
     image_size = config.backbone.image_size or image_size
-    images = np.asarray(train.images[: calibration_images(image_size)])
+    (images,) = read_batches(train.images, [np.arange(min(len(train.labels), calibration_images(image_size)))])
     key = stream_key(config.optim.seed, "backbone")
     return random_backbone(key, images, network, image_size, f"{config.backbone.weights} (seed {config.optim.seed})")
 
 
-def network_image_size(config: TrainConfig, backbone: AnyBackbone) -> int:
-    """The side in pixels that images are upsampled to.
-
-    Raises:
-      UserError: if the size is not a multiple of the images' 32 pixels.
-    """
+def network_image_size(config: TrainConfig, backbone: AnyBackbone | None) -> int:
+    """The side in pixels of the network's input; `backbone` is None for an untrained one, which is made later."""
     if isinstance(backbone, FunctionBackbone):
         return backbone.image_size
-    image_size = config.backbone.image_size or backbone.image_size
-    if image_size % IMAGE_SHAPE[0]:
-        raise UserError(
-            f"{backbone.source} asks for images of {image_size} pixels a side, which is not a multiple of "
-            f"{IMAGE_SHAPE[0]}; name another --image-size."
-        )
-    return image_size
+    own = UNTRAINED[config.backbone.weights][1] if backbone is None else backbone.image_size
+    return config.backbone.image_size or own
 
 
 def require_same_inputs_everywhere(config: TrainConfig, inputs: Inputs, parts: Mapping[str, str]) -> None:

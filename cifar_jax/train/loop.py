@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Int32, PRNGKeyArray, PyTree
 
 from cifar_jax.data import epoch_batches
+from cifar_jax.data.pipeline import batch_reader
 from cifar_jax.errors import RunError
 from cifar_jax.runtime.progress import EpochRow, Reporter, Silent
-from cifar_jax.runtime.sharding import make_mesh, replicate, round_up, shard
+from cifar_jax.runtime.sharding import local_rows, make_mesh, replicate, round_up, shard, shard_local
 from cifar_jax.train.evaluate import EvalResult
 from cifar_jax.train.step import StepMetrics, TrainState, TrainStep, is_finite, scan_steps
 from cifar_jax.train.task import Batch, Task
@@ -89,12 +90,18 @@ def make_advance(task: Task, train_step: TrainStep, order: EpochOrder, mesh: Mes
     # Cached, so that the order is drawn once per epoch instead of at every step.
     rows_of = functools.lru_cache(maxsize=1)(lambda epoch: order.batches(epoch, num))
 
-    def batch(epoch: int, step: int) -> Batch:
+    @functools.lru_cache(maxsize=1)
+    def indices_of(epoch: int) -> list[Int32[np.ndarray, "batch"]]:
         indices, counts = rows_of(epoch)
-        count = int(counts[step])
-        index = padded(indices[step, :count], count)
+        return [padded(row[:count], count) for row, count in zip(indices, counts.tolist(), strict=True)]
+
+    # Each process reads what its own devices need; images are decoded ahead.
+    read = batch_reader(inputs, lambda epoch: [index[local_rows(mesh, len(index))] for index in indices_of(epoch)])
+
+    def batch(epoch: int, step: int) -> Batch:
+        index, count = indices_of(epoch)[step], int(rows_of(epoch)[1][step])
         mask = (np.arange(len(index)) < count).astype(np.float32)
-        return Batch(*shard(mesh, (inputs[index], labels[index], mask)))
+        return Batch(shard_local(mesh, read(epoch, step)), *shard(mesh, (labels[index], mask)))
 
     if not resident:
         step = jax.jit(train_step, donate_argnums=0)

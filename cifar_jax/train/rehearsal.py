@@ -35,9 +35,10 @@ def state_shapes(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, 
         return state
 
     size = round_up(mesh, config.optim.batch_size)
-    example = features[0] if is_cached else inputs.data.train.images[0]
+    example = features[0] if is_cached else inputs.data.train.images
+    shape = example.shape[-1:] if is_cached else example.shape[1:]
     of: Any = jax.ShapeDtypeStruct
     labels = of((size,), inputs.data.train.labels.dtype)
-    batch = Batch(of((size, *example.shape), example.dtype), labels, of((size,), jnp.float32))
+    batch = Batch(of((size, *shape), example.dtype), labels, of((size,), jnp.float32))
     shapes: TrainState = jax.eval_shape(begin, batch, jax.eval_shape(lambda: jax.random.key(0)))
     return shapes

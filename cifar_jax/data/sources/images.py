@@ -1,14 +1,18 @@
 """Reading of image files as the RGB pixels that a network takes."""
 
+import contextlib
+import functools
+import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cifar_jax.data.resize import Resize
 from cifar_jax.errors import UserError
 
 # Formats that cameras, screenshots and scanners write. Pillow opens more, one of them (EPS) by running Ghostscript.
@@ -17,7 +21,11 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif"),
     *(".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".heic", ".heif"),  # with pillow-heif; without it the file is named
 )
+_HEIF = ("HEIF",)  # the name under which pillow-heif registers its reader
+_HEIC_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")}
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
 MAX_PIXELS = 100_000_000  # a 10000x10000 photograph; more is a mistake or a decompression bomb
 
 
@@ -57,38 +65,85 @@ def _images_in(directory: str | Path) -> list[str]:
     return [os.path.join(directory, name) for name in names]
 
 
-def read_image(path: str | Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Reads a PNG, JPEG or other image file as RGB pixels of one size.
-
-    The picture is turned upright by its EXIF orientation, transparent parts become white, grey and 16-bit pictures
-    become 8-bit RGB, and the largest centred square is cropped and resized with antialiasing, as for CIFAR-10 itself.
-
-    Args:
-      path: path of the file.
-      size: side of the result in pixels.
+def read_image(path: str | Path, resize: Resize) -> UInt8[np.ndarray, "side side 3"]:
+    """Reads a PNG, JPEG or other image file as the pixels that a run's network takes; see `decode`.
 
     Raises:
       ImageError: if the file is missing, not an image, corrupt, or has more than 100 million pixels.
     """
+    return resize(decode(read_bytes(path), path))
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Reads a file. Raises ImageError if that fails."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise ImageError(path, "does not exist", "give the path of an image") from None
+    except OSError as error:
+        raise ImageError(path, f"cannot be read ({error.strerror})", "check the file and its permissions") from error
+
+
+def decode(content: bytes, name: str | Path) -> Image.Image:
+    """Decodes the content of an image file as an upright RGB picture of its own size.
+
+    The picture is turned upright by its EXIF orientation, transparent parts become white, grey and 16-bit pictures
+    become 8-bit RGB; of an animation the first frame is taken.
+
+    Args:
+      content: bytes of the file.
+      name: its path, for messages.
+
+    Raises:
+      ImageError: if it is not an image, corrupt, or has more than 100 million pixels.
+    """
+    with _opened(content, name) as image:
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def upright_size(content: bytes, name: str | Path) -> tuple[int, int]:
+    """Reads width and height of a picture, turned upright, from its header; the pixels may still be corrupt.
+
+    Raises:
+      ImageError: see `decode`.
+    """
+    with _opened(content, name) as image:
+        turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+        return (image.height, image.width) if turned else image.size
+
+
+@contextlib.contextmanager
+def _opened(content: bytes, name: str | Path) -> Iterator[Image.Image]:
+    formats = (*FORMATS, *_HEIF) if _can_read_heif() else FORMATS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about large images below our limit
-            # Opened here, as Pillow leaks the file if its first bytes cannot be read.
-            with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=formats) as image:
                 if image.width * image.height > MAX_PIXELS:
                     pixels = f"{image.width}x{image.height} pixels"
                     limit = f"the limit of {MAX_PIXELS // 10**6} million"
-                    raise ImageError(path, f"has {pixels}, more than {limit}", "make it smaller")
-                square = _centred_square(_to_rgb(ImageOps.exif_transpose(image)))
-                return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
-    except FileNotFoundError:
-        raise ImageError(path, "does not exist", "give the path of an image") from None
+                    raise ImageError(name, f"has {pixels}, more than {limit}", "make it smaller")
+                yield image
     except UnidentifiedImageError:
-        raise ImageError(path, "is not a readable image") from None
+        if content[4:12] in _HEIC_BRANDS and not _can_read_heif():
+            reason = "is a HEIC picture, which needs the package pillow-heif"
+            raise ImageError(name, reason, "install it with `pip install pillow-heif`, or save it as JPEG") from None
+        raise ImageError(name, "is not a readable image" if content else "is an empty file") from None
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise all kinds of errors on corrupt files
-        raise ImageError(path, f"cannot be read as an image ({error})") from error
+        raise ImageError(name, f"cannot be read as an image ({error})") from error
+
+
+@functools.cache
+def _can_read_heif() -> bool:
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -102,9 +157,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
-
-
-def _centred_square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import requests
 
-from cifar_jax.data.dataset import IMAGE_SHAPE, Dataset, Splits, check
+from cifar_jax.data.dataset import Dataset, Splits, check
 from cifar_jax.errors import UserError
 from cifar_jax.files import cache_root, load_arrays, save_arrays, sha256_of_file
 
 # TFDS's own ten retries with growing waits are three and a half minutes of silence without a network.
 DOWNLOAD_RETRIES = 3
+IMAGE_SHAPE = (32, 32, 3)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,14 @@ def data_root(data_dir: str | None) -> Path:
 def find_prepared(name: str, data_dir: str | None) -> Path | None:
     """Returns the directory of the newest prepared version of a data set, or None."""
     versions = _versions(data_root(data_dir) / name, "*")
+    return max(versions, key=lambda path: [int(number) for number in path.name.split(".")], default=None)
+
+
+def prepared_in(directory: Path) -> Path | None:
+    """Returns the prepared set that a directory is, or the newest version in it; None if there is none."""
+    if (directory / "dataset_info.json").is_file():
+        return directory
+    versions = _versions(directory, "*")
     return max(versions, key=lambda path: [int(number) for number in path.name.split(".")], default=None)
 
 
@@ -60,7 +69,9 @@ def known_to_tfds() -> list[str]:
     return list(tfds.list_builders(with_community_datasets=False))
 
 
-def load_tfds(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Splits:
+def load_tfds(
+    name: str, data_dir: str | None = None, cache_dir: str | None = None, label_key: str | None = None
+) -> Splits:
     """Reads a TFDS data set with `train` and `test` splits and the features `image` and `label`.
 
     If the set is not prepared in the data directory, TFDS downloads and prepares it there. The decoded arrays are
@@ -69,7 +80,9 @@ def load_tfds(name: str, data_dir: str | None = None, cache_dir: str | None = No
     Raises:
       UserError: if the set is neither prepared nor downloadable, is corrupt, or does not consist of 32x32x3 images.
     """
-    source = find_prepared(name, data_dir) or _download(name, data_root(data_dir))
+    directory = Path(os.path.expanduser(name))
+    source = prepared_in(directory) if directory.is_dir() else find_prepared(name, data_dir)
+    source = source or _download(name, data_root(data_dir))
     files = sorted(path for path in source.iterdir() if path.is_file())
     fingerprint = hashlib.sha256(
         "".join(f"{path.name} {sha256_of_file(path)}\n" for path in files).encode()

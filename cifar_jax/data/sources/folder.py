@@ -1,0 +1,230 @@
+"""A folder of pictures as a data set: one folder a class, in all or in each of `train`, `test` and `val`."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cifar_jax.data.dataset import Dataset, Splits
+from cifar_jax.data.pictures import DIGEST_BYTES, Pictures, content_digest
+from cifar_jax.data.pipeline import num_threads
+from cifar_jax.data.sources.images import SUFFIXES, ImageError, decode, read_bytes, upright_size
+from cifar_jax.errors import UserError
+
+# Names of folders that hold a split, in any case.
+SPLITS = {
+    "train": ("train", "training", "training_set"),
+    "test": ("test", "testing", "test_set"),
+    "val": ("val", "valid", "validation", "validation_set"),
+}
+SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
+SHOWN = 5  # files that a message lists
+LAYOUT = "a folder for each class, as ROOT/CLASS/*.jpg or ROOT/train/CLASS/*.jpg and ROOT/test/CLASS/*.jpg"
+
+logger = logging.getLogger(__name__)
+
+
+class _Listing(NamedTuple):
+    """Picture files by class, and how many other files there were."""
+
+    files: dict[str, list[str]]
+    ignored: int
+
+
+def load_folder(root: Path, skip_unreadable: bool = False) -> Splits:
+    """Lists and fingerprints a folder of pictures. Pixels are read later, when they are asked for.
+
+    Classes are the sorted names of the folders; pictures at any depth below belong to them, in the order of
+    torchvision's `ImageFolder`. Links to files are followed, links to folders are not. Hidden files and files without
+    the extension of a picture are ignored and counted.
+
+    Args:
+      root: `ROOT/CLASS/...`, or `ROOT/{train,test,val}/CLASS/...`; see `SPLITS` for other names of the splits.
+      skip_unreadable: whether to leave out files that cannot be decoded, which are then all decoded once here.
+
+    Returns:
+      The splits that there are; without a folder of test images `test` is empty.
+
+    Raises:
+      UserError: if the folder is laid out otherwise, has a class without pictures or a single class, has other classes
+        in another split than in the training images, or a file is no picture.
+    """
+    split_dirs = _split_dirs(root)
+    listings = {split: _list_classes(path) for split, path in split_dirs.items()}
+    class_names = tuple(sorted(listings["train"].files))
+    for split, listing in listings.items():
+        _check_classes(split_dirs[split], split, listing, class_names, split_dirs["train"])
+    labels = {name: label for label, name in enumerate(class_names)}
+    parts, skipped = {}, list[str]()
+    for split, listing in listings.items():
+        files = [(path, labels[name]) for name in sorted(listing.files) for path in listing.files[name]]
+        parts[split], unreadable = _fingerprinted(files, skip_unreadable)
+        skipped += unreadable
+        if empty := [class_names[label] for label in range(len(class_names)) if _lost(label, files, parts[split])]:
+            raise UserError(f"No picture of {_some(empty)} in {split_dirs[split]} can be read.")
+    ignored = sum(listing.ignored for listing in listings.values())
+    notes = []
+    if ignored:
+        notes.append(f"{ignored:,} other files ignored")
+    if skipped:
+        notes.append(f"{len(skipped):,} unreadable files skipped")
+        logger.warning(f"Skipped {len(skipped):,} files that cannot be read: {_some(skipped)}.")
+    empty_part = parts["train"].take(slice(0, 0))
+    name = root.resolve().name or str(root)
+    return Splits(parts["train"], parts.get("test", empty_part), class_names, name, "", parts.get("val"), tuple(notes))
+
+
+def _lost(label: int, files: Sequence[tuple[str, int]], part: Dataset) -> bool:
+    return any(of == label for _, of in files) and not (part.labels == label).any()
+
+
+def _split_dirs(root: Path) -> dict[str, Path]:
+    """The folder of each split; the root itself as `train` if it holds the classes."""
+    found: dict[str, Path] = {}
+    for entry in _folders(root):
+        split = SPLIT_OF.get(entry.name.lower())
+        # A class may be called `train`: a split has folders of its own and no pictures beside them.
+        if split and _folders(Path(entry.path)) and not _has_pictures(Path(entry.path)):
+            if split in found:
+                raise UserError(f"{root} has two folders of {split} images, {found[split].name} and {entry.name}.")
+            found[split] = Path(entry.path)
+    if "train" in found:
+        if others := [entry.name for entry in _folders(root) if Path(entry.path) not in found.values()]:
+            logger.info(
+                f"{root} is divided into {', '.join(p.name for p in found.values())}; ignoring {_some(others)}."
+            )
+        return dict(sorted(found.items(), key=lambda item: list(SPLITS).index(item[0])))
+    if found:
+        names = ", ".join(path.name for path in found.values())
+        raise UserError(f"{root} has {names} but no folder `train`; add one, or name the folder that has the classes.")
+    return {"train": root}
+
+
+def _folders(root: Path) -> list[os.DirEntry[str]]:
+    return [entry for entry in _entries(root) if entry.is_dir(follow_symlinks=False) and entry.name[0] != "."]
+
+
+def _entries(root: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(root) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{root} cannot be read ({error.strerror}); check the folder and its permissions.") from error
+
+
+def _is_picture(entry: os.DirEntry[str]) -> bool:
+    return entry.name[0] != "." and entry.name.lower().endswith(SUFFIXES) and not _is_link_to_folder(entry)
+
+
+def _is_link_to_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and entry.is_dir()
+
+
+def _has_pictures(root: Path) -> bool:
+    return any(not entry.is_dir() and _is_picture(entry) for entry in _entries(root))
+
+
+def _list_classes(root: Path) -> _Listing:
+    files: dict[str, list[str]] = {}
+    ignored = 0
+    for entry in _entries(root):
+        if entry.is_dir(follow_symlinks=False) and entry.name[0] != ".":
+            found, others = [], 0
+            for directory, name, is_picture in _walk(entry.path):
+                if is_picture:
+                    found.append((directory, name))
+                else:
+                    others += 1
+            files[entry.name] = [os.path.join(*pair) for pair in sorted(found)]
+            ignored += others
+        else:
+            ignored += 1
+    if not files:
+        pictures = " It has pictures, but no folders." if _has_pictures(root) else ""
+        raise UserError(f"{root} has no folders of pictures.{pictures} --dataset takes {LAYOUT}.")
+    return _Listing(files, ignored)
+
+
+def _walk(directory: str) -> Iterator[tuple[str, str, bool]]:
+    """Yields directory and name of every file below a directory, and whether it has a picture's name."""
+    for entry in _entries(directory):
+        if entry.is_dir(follow_symlinks=False) and entry.name[0] != ".":
+            yield from _walk(entry.path)
+        else:
+            yield directory, entry.name, _is_picture(entry)
+
+
+def _check_classes(path: Path, split: str, listing: _Listing, class_names: Sequence[str], train_path: Path) -> None:
+    if empty := [name for name, files in listing.files.items() if not files]:
+        few = f"class {empty[0]!r} has" if len(empty) == 1 else f"classes {_some(empty)} have"
+        raise UserError(f"The {few} no pictures in {path}; add some, or remove the folder.")
+    if split == "train":
+        if len(class_names) == 1:
+            raise UserError(
+                f"{path} has a single class, {class_names[0]!r}: there is nothing to tell apart. --dataset takes "
+                f"{LAYOUT}."
+            )
+    elif unknown := sorted(set(listing.files) - set(class_names)):
+        raise UserError(
+            f"{path} has pictures of {_some(unknown)}, but {train_path} has none; the {split} images must have the "
+            "classes of the training images."
+        )
+    elif missing := sorted(set(class_names) - set(listing.files)):
+        logger.warning(f"{path} has no pictures of {_some(missing)}.")
+
+
+def _fingerprinted(files: Sequence[tuple[str, int]], skip_unreadable: bool) -> tuple[Dataset, list[str]]:
+    """Reads digest and size of each file, several at a time. Returns the examples, and the files that were skipped."""
+
+    def look(path: str) -> tuple[bytes, tuple[int, int]] | ImageError:
+        try:
+            content = read_bytes(path)
+            size = decode(content, path).size if skip_unreadable else upright_size(content, path)
+            return content_digest(content), size
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(num_threads()) as pool:
+        looked = list(pool.map(look, [path for path, _ in files]))
+    errors = [one for one in looked if isinstance(one, ImageError)]
+    if errors and not skip_unreadable:
+        more = f" {len(errors) - 1:,} more files cannot be read either." if len(errors) > 1 else ""
+        raise UserError(f"{errors[0]}{more} --skip-unreadable leaves such files out.")
+    kept = [
+        (path, label, *found)
+        for (path, label), found in zip(files, looked, strict=True)
+        if not isinstance(found, ImageError)
+    ]
+    names = [path for path, *_ in kept]
+    digests = np.frombuffer(b"".join(digest for _, _, digest, _ in kept), np.uint8).reshape(-1, DIGEST_BYTES)
+    sizes = np.array([size for *_, size in kept], np.int32).reshape(-1, 2)
+    labels = np.array([label for _, label, *_ in kept], np.int32)
+
+    def read(row: int) -> Image.Image:
+        content = read_bytes(names[row])
+        if content_digest(content) != digests[row].tobytes():
+            changed = "has changed since the data set was listed"
+            raise ImageError(names[row], changed, "leave the pictures alone during a run, and start again")
+        return decode(content, names[row])
+
+    rows = np.arange(len(names))
+    skipped = [path for (path, _), found in zip(files, looked, strict=True) if isinstance(found, ImageError)]
+    return Dataset(Pictures(read, names, digests, sizes, rows), labels), skipped
+
+
+def _some(names: Sequence[str]) -> str:
+    """Lists the first few names."""
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def class_counts(labels: np.ndarray, class_names: Sequence[str]) -> dict[str, int]:
+    """Number of examples by class."""
+    found = Counter(labels.tolist())
+    return {name: found[label] for label, name in enumerate(class_names)}
