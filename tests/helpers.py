@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from PIL import Image
 
 from cifar_jax.cli.main import main
 from cifar_jax.models import resnet
@@ -386,3 +387,25 @@ def flip_bit(path: Path, where: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
     content[-1 if where < 0 else int(where * len(content))] ^= 0x10
     path.write_bytes(content)
+
+
+def write_pictures_folder(
+    root: Path, counts: Mapping[str, int], size: tuple[int, int] = (48, 40), seed: int = 0, suffix: str = ".png"
+) -> Path:
+    """Writes noisy pictures of one colour a class to `root/CLASS/N.png`; returns `root`.
+
+    Args:
+      root: the folder.
+      counts: number of pictures by class.
+      size: width and height of the first picture in pixels; each further one is a pixel wider, up to eight.
+      seed: of the noise, so that no two folders share a picture.
+      suffix: of the files.
+    """
+    for number, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            rng = np.random.default_rng((seed, number, i))
+            noise = rng.integers(0, 64, (size[1], size[0] + i % 8, 3))
+            noise[..., number % 3] += 190
+            Image.fromarray(noise.astype(np.uint8)).save(root / name / f"{i}{suffix}")
+    return root

@@ -56,6 +56,7 @@ class Splits(NamedTuple):
       version: its version; empty for a folder or a file.
       val: validation images of its own, in addition to the test images.
       notes: sentences on what was found, for the header.
+      skipped: files that could not be read and were left out.
     """
 
     train: Dataset
@@ -65,6 +66,7 @@ class Splits(NamedTuple):
     version: str
     val: Dataset | None = None
     notes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     @property
     def parts(self) -> dict[str, Dataset]:

@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from cifar_jax.data.dataset import Dataset, Splits, balanced_subset, check, hold_out
 from cifar_jax.data.sources import shapes
-from cifar_jax.data.sources.folder import load_folder
+from cifar_jax.data.sources.folder import list_folder, load_folder
 from cifar_jax.data.sources.npz import load_npz
 from cifar_jax.data.sources.tfds import data_root, known_to_tfds, load_tfds, prepared_in, prepared_names
 from cifar_jax.errors import UserError, did_you_mean
@@ -59,7 +59,10 @@ def check_name(name: str, data_dir: str | None = None) -> None:
     Raises:
       UserError: if there is no such set; the message suggests a similar name.
     """
-    if kind_of(name) != "tfds" or name in OF_TFDS or name in (prepared := prepared_names(data_dir)):
+    kind = kind_of(name)
+    if kind == "folder":
+        list_folder(Path(os.path.expanduser(name)))
+    if kind != "tfds" or name in OF_TFDS or name in (prepared := prepared_names(data_dir)):
         return
     known = known_to_tfds()
     # Without TFDS the names are unknown, and names with a colon may be community data sets; TFDS itself decides later.

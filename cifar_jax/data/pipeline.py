@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from cifar_jax.data.pictures import Images, Resized
+from cifar_jax.data.sources.images import ImageError
 
 MOST_THREADS = 16
 AHEAD = 3  # batches that are decoded before they are asked for
@@ -36,8 +37,12 @@ def read_batches(
     with closing(_decoded(images, rows, most, threads or num_threads())) as decoded:
         for batch in batches:
             found = np.empty((len(batch), *images.shape[1:]), np.uint8)
-            for number in range(len(batch)):
-                found[number] = next(decoded)
+            try:
+                for number in range(len(batch)):
+                    found[number] = next(decoded)
+            except ImageError as error:
+                error.__notes__ = []  # Grain's, on its own frames
+                raise
             yield found
 
 

@@ -187,6 +187,9 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
     is_path = os.path.isfile(weights) or (os.path.isdir(weights) and config.backbone.weights not in registry.entries())
     if is_path and config.backbone.weights not in UNTRAINED:
         fields["weights"] = os.path.abspath(weights)
+    dataset = os.path.expanduser(config.data.dataset)
+    if os.path.exists(dataset) and config.data.dataset != "shapes":  # as `data.load.kind_of` reads it
+        fields["dataset"] = os.path.abspath(dataset)
     return fields
 
 

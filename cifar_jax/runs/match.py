@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def differing(out: Path, config: TrainConfig, own_tx: bool = False) -> dict[str,
     # Weights files may have moved, so their digests are compared instead. Untrained weights have no file.
     if (out / INPUTS).exists() and not {theirs["weights"], ours["weights"]} & set(UNTRAINED):
         may_differ |= {"weights"}
+    # A folder of pictures may have moved too.
+    if (out / INPUTS).exists() and os.path.isabs(theirs["dataset"]) and os.path.isabs(ours["dataset"]):
+        may_differ |= {"dataset"}
     if status(out) == "diverged":  # checked by `require_lower_rate`
         may_differ |= {"learning_rate", "backbone_learning_rate"}
     return {name: (theirs[name], ours[name]) for name in ours if name not in may_differ and ours[name] != theirs[name]}

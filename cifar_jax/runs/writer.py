@@ -236,6 +236,7 @@ class RunWriter:
                 "name": data.splits.name,
                 "version": data.splits.version,
                 "class_names": list(data.splits.class_names),
+                "skipped": list(data.splits.skipped),
                 "train_sha256": self._began.digests["training images"],
                 "test_sha256": self._began.digests["test images"],
             },

@@ -30,11 +30,21 @@ LAYOUT = "a folder for each class, as ROOT/CLASS/*.jpg or ROOT/train/CLASS/*.jpg
 logger = logging.getLogger(__name__)
 
 
-class _Listing(NamedTuple):
-    """Picture files by class, and how many other files there were."""
+class Listing(NamedTuple):
+    """Picture files of a split by class, and how many other files there were."""
 
+    root: Path
     files: dict[str, list[str]]
     ignored: int
+
+
+def list_folder(root: Path) -> dict[str, Listing]:
+    """Lists the pictures of a folder by split, without opening any; see `load_folder`."""
+    listings = {split: _list_classes(path) for split, path in _split_dirs(root).items()}
+    train = listings["train"]
+    for split, listing in listings.items():
+        _check_classes(split, listing, train)
+    return listings
 
 
 def load_folder(root: Path, skip_unreadable: bool = False) -> Splits:
@@ -55,19 +65,18 @@ def load_folder(root: Path, skip_unreadable: bool = False) -> Splits:
       UserError: if the folder is laid out otherwise, has a class without pictures or a single class, has other classes
         in another split than in the training images, or a file is no picture.
     """
-    split_dirs = _split_dirs(root)
-    listings = {split: _list_classes(path) for split, path in split_dirs.items()}
+    listings = list_folder(root)
     class_names = tuple(sorted(listings["train"].files))
-    for split, listing in listings.items():
-        _check_classes(split_dirs[split], split, listing, class_names, split_dirs["train"])
     labels = {name: label for label, name in enumerate(class_names)}
     parts, skipped = {}, list[str]()
     for split, listing in listings.items():
+        if missing := sorted(set(class_names) - set(listing.files)):
+            logger.warning(f"{listing.root} has no pictures of {_some(missing)}.")
         files = [(path, labels[name]) for name in sorted(listing.files) for path in listing.files[name]]
         parts[split], unreadable = _fingerprinted(files, skip_unreadable)
         skipped += unreadable
         if empty := [class_names[label] for label in range(len(class_names)) if _lost(label, files, parts[split])]:
-            raise UserError(f"No picture of {_some(empty)} in {split_dirs[split]} can be read.")
+            raise UserError(f"No picture of {_some(empty)} in {listing.root} can be read.")
     ignored = sum(listing.ignored for listing in listings.values())
     notes = []
     if ignored:
@@ -77,7 +86,16 @@ def load_folder(root: Path, skip_unreadable: bool = False) -> Splits:
         logger.warning(f"Skipped {len(skipped):,} files that cannot be read: {_some(skipped)}.")
     empty_part = parts["train"].take(slice(0, 0))
     name = root.resolve().name or str(root)
-    return Splits(parts["train"], parts.get("test", empty_part), class_names, name, "", parts.get("val"), tuple(notes))
+    return Splits(
+        parts["train"],
+        parts.get("test", empty_part),
+        class_names,
+        name,
+        "",
+        parts.get("val"),
+        tuple(notes),
+        tuple(skipped),
+    )
 
 
 def _lost(label: int, files: Sequence[tuple[str, int]], part: Dataset) -> bool:
@@ -130,7 +148,7 @@ def _has_pictures(root: Path) -> bool:
     return any(not entry.is_dir() and _is_picture(entry) for entry in _entries(root))
 
 
-def _list_classes(root: Path) -> _Listing:
+def _list_classes(root: Path) -> Listing:
     files: dict[str, list[str]] = {}
     ignored = 0
     for entry in _entries(root):
@@ -148,7 +166,7 @@ def _list_classes(root: Path) -> _Listing:
     if not files:
         pictures = " It has pictures, but no folders." if _has_pictures(root) else ""
         raise UserError(f"{root} has no folders of pictures.{pictures} --dataset takes {LAYOUT}.")
-    return _Listing(files, ignored)
+    return Listing(root, files, ignored)
 
 
 def _walk(directory: str) -> Iterator[tuple[str, str, bool]]:
@@ -160,7 +178,8 @@ def _walk(directory: str) -> Iterator[tuple[str, str, bool]]:
             yield directory, entry.name, _is_picture(entry)
 
 
-def _check_classes(path: Path, split: str, listing: _Listing, class_names: Sequence[str], train_path: Path) -> None:
+def _check_classes(split: str, listing: Listing, train: Listing) -> None:
+    path, class_names = listing.root, sorted(train.files)
     if empty := [name for name, files in listing.files.items() if not files]:
         few = f"class {empty[0]!r} has" if len(empty) == 1 else f"classes {_some(empty)} have"
         raise UserError(f"The {few} no pictures in {path}; add some, or remove the folder.")
@@ -172,11 +191,9 @@ def _check_classes(path: Path, split: str, listing: _Listing, class_names: Seque
             )
     elif unknown := sorted(set(listing.files) - set(class_names)):
         raise UserError(
-            f"{path} has pictures of {_some(unknown)}, but {train_path} has none; the {split} images must have the "
+            f"{path} has pictures of {_some(unknown)}, but {train.root} has none; the {split} images must have the "
             "classes of the training images."
         )
-    elif missing := sorted(set(class_names) - set(listing.files)):
-        logger.warning(f"{path} has no pictures of {_some(missing)}.")
 
 
 def _fingerprinted(files: Sequence[tuple[str, int]], skip_unreadable: bool) -> tuple[Dataset, list[str]]:

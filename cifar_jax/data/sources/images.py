@@ -109,7 +109,9 @@ def upright_size(content: bytes, name: str | Path) -> tuple[int, int]:
       ImageError: see `decode`.
     """
     with _opened(content, name) as image:
-        turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+        # To look for the EXIF data of a PNG file, Pillow decodes it.
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+        turned = exif.get(_ORIENTATION) in _ON_ITS_SIDE
         return (image.height, image.width) if turned else image.size
 
 

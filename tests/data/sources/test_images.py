@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from cifar_jax.data.resize import Resize
 from cifar_jax.data.sources.images import MAX_PIXELS, read_image
 from cifar_jax.errors import UserError
 
@@ -25,14 +26,14 @@ def gradient(width=32, height=32):
 def read(tmp_path, image, size=32, format="PNG", **how):
     path = tmp_path / f"picture.{format.lower()}"
     image.save(path, format, **how)
-    pixels = read_image(path, size)
+    pixels = read_image(path, Resize("upsample", size))
     assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
     return pixels
 
 
 def refusal(path):
     with pytest.raises(UserError) as caught:
-        read_image(path, 32)
+        read_image(path, Resize("upsample", 32))
     message = str(caught.value)
     assert "\n" not in message and str(path) in message, message
     return message
@@ -189,7 +190,7 @@ def test_missing_files_and_directories_are_refused(tmp_path):
     assert "cannot be read as an image (" in refusal(tmp_path)
     assert "File name too long" in refusal(tmp_path / ("x" * 300))
     with pytest.raises(UserError, match="cannot be read as an image"):
-        read_image("a\0b", 32)
+        read_image("a\0b", Resize("upsample", 32))
 
 
 def test_pixel_limit():
@@ -209,4 +210,4 @@ def test_corrupt_images_give_pixels_or_a_user_error(tmp_path_factory, format, ch
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(content[: int(length * len(content))])
     with contextlib.suppress(UserError):
-        assert read_image(path, 32).shape == (32, 32, 3)
+        assert read_image(path, Resize("upsample", 32)).shape == (32, 32, 3)
