@@ -20,7 +20,16 @@ from cifar_jax.config import (
     TrainConfig,
     preset,
 )
-from cifar_jax.config.option_groups import FIELDS, GROUP_OF, GROUPS, OF_A_PROCESS, OF_THE_COMMAND, PATHS, RUN_ONLY
+from cifar_jax.config.option_groups import (
+    DEFAULTS,
+    FIELDS,
+    GROUP_OF,
+    GROUPS,
+    OF_A_PROCESS,
+    OF_THE_COMMAND,
+    PATHS,
+    RUN_ONLY,
+)
 from cifar_jax.errors import UserError
 from cifar_jax.runs.directory import recorded
 
@@ -58,7 +67,7 @@ RUN = RunConfig(
 WRITTEN = {
     "finetune": TrainConfig(
         "pretrain",
-        DataConfig("shapes", 1000, 200, 0.25, False, ("flip", "cutout")),
+        DataConfig("shapes", 1000, 200, 0.25, shuffle=False, augment=("flip", "cutout")),
         BackboneConfig("random-w16", None, 64, "bfloat16", 128, "float32"),
         OPTIM,
         FINETUNE,
@@ -66,7 +75,7 @@ WRITTEN = {
     ),
     "cached": TrainConfig(
         "demo",
-        DataConfig("shapes", 1000, 200, 0.25, False, ()),
+        DataConfig("shapes", 1000, 200, 0.25, shuffle=False),
         BackboneConfig("random-w16", "torchvision", 64, "bfloat16", 128, "bfloat16"),
         replace(OPTIM, mode="cached"),
         FinetuneConfig(),
@@ -84,8 +93,8 @@ def read(name):
 def test_old_flat_config_files_are_read(name):
     config = TrainConfig.from_json(read(name))
     assert config == WRITTEN[name]
-    # The same keys and values are written again.
-    assert recorded(config) == config.to_json() == read(name)
+    # The same values are written again, and beside them what has been added since, with its default.
+    assert recorded(config) == config.to_json() == {**DEFAULTS, **read(name)}
 
 
 def test_old_configs_cover_every_group():

@@ -149,7 +149,7 @@ sys.exit("matplotlib.pyplot" in sys.modules)
     subprocess.run(command, check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (28, 20), (150, 200)])
+@pytest.mark.parametrize("size", [(32, 32), (28, 20), (128, 100)])
 def test_images_are_enlarged_by_whole_pixels(size: tuple[int, int]) -> None:
     """Each pixel of an image becomes a square of its exact colour."""
     images = make_images(12, *size)
@@ -160,6 +160,12 @@ def test_images_are_enlarged_by_whole_pixels(size: tuple[int, int]) -> None:
         x0, y0, x1, y1 = np.round(axes.get_window_extent().extents).astype(int)
         enlarged = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
         np.testing.assert_array_equal(pixels[y0:y1, x0:x1][::-1], enlarged)
+
+
+def test_large_images_are_shrunk_to_a_tile() -> None:
+    figure = plots.plot_predictions(make_images(12, 300, 400), make_labels(12), make_probs(12), NAMES)
+    extents = np.array([axes.get_window_extent().size for axes in figure.axes])
+    np.testing.assert_allclose(extents, np.broadcast_to((128, 96), extents.shape), atol=1)
 
 
 def test_samples_are_ordered_class_by_class() -> None:

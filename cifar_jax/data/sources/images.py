@@ -81,8 +81,9 @@ def read_bytes(path: str | Path) -> bytes:
             return file.read()
     except FileNotFoundError:
         raise ImageError(path, "does not exist", "give the path of an image") from None
-    except OSError as error:
-        raise ImageError(path, f"cannot be read ({error.strerror})", "check the file and its permissions") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(path, f"cannot be read as an image ({reason})") from error
 
 
 def decode(content: bytes, name: str | Path) -> Image.Image:
@@ -131,7 +132,7 @@ def _opened(content: bytes, name: str | Path) -> Iterator[Image.Image]:
         if content[4:12] in _HEIC_BRANDS and not _can_read_heif():
             reason = "is a HEIC picture, which needs the package pillow-heif"
             raise ImageError(name, reason, "install it with `pip install pillow-heif`, or save it as JPEG") from None
-        raise ImageError(name, "is not a readable image" if content else "is an empty file") from None
+        raise ImageError(name, "is not a readable image") from None
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise all kinds of errors on corrupt files
