@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from e2e.two_processes import JOB
-from helpers import ROOT, TESTS, command, is_one_error, narrow_networks, without_pictures
+from helpers import ROOT, TESTS, command, is_one_error, narrow_networks, without_pictures, write_pictures_folder
 
 from cifar_jax import load_run
 from cifar_jax.cli.main import main
@@ -148,3 +148,25 @@ def test_incomplete_or_invalid_variables_are_refused(monkeypatch, capsys, variab
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     is_one_error(command(capsys, "train", *JOB, "unused"), 2, *parts)
+
+
+@pytest.mark.parametrize("mode", ["cached", "finetune"])
+def test_two_processes_train_on_a_folder_of_pictures_as_one_does(tmp_path, mode):
+    """Each decodes its share. The last batch of an epoch is not full, and the processes' shares are not equal."""
+    pets = write_pictures_folder(tmp_path / "pets", {"cats": 29, "dogs": 20})
+    options = ["--dataset", pets, "--weights", "random-w16", "--image-size", "32", "--hidden", "8", "--epochs", "2"]
+    augmented = ["--augment", "flip"] if mode != "cached" else []
+    job = [TESTS / "narrow_train.py", *options, "--batch-size", "16", "--mode", mode, *augmented, "--cache-dir"]
+    for process in start_two(*job, tmp_path / "caches", "--out", tmp_path / "together"):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    with pytest.MonkeyPatch.context() as patch:
+        narrow_networks(patch)
+        without_pictures(patch)
+        own = ["--out", str(tmp_path / "alone")]
+        assert main(["train", *map(str, job[1:]), str(tmp_path / "cache"), *own]) == 0
+    for ours, expected in zip(rows_of(tmp_path / "together"), rows_of(tmp_path / "alone"), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-3)
+    heads = [load_run(tmp_path / name).head_params for name in ("together", "alone")]
+    for ours, expected in zip(*map(jax.tree.leaves, heads), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-5)
