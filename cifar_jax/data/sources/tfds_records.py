@@ -1,0 +1,326 @@
+"""Examples of a prepared TFDS set, read once: small images as arrays, others packed for random access.
+
+TFRECORD files are read with TensorFlow. ArrayRecord files are not, and pictures in them need no packing.
+"""
+
+import contextlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Int32, UInt8
+from PIL import Image
+
+from cifar_jax.data.pictures import DIGEST_BYTES, Pictures, content_digest
+from cifar_jax.data.sources.images import ImageError, decode, upright_size
+from cifar_jax.data.sources.tfds_library import cause, quiet_tensorflow, quiet_tfds
+from cifar_jax.errors import UserError
+
+LARGEST_IN_ARRAYS = 64  # side in pixels up to which images of one size are kept as arrays
+# Splits that are read, and what they are called in TFDS sets, by preference.
+SPLITS = {"train": ("train",), "test": ("test",), "val": ("validation", "val")}
+BATCH = 32  # records that TensorFlow hands over at a time
+ADVICE = "delete it and prepare it again"
+
+Record = tuple[bytes, list[int]]  # an encoded picture and its labels, -1 where one is unknown
+
+
+class Contents(NamedTuple):
+    """A prepared set as its files describe it; kept with what was read of it.
+
+    Attributes:
+      name: name of the data set, with its configuration.
+      version: its version.
+      kind: `pixels`: images of one small size, kept as arrays; `packed`: encoded pictures, packed into one array;
+        `random`: encoded pictures in ArrayRecord files, read where they are.
+      side: height and width of `pixels`.
+      image: key of the feature with the images.
+      labels: class names by key, of each feature that is a class.
+      splits: what TFDS calls each split that is read, a value of `SPLITS`, by ours.
+      ignored: the other splits.
+    """
+
+    name: str
+    version: str
+    kind: str
+    side: Sequence[int]
+    image: str
+    labels: Mapping[str, Sequence[str]]
+    splits: Mapping[str, str]
+    ignored: Sequence[str]
+
+
+def read_set(source: Path, check: Callable[[Contents], object], packed: Path) -> tuple[Contents, dict[str, Any]]:
+    """Reads all examples of a prepared set once.
+
+    Args:
+      source: directory of the set.
+      check: called with what the set contains before its examples are read; may raise UserError.
+      packed: file that the encoded pictures are written to, as an array, if they have to be packed.
+
+    Returns:
+      What the set contains, and by `{split}_{name}`: `labels`, int32 [n, labels]; of pixels `images`, uint8
+      [n, h, w, 3]; of pictures `sizes`, int32 [n, 2], and `digests`, uint8 [n, 16]; of packed ones `ends`, int64 [n],
+      the end of each in the file, which is `content`.
+
+    Raises:
+      UserError: if the set is corrupt, or consists of other things than images and classes, or there is no room.
+    """
+    with quiet_tfds(source) as tfds, contextlib.ExitStack() as stack:
+        with _refusing_corrupt(source):
+            builder = tfds.builder_from_directory(source)
+            contents = _describe(tfds, builder.info, source)
+        check(contents)
+        if not _has_random_access(builder):
+            tfds = stack.enter_context(quiet_tensorflow(source))
+        found: dict[str, Any] = {}
+        write = stack.enter_context(_writing(packed)) if contents.kind == "packed" else None
+        for split, name in contents.splits.items():
+            with _refusing_corrupt(source):
+                count = builder.info.splits[name].num_examples
+            records = _records(tfds, builder, name, contents, source)
+            if contents.kind == "pixels":
+                read = _read_pixels(records, count, contents, f"{name} images of {source}")
+            else:
+                read = _read_encoded(records, write, f"{name} images of {source}")
+            _check_labels(read["labels"], count, contents, f"The {name} split in {source}")
+            found |= {f"{split}_{key}": values for key, values in read.items()}
+    return contents, found | ({"content": packed} if write else {})
+
+
+def _describe(tfds: Any, info: Any, source: Path) -> Contents:
+    features = dict(info.features.items()) if hasattr(info.features, "items") else {}
+    kinds = tfds.features
+    images = [key for key, of in features.items() if isinstance(of, kinds.Image) and type(of) is not kinds.LabeledImage]
+    labels = {
+        key: list(of.names) for key, of in features.items() if isinstance(of, kinds.ClassLabel) and of.num_classes
+    }
+    examples = {name: split.num_examples for name, split in info.splits.items()}
+    splits = {
+        split: name for split, names in SPLITS.items() for name in reversed(names) if examples.get(name)
+    }  # of two names of a split the first remains
+    image = "image" if "image" in images else images[0] if len(images) == 1 else None
+    has = ", ".join(f"{key}: {type(of).__name__}" for key, of in features.items())
+    wrong = None
+    if "train" not in examples:
+        wrong = f"it has no train split, but {', '.join(sorted(examples)) or 'none at all'}"
+    elif not examples["train"]:
+        wrong = "its train split is empty"
+    elif image is None:
+        few = f"several images, {' and '.join(images)}, and none called image" if images else "no image"
+        wrong = f"it has {few} (its features are {has})"
+    elif not labels:
+        wrong = f"it has no label that is one class an image, a ClassLabel (its features are {has})"
+    elif features[image].np_dtype == np.float32:
+        wrong = "its images are float32; whole numbers are needed"
+    if wrong or image is None:
+        raise UserError(f"The data set in {source} cannot be used: {wrong}; give another --dataset.")
+    height, width = features[image].shape[-3:-1]
+    is_small = None not in (height, width) and max(height, width) <= LARGEST_IN_ARRAYS
+    random = info.file_format.value == "array_record"
+    return Contents(
+        name="/".join(filter(None, (info.name, info.config_name))),
+        version=str(info.version),
+        kind="pixels" if is_small else "random" if random else "packed",
+        side=(height, width) if is_small else (),
+        image=image,
+        labels=labels,
+        splits=splits,
+        ignored=sorted(set(examples) - set(splits.values())),
+    )
+
+
+def _has_random_access(builder: Any) -> bool:
+    return bool(builder.info.file_format.value == "array_record")
+
+
+def _records(tfds: Any, builder: Any, split: str, contents: Contents, source: Path) -> Iterator[Record]:
+    """Yields the examples of a split in the order on disk, with pictures as they are encoded there."""
+    keys = [contents.image, *contents.labels]
+    encoded = {contents.image: tfds.decode.SkipDecoding()}
+    with _refusing_corrupt(source):
+        if _has_random_access(builder):
+            read = _random_access(tfds, builder, split, keys, encoded)
+            for row in range(builder.info.splits[split].num_examples):
+                example = read(row)
+                yield example[contents.image], [int(example[key]) for key in contents.labels]
+            return
+        # Files are read one after the other, so that the order is always the order on disk.
+        config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+        decoders = tfds.decode.PartialDecoding(dict.fromkeys(keys, True), decoders=encoded)
+        examples = builder.as_dataset(split=split, shuffle_files=False, read_config=config, decoders=decoders)
+        for batch in examples.batch(BATCH).prefetch(2).as_numpy_iterator():
+            columns = [batch[key].tolist() for key in contents.labels]
+            yield from zip(batch[contents.image], map(list, zip(*columns, strict=True)), strict=True)
+
+
+def _random_access(
+    tfds: Any, builder: Any, split: str, keys: Sequence[str], decoders: Mapping[str, Any]
+) -> Callable[[int], Mapping[str, Any]]:
+    """A function `row -> features` of a split in ArrayRecord files."""
+    data = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
+    return lambda row: features.deserialize_example_np(data[row], decoders=decoders)
+
+
+def _read_pixels(records: Iterable[Record], count: int, contents: Contents, what: str) -> dict[str, np.ndarray]:
+    images = np.empty((count, *contents.side, 3), np.uint8)
+    labels = array("i")
+    for row, (content, found) in enumerate(records):
+        pixels = np.asarray(_intact(decode, content, row, what))
+        if pixels.shape != images.shape[1:]:
+            height, width = contents.side
+            raise UserError(
+                f"Image {row} of the {what} has {pixels.shape[1]}x{pixels.shape[0]} pixels instead of "
+                f"{width}x{height}; {ADVICE}."
+            )
+        if row < count:
+            images[row] = pixels
+        labels.extend(found)
+    return {"images": images, "labels": _rows(labels, np.int32, len(contents.labels))}
+
+
+def _read_encoded(records: Iterable[Record], write: Callable[[bytes], int] | None, what: str) -> dict[str, np.ndarray]:
+    labels, sizes, ends, digests, num_labels = array("i"), array("i"), array("q"), bytearray(), 1
+    for row, (content, found) in enumerate(records):
+        sizes.extend(_intact(upright_size, content, row, what))
+        digests += content_digest(content)
+        labels.extend(found)
+        num_labels = len(found)
+        if write:
+            ends.append(write(content))
+    read = {
+        "labels": _rows(labels, np.int32, num_labels),
+        "sizes": _rows(sizes, np.int32, 2),
+        "digests": _rows(digests, np.uint8, DIGEST_BYTES),
+    }
+    return read | ({"ends": np.array(ends, np.int64)} if write else {})
+
+
+def _rows(values: Any, dtype: Any, columns: int) -> np.ndarray:
+    return np.array(values, dtype).reshape(-1, columns)
+
+
+def _intact(read: Callable[[bytes, str], Any], content: bytes, row: int, what: str) -> Any:
+    try:
+        return read(content, "")
+    except ImageError as error:
+        raise ImageError(_name(what, row), error.reason, ADVICE) from error
+
+
+def _check_labels(labels: Int32[np.ndarray, "n k"], count: int, contents: Contents, what: str) -> None:
+    if len(labels) != count:
+        raise UserError(f"{what} has {len(labels)} examples, but its dataset_info.json lists {count}; {ADVICE}.")
+    for column, names in zip(labels.T, contents.labels.values(), strict=True):
+        if column.min() < -1 or column.max() >= len(names):
+            raise UserError(
+                f"{what} has labels in {column.min()}..{column.max()}, outside 0..{len(names) - 1}; prepare it again."
+            )
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Callable[[bytes], int]]:
+    """Writes a file of an array of bytes. Yields a function that appends some and returns their end in the array."""
+    total = 0
+
+    def write(content: bytes) -> int:
+        nonlocal total
+        file.write(content)
+        total += len(content)
+        return total
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            _write_header(file, 0)
+            yield write
+            file.seek(0)
+            _write_header(file, total)  # as long as before: NumPy leaves room for the digits of the first axis
+    except OSError as error:
+        raise UserError(
+            f"The pictures cannot be packed into {path.parent.parent} ({error.strerror}); make room, or name another "
+            "--cache-dir."
+        ) from error
+
+
+def _write_header(file: Any, total: int) -> None:
+    about = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
+    np.lib.format.write_array_header_1_0(file, about)
+
+
+@contextlib.contextmanager
+def _refusing_corrupt(source: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # TFDS, TensorFlow and protobuf raise all kinds of errors on corrupt files
+        raise UserError(f"The data set in {source} is corrupt ({cause(error)}); {ADVICE}.") from error
+
+
+class _Names(Sequence[str]):
+    """Names of pictures by their rows in a split, made when they are asked for."""
+
+    def __init__(self, what: str, rows: Int[np.ndarray, "n"]) -> None:
+        self._what, self._rows = what, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = self._rows[index]
+        return _Names(self._what, rows) if isinstance(rows, np.ndarray) else _name(self._what, int(rows))
+
+
+def _name(what: str, row: int) -> str:
+    return f"Image {row} of the {what}"
+
+
+def pictures_of(source: Path, contents: Contents, arrays: Mapping[str, np.ndarray]) -> dict[str, Pictures]:
+    """Makes the pictures of each split from what `read_set` returned, without TensorFlow.
+
+    Raises:
+      UserError: if the set is corrupt.
+    """
+    found = {}
+    readers = _packed(contents, arrays) if contents.kind == "packed" else _in_files(source, contents)
+    for split, encoded in readers.items():
+        what = f"{contents.splits[split]} images of {source}"
+        rows = np.arange(len(arrays[f"{split}_labels"]))
+        sizes, digests = arrays[f"{split}_sizes"], arrays[f"{split}_digests"]
+        found[split] = Pictures(_decoder(encoded, what), _Names(what, rows), digests, sizes, rows)
+    return found
+
+
+def _decoder(encoded: Callable[[int], bytes], what: str) -> Callable[[int], Image.Image]:
+    return lambda row: _intact(decode, encoded(row), row, what)
+
+
+def _packed(contents: Contents, arrays: Mapping[str, np.ndarray]) -> dict[str, Callable[[int], bytes]]:
+    content, start, found = arrays["content"], 0, {}
+    for split in contents.splits:
+        bounds = np.concatenate([[start], arrays[f"{split}_ends"]])
+        start = bounds[-1]
+        found[split] = _slices(content, bounds)
+    return found
+
+
+def _slices(content: UInt8[np.ndarray, "bytes"], bounds: Int[np.ndarray, "n+1"]) -> Callable[[int], bytes]:
+    return lambda row: content[bounds[row] : bounds[row + 1]].tobytes()
+
+
+def _in_files(source: Path, contents: Contents) -> dict[str, Callable[[int], bytes]]:
+    with quiet_tfds(source) as tfds, _refusing_corrupt(source):
+        builder = tfds.builder_from_directory(source)
+        encoded = {contents.image: tfds.decode.SkipDecoding()}
+        readers = {
+            split: _random_access(tfds, builder, name, [contents.image], encoded)
+            for split, name in contents.splits.items()
+        }
+    return {split: _field(read, contents.image) for split, read in readers.items()}
+
+
+def _field(read: Callable[[int], Mapping[str, Any]], key: str) -> Callable[[int], bytes]:
+    return lambda row: read(row)[key]
