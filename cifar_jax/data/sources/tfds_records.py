@@ -4,6 +4,7 @@ TFRECORD files are read with TensorFlow. ArrayRecord files are not, and pictures
 """
 
 import contextlib
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ LARGEST_IN_ARRAYS = 64  # side in pixels up to which images of one size are kept
 SPLITS = {"train": ("train",), "test": ("test",), "val": ("validation", "val")}
 BATCH = 32  # records that TensorFlow hands over at a time
 ADVICE = "delete it and prepare it again"
+
+logger = logging.getLogger(__name__)
 
 Record = tuple[bytes, list[int]]  # an encoded picture and its labels, -1 where one is unknown
 
@@ -73,6 +76,8 @@ def read_set(source: Path, check: Callable[[Contents], object], packed: Path) ->
             builder = tfds.builder_from_directory(source)
             contents = _describe(tfds, builder.info, source)
         check(contents)
+        if contents.kind == "packed":
+            logger.info(f"Packing the pictures of {source} into the cache, once.")
         if not _has_random_access(builder):
             tfds = stack.enter_context(quiet_tensorflow(source))
         found: dict[str, Any] = {}
