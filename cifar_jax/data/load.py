@@ -69,6 +69,10 @@ def check_name(name: str, data_dir: str | None = None) -> None:
     # Without TFDS the names are unknown, and names with a colon may be community data sets; TFDS itself decides later.
     if not known or ":" in name or name.partition("/")[0] in known:
         return
+    if configs := sorted(one for one in prepared if one.startswith(f"{name}/")):
+        raise UserError(
+            f"{name} in {data_root(data_dir)} has the configurations {_some(configs)}; name one of them as --dataset."
+        )
     if "/" in name or os.sep in name:
         raise UserError(f"--dataset {name} does not exist. --dataset takes {TAKES}.")
     # Common sets are suggested before the hundreds of others in TFDS: `cifar-10` most likely means cifar10.

@@ -43,8 +43,10 @@ class Pictures:
     def take(self, indices: Int[np.ndarray, "m"] | slice) -> "Pictures":
         """Returns some of the pictures, without reading them."""
         names: Any = self.names
-        one_by_one = isinstance(names, list) and not isinstance(indices, slice)
-        names = [names[i] for i in indices] if one_by_one else names[indices]
+        if isinstance(names, list) and not isinstance(indices, slice):
+            names = [names[i] for i in indices]
+        else:
+            names = names[indices]
         return replace(
             self, names=names, digests=self.digests[indices], sizes=self.sizes[indices], rows=self.rows[indices]
         )

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.data.dataset import Dataset, Splits
+from cifar_jax.data.sources.tfds_contents import Contents
 from cifar_jax.data.sources.tfds_library import download
-from cifar_jax.data.sources.tfds_records import Contents, pictures_of, read_set
+from cifar_jax.data.sources.tfds_records import pictures_of, read_set
 from cifar_jax.errors import UserError
 from cifar_jax.files import cache_root, load_arrays, locked_directory, remove_leftovers, save_arrays, sha256_of_file
 

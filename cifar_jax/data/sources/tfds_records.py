@@ -1,6 +1,6 @@
 """Examples of a prepared TFDS set, read once: small images as arrays, others packed for random access.
 
-TFRECORD files are read with TensorFlow. ArrayRecord files are not, and pictures in them need no packing.
+TFRecord files are read with TensorFlow. ArrayRecord files are not, and pictures in them need no packing.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
@@ -16,43 +16,15 @@ from PIL import Image
 
 from cifar_jax.data.pictures import DIGEST_BYTES, Pictures, content_digest
 from cifar_jax.data.sources.images import ImageError, decode, upright_size
-from cifar_jax.data.sources.tfds_library import cause, quiet_tensorflow, quiet_tfds
+from cifar_jax.data.sources.tfds_contents import ADVICE, Contents, describe, has_random_access, refusing_corrupt
+from cifar_jax.data.sources.tfds_library import quiet_tensorflow, quiet_tfds
 from cifar_jax.errors import UserError
 
-LARGEST_IN_ARRAYS = 64  # side in pixels up to which images of one size are kept as arrays
-# Splits that are read, and what they are called in TFDS sets, by preference.
-SPLITS = {"train": ("train",), "test": ("test",), "val": ("validation", "val")}
 BATCH = 32  # records that TensorFlow hands over at a time
-ADVICE = "delete it and prepare it again"
 
 logger = logging.getLogger(__name__)
 
 Record = tuple[bytes, list[int]]  # an encoded picture and its labels, -1 where one is unknown
-
-
-class Contents(NamedTuple):
-    """A prepared set as its files describe it; kept with what was read of it.
-
-    Attributes:
-      name: name of the data set, with its configuration.
-      version: its version.
-      kind: `pixels`: images of one small size, kept as arrays; `packed`: encoded pictures, packed into one array;
-        `random`: encoded pictures in ArrayRecord files, read where they are.
-      side: height and width of `pixels`.
-      image: key of the feature with the images.
-      labels: class names by key, of each feature that is a class.
-      splits: what TFDS calls each split that is read, a value of `SPLITS`, by ours.
-      ignored: the other splits.
-    """
-
-    name: str
-    version: str
-    kind: str
-    side: Sequence[int]
-    image: str
-    labels: Mapping[str, Sequence[str]]
-    splits: Mapping[str, str]
-    ignored: Sequence[str]
 
 
 def read_set(source: Path, check: Callable[[Contents], object], packed: Path) -> tuple[Contents, dict[str, Any]]:
@@ -72,18 +44,18 @@ def read_set(source: Path, check: Callable[[Contents], object], packed: Path) ->
       UserError: if the set is corrupt, or consists of other things than images and classes, or there is no room.
     """
     with quiet_tfds(source) as tfds, contextlib.ExitStack() as stack:
-        with _refusing_corrupt(source):
+        with refusing_corrupt(source):
             builder = tfds.builder_from_directory(source)
-            contents = _describe(tfds, builder.info, source)
+            contents = describe(tfds, builder.info, source)
         check(contents)
         if contents.kind == "packed":
             logger.info(f"Packing the pictures of {source} into the cache, once.")
-        if not _has_random_access(builder):
+        if not has_random_access(builder.info):
             tfds = stack.enter_context(quiet_tensorflow(source))
         found: dict[str, Any] = {}
         write = stack.enter_context(_writing(packed)) if contents.kind == "packed" else None
         for split, name in contents.splits.items():
-            with _refusing_corrupt(source):
+            with refusing_corrupt(source):
                 count = builder.info.splits[name].num_examples
             records = _records(tfds, builder, name, contents, source)
             if contents.kind == "pixels":
@@ -95,58 +67,12 @@ def read_set(source: Path, check: Callable[[Contents], object], packed: Path) ->
     return contents, found | ({"content": packed} if write else {})
 
 
-def _describe(tfds: Any, info: Any, source: Path) -> Contents:
-    features = dict(info.features.items()) if hasattr(info.features, "items") else {}
-    kinds = tfds.features
-    images = [key for key, of in features.items() if isinstance(of, kinds.Image) and type(of) is not kinds.LabeledImage]
-    labels = {
-        key: list(of.names) for key, of in features.items() if isinstance(of, kinds.ClassLabel) and of.num_classes
-    }
-    examples = {name: split.num_examples for name, split in info.splits.items()}
-    splits = {
-        split: name for split, names in SPLITS.items() for name in reversed(names) if examples.get(name)
-    }  # of two names of a split the first remains
-    image = "image" if "image" in images else images[0] if len(images) == 1 else None
-    has = ", ".join(f"{key}: {type(of).__name__}" for key, of in features.items())
-    wrong = None
-    if "train" not in examples:
-        wrong = f"it has no train split, but {', '.join(sorted(examples)) or 'none at all'}"
-    elif not examples["train"]:
-        wrong = "its train split is empty"
-    elif image is None:
-        few = f"several images, {' and '.join(images)}, and none called image" if images else "no image"
-        wrong = f"it has {few} (its features are {has})"
-    elif not labels:
-        wrong = f"it has no label that is one class an image, a ClassLabel (its features are {has})"
-    elif features[image].np_dtype == np.float32:
-        wrong = "its images are float32; whole numbers are needed"
-    if wrong or image is None:
-        raise UserError(f"The data set in {source} cannot be used: {wrong}; give another --dataset.")
-    height, width = features[image].shape[-3:-1]
-    is_small = None not in (height, width) and max(height, width) <= LARGEST_IN_ARRAYS
-    random = info.file_format.value == "array_record"
-    return Contents(
-        name="/".join(filter(None, (info.name, info.config_name))),
-        version=str(info.version),
-        kind="pixels" if is_small else "random" if random else "packed",
-        side=(height, width) if is_small else (),
-        image=image,
-        labels=labels,
-        splits=splits,
-        ignored=sorted(set(examples) - set(splits.values())),
-    )
-
-
-def _has_random_access(builder: Any) -> bool:
-    return bool(builder.info.file_format.value == "array_record")
-
-
 def _records(tfds: Any, builder: Any, split: str, contents: Contents, source: Path) -> Iterator[Record]:
     """Yields the examples of a split in the order on disk, with pictures as they are encoded there."""
     keys = [contents.image, *contents.labels]
     encoded = {contents.image: tfds.decode.SkipDecoding()}
-    with _refusing_corrupt(source):
-        if _has_random_access(builder):
+    with refusing_corrupt(source):
+        if has_random_access(builder.info):
             read = _random_access(tfds, builder, split, keys, encoded)
             for row in range(builder.info.splits[split].num_examples):
                 example = read(row)
@@ -212,7 +138,7 @@ def _intact(read: Callable[[bytes, str], Any], content: bytes, row: int, what: s
     try:
         return read(content, "")
     except ImageError as error:
-        raise ImageError(_name(what, row), error.reason, ADVICE) from error
+        raise ImageError(_name(what, row), error.reason, "prepare the data set again") from error
 
 
 def _check_labels(labels: Int32[np.ndarray, "n k"], count: int, contents: Contents, what: str) -> None:
@@ -253,16 +179,6 @@ def _writing(path: Path) -> Iterator[Callable[[bytes], int]]:
 def _write_header(file: Any, total: int) -> None:
     about = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
     np.lib.format.write_array_header_1_0(file, about)
-
-
-@contextlib.contextmanager
-def _refusing_corrupt(source: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # TFDS, TensorFlow and protobuf raise all kinds of errors on corrupt files
-        raise UserError(f"The data set in {source} is corrupt ({cause(error)}); {ADVICE}.") from error
 
 
 class _Names(Sequence[str]):
@@ -317,7 +233,7 @@ def _slices(content: UInt8[np.ndarray, "bytes"], bounds: Int[np.ndarray, "n+1"])
 
 
 def _in_files(source: Path, contents: Contents) -> dict[str, Callable[[int], bytes]]:
-    with quiet_tfds(source) as tfds, _refusing_corrupt(source):
+    with quiet_tfds(source) as tfds, refusing_corrupt(source):
         builder = tfds.builder_from_directory(source)
         encoded = {contents.image: tfds.decode.SkipDecoding()}
         readers = {
