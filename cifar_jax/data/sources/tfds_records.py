@@ -43,20 +43,18 @@ def read_set(source: Path, check: Callable[[Contents], object], packed: Path) ->
     Raises:
       UserError: if the set is corrupt, or consists of other things than images and classes, or there is no room.
     """
-    with quiet_tfds(source) as tfds, contextlib.ExitStack() as stack:
-        with refusing_corrupt(source):
-            builder = tfds.builder_from_directory(source)
-            contents = describe(tfds, builder.info, source)
-        check(contents)
-        if contents.kind == "packed":
-            logger.info(f"Packing the pictures of {source} into the cache, once.")
-        if not has_random_access(builder.info):
-            tfds = stack.enter_context(quiet_tensorflow(source))
-        found: dict[str, Any] = {}
+    with quiet_tfds(source) as tfds, refusing_corrupt(source):
+        builder = tfds.builder_from_directory(source)
+        contents, random = describe(tfds, builder.info, source), has_random_access(builder.info)
+    check(contents)
+    if contents.kind == "packed":
+        logger.info(f"Packing the pictures of {source} into the cache, once.")
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        tfds = stack.enter_context(quiet_tfds(source) if random else quiet_tensorflow(source))
         write = stack.enter_context(_writing(packed)) if contents.kind == "packed" else None
         for split, name in contents.splits.items():
-            with refusing_corrupt(source):
-                count = builder.info.splits[name].num_examples
+            count = builder.info.splits[name].num_examples
             records = _records(tfds, builder, name, contents, source)
             if contents.kind == "pixels":
                 read = _read_pixels(records, count, contents, f"{name} images of {source}")
