@@ -1,8 +1,9 @@
 """Loading of data sets by name or path, cut down to the requested number of examples."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -125,7 +126,8 @@ def load_splits(
         return _draw_splits(train_examples or SHAPES_TRAIN, test_examples or SHAPES_TEST, seed)
     path = Path(os.path.expanduser(name))
     if kind == "folder":
-        splits = _load_folder(path, skip_unreadable)
+        with _naming_prepared_sets(path):
+            splits = load_folder(path, skip_unreadable)
     elif kind == "npz":
         splits = load_npz(path)
     else:
@@ -141,9 +143,11 @@ def load_splits(
     )
 
 
-def _load_folder(path: Path, skip_unreadable: bool) -> Splits:
+@contextlib.contextmanager
+def _naming_prepared_sets(path: Path) -> Iterator[None]:
+    """Names the TFDS sets below a folder that turns out not to have pictures."""
     try:
-        return load_folder(path, skip_unreadable)
+        yield
     except UserError as error:
         if names := sorted(prepared_names(str(path))):
             raise UserError(
