@@ -17,10 +17,11 @@ from PIL import Image
 from cifar_jax.data.pictures import DIGEST_BYTES, Pictures, content_digest
 from cifar_jax.data.sources.images import ImageError, decode, upright_size
 from cifar_jax.data.sources.tfds_contents import ADVICE, Contents, describe, has_random_access, refusing_corrupt
-from cifar_jax.data.sources.tfds_library import quiet_tensorflow, quiet_tfds
+from cifar_jax.data.sources.tfds_library import cause, quiet_tensorflow, quiet_tfds
 from cifar_jax.errors import UserError
 
 BATCH = 32  # records that TensorFlow hands over at a time
+RENEW = "prepare the data set again"
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def _intact(read: Callable[[bytes, str], Any], content: bytes, row: int, what: s
     try:
         return read(content, "")
     except ImageError as error:
-        raise ImageError(_name(what, row), error.reason, "prepare the data set again") from error
+        raise ImageError(_name(what, row), error.reason, RENEW) from error
 
 
 def _check_labels(labels: Int32[np.ndarray, "n k"], count: int, contents: Contents, what: str) -> None:
@@ -214,7 +215,14 @@ def pictures_of(source: Path, contents: Contents, arrays: Mapping[str, np.ndarra
 
 
 def _decoder(encoded: Callable[[int], bytes], what: str) -> Callable[[int], Image.Image]:
-    return lambda row: _intact(decode, encoded(row), row, what)
+    def read(row: int) -> Image.Image:
+        try:
+            content = encoded(row)
+        except Exception as error:  # array_record raises several kinds of errors for files that have changed
+            raise ImageError(_name(what, row), f"cannot be read ({cause(error)})", RENEW) from error
+        return _intact(decode, content, row, what)
+
+    return read
 
 
 def _packed(contents: Contents, arrays: Mapping[str, np.ndarray]) -> dict[str, Callable[[int], bytes]]:

@@ -4,12 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from helpers import ROOT, files_below, flip_bit, full_disk
-from tfds_sets import drawn, examples, of_many_sizes, prepare, refusal, same_examples
+from tfds_sets import drawn, examples, of_many_sizes, pixels_of, prepare, refusal, same_examples
 
 from cifar_jax.data import load_splits
+from cifar_jax.files import locked_directory
 
 
 @pytest.mark.parametrize("shape", [(32, 32, 3), (None, None, 3)])
@@ -119,3 +122,30 @@ def test_lists_of_shards_that_lack_examples_are_refused(root, load):
     info["splits"][0]["shardLengths"] = ["13"]
     (at / "dataset_info.json").write_text(json.dumps(info))
     assert f"The data set in {at} is corrupt (" in refusal(load)
+
+
+def test_array_records_that_change_during_a_run_are_named(root, load):
+    at = prepare(root, {"train": examples(of_many_sizes(12)), "test": examples(of_many_sizes(6))}, "array_record")
+    load()
+    images = load().train.images
+    next(at.glob("*train*")).write_bytes(b"changed")
+    assert f"of the train images of {at} cannot be read (" in refusal(pixels_of, images)
+
+
+def test_tfrecords_need_tensorflow_until_they_are_packed(root, load, no_tensorflow):
+    at = prepare(root, {"train": examples(of_many_sizes(12)), "test": examples(of_many_sizes(6))})
+    no_tensorflow()
+    assert refusal(load).startswith(f"Reading {at} needs TensorFlow, which cannot be imported (")
+
+
+def test_processes_wait_for_the_one_that_packs(root, load, log_messages):
+    at = prepare(root, {"train": examples(of_many_sizes(12)), "test": examples(of_many_sizes(6))})
+    found = []
+    with locked_directory(at):
+        thread = threading.Thread(target=lambda: found.append(load()))
+        thread.start()
+        while not log_messages:
+            time.sleep(0.01)
+        assert log_messages == [f"Waiting for another process that reads {at}."] and found == []
+    thread.join()
+    same_examples(found[0].train, of_many_sizes(12), [i % 3 for i in range(12)])
