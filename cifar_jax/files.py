@@ -189,12 +189,12 @@ def update_digest(digest: "hashlib._Hash", array: np.ndarray) -> None:
     digest.update(np.ascontiguousarray(array).data)
 
 
-def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray | Path], about: Mapping[str, Any]) -> None:
     """Saves arrays as .npy files in a new directory, atomically.
 
     Args:
       directory: must not exist; its parents are created.
-      arrays: arrays by name.
+      arrays: arrays by name, or .npy files of them on the same file system, which are moved.
       about: JSON values saved with them, which `load_arrays` returns.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -204,9 +204,14 @@ def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray], about: Mappin
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as parent:
             temporary = Path(parent) / "arrays"
             temporary.mkdir()
+            digests = {}
             for name, array in arrays.items():
-                np.save(temporary / f"{name}.npy", array)
-            digests = {name: sha256_of_arrays(array) for name, array in arrays.items()}
+                path = temporary / f"{name}.npy"
+                if isinstance(array, Path):
+                    array = np.load(array.rename(path), mmap_mode="r")
+                else:
+                    np.save(path, array)
+                digests[name] = sha256_of_arrays(array)
             write_sealed(temporary / _INDEX, {"about": dict(about), "sha256": digests})
             try:
                 temporary.rename(directory)

@@ -374,9 +374,9 @@ def write_tfds(
 @contextmanager
 def quiet_tensorflow() -> Iterator[Any]:
     """Yields TensorFlow and TFDS, imported as the library imports them."""
-    from cifar_jax.data.sources.tfds import _tensorflow
+    from cifar_jax.data.sources.tfds_library import quiet_tensorflow
 
-    with _tensorflow(Path()) as tfds, redirect_stdout(io.StringIO()):
+    with quiet_tensorflow(Path()) as tfds, redirect_stdout(io.StringIO()):
         import tensorflow as tf
 
         yield tf, tfds

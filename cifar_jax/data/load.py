@@ -1,6 +1,9 @@
 """Loading of data sets by name or path, cut down to the requested number of examples."""
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +27,8 @@ TEST_FRACTION = 0.2  # of the images of a set without test images
 # Names that need no lookup.
 OF_TFDS = ("cifar10", "cifar100", "svhn_cropped", "cifar10_corrupted", "cmaterdb")
 TAKES = "a folder of pictures, an .npz file, cifar10 or another TFDS data set, or shapes"
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["shapes", "folder", "npz", "tfds", "tfds-directory"]
 
@@ -68,6 +73,10 @@ def check_name(name: str, data_dir: str | None = None) -> None:
     # Without TFDS the names are unknown, and names with a colon may be community data sets; TFDS itself decides later.
     if not known or ":" in name or name.partition("/")[0] in known:
         return
+    if configs := sorted(one for one in prepared if one.startswith(f"{name}/")):
+        raise UserError(
+            f"{name} in {data_root(data_dir)} has the configurations {_some(configs)}; name one of them as --dataset."
+        )
     if "/" in name or os.sep in name:
         raise UserError(f"--dataset {name} does not exist. --dataset takes {TAKES}.")
     # Common sets are suggested before the hundreds of others in TFDS: `cifar-10` most likely means cifar10.
@@ -112,11 +121,16 @@ def load_splits(
     kind = kind_of(name)
     if label_key is not None and kind not in ("tfds", "tfds-directory"):
         raise UserError(f"--label-key {label_key} names a label of a TFDS set, which {name} is not; leave it out.")
+    if skip_unreadable and kind != "folder":
+        raise UserError(
+            f"--skip-unreadable leaves out files of a folder of pictures, which {name} is not; leave it out."
+        )
     if kind == "shapes":
         return _draw_splits(train_examples or SHAPES_TRAIN, test_examples or SHAPES_TEST, seed)
     path = Path(os.path.expanduser(name))
     if kind == "folder":
-        splits = load_folder(path, skip_unreadable)
+        with _naming_prepared_sets(path):
+            splits = load_folder(path, skip_unreadable)
     elif kind == "npz":
         splits = load_npz(path)
     else:
@@ -125,10 +139,37 @@ def load_splits(
     splits = _with_test(splits, test_fraction, stream_key(seed, "test_split"))
     for split, part in splits.parts.items():
         check(part, len(splits.class_names), f"The {split} split of {name}")
+    _warn_of_empty_classes(splits)
     return splits._replace(
         train=_subset(splits.train, train_examples, stream_key(seed, "train_subset"), "training"),
         test=_subset(splits.test, test_examples, stream_key(seed, "test_subset"), "test"),
     )
+
+
+@contextlib.contextmanager
+def _naming_prepared_sets(path: Path) -> Iterator[None]:
+    """Names the TFDS sets below a folder that turns out not to have pictures."""
+    try:
+        yield
+    except UserError as error:
+        if names := sorted(prepared_names(str(path))):
+            raise UserError(
+                f"{path} holds prepared TFDS sets: {_some(names)}; name one, as --dataset {path / names[0]}."
+            ) from error
+        raise
+
+
+def _warn_of_empty_classes(splits: Splits) -> None:
+    counts = np.bincount(splits.train.labels, minlength=len(splits.class_names))
+    if empty := [splits.class_names[label] for label in np.flatnonzero(counts == 0)]:
+        few = f"class {empty[0]}" if len(empty) == 1 else f"the classes {_some(empty)}"
+        logger.warning(f"{splits.name} has no training images of {few}.")
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    """Lists the first few names."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _with_test(splits: Splits, fraction: float, key: PRNGKeyArray) -> Splits:
@@ -140,6 +181,11 @@ def _with_test(splits: Splits, fraction: float, key: PRNGKeyArray) -> Splits:
             )
         return splits
     if splits.val is not None:
+        if fraction != TEST_FRACTION:
+            raise UserError(
+                f"--test-fraction {fraction} holds out test images, but {splits.name} is tested on its validation "
+                "images; leave it out."
+            )
         note = "tested on its validation images, as it has no test images"
         return splits._replace(test=splits.val, val=None, notes=(*splits.notes, note))
     kept, held = hold_out(splits.train.labels, fraction, key, "--test-fraction")

@@ -25,7 +25,7 @@ class Pictures:
 
     Attributes:
       read: `row -> RGB picture`; raises ImageError. Called from several threads at a time.
-      names: a name of each, for messages: a path, or a place in a data set.
+      names: a name of each, for messages: a path, or a place in a data set. A list, or something that arrays index.
       digests: `content_digest` of each, without decoding.
       sizes: width and height of each in pixels, upright.
       rows: the argument of `read` for each.
@@ -42,7 +42,11 @@ class Pictures:
 
     def take(self, indices: Int[np.ndarray, "m"] | slice) -> "Pictures":
         """Returns some of the pictures, without reading them."""
-        names = self.names[indices] if isinstance(indices, slice) else [self.names[i] for i in indices]
+        names: Any = self.names
+        if isinstance(names, list) and not isinstance(indices, slice):
+            names = [names[i] for i in indices]
+        else:
+            names = names[indices]
         return replace(
             self, names=names, digests=self.digests[indices], sizes=self.sizes[indices], rows=self.rows[indices]
         )
