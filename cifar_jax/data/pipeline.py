@@ -10,6 +10,7 @@ from jaxtyping import Int, UInt8
 
 from cifar_jax.data.pictures import Images, Resized
 from cifar_jax.data.sources.images import ImageError
+from cifar_jax.runtime.logs import root_handlers_kept
 
 MOST_THREADS = 16
 AHEAD = 3  # batches that are decoded before they are asked for
@@ -53,7 +54,8 @@ def num_threads() -> int:
 
 def _decoded(images: Resized, rows: Int[np.ndarray, "m"], batch_size: int, threads: int) -> Any:
     """An iterator of the images at `rows`, which decodes ahead in threads."""
-    import grain  # takes two seconds
+    with root_handlers_kept():
+        import grain  # takes two seconds
 
     bytes_each = int(np.prod(images.shape[1:]))
     ahead = max(threads, min(AHEAD * batch_size, AHEAD_BYTES // bytes_each))

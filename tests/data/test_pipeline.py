@@ -1,11 +1,14 @@
 """Tests of reading images batch by batch: the same as reading them one by one, ahead, in bounded memory."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-from helpers import write_pictures_folder
+from helpers import ROOT, TESTS, write_pictures_folder
 from PIL import Image
 
 from cifar_jax.data.pictures import DIGEST_BYTES, Pictures
@@ -107,3 +110,17 @@ def test_a_reader_of_steps_reads_ahead_in_the_usual_order_and_any_step_at_all():
     assert sorted(rows_read) == sorted([*range(12)] * 2)  # each picture once an epoch
     assert read(0, 2)[:, 0, 0, 0].tolist() == order[0][2].tolist()
     assert read(1, 3)[:, 0, 0, 0].tolist() == order[1][3].tolist()
+
+
+def test_log_records_are_printed_once():
+    code = """
+import logging, numpy as np
+from cifar_jax.data.pictures import Pictures
+from cifar_jax.data.pipeline import read_batches
+from test_pipeline import counted, images_of
+before = list(logging.root.handlers)
+list(read_batches(images_of(counted(4)[0]), [np.arange(4)]))
+assert logging.root.handlers == before, logging.root.handlers
+"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}{os.pathsep}{TESTS / 'data'}"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)

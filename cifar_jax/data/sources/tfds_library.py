@@ -12,6 +12,7 @@ from typing import Any
 import requests
 
 from cifar_jax.errors import UserError
+from cifar_jax.runtime.logs import root_handlers_kept
 
 # TFDS's own ten retries with growing waits are three and a half minutes of silence without a network.
 DOWNLOAD_RETRIES = 3
@@ -37,16 +38,13 @@ def quiet_tfds(place: Path) -> Iterator[Any]:
     levels = [other.level for other in noisy]
     for other in noisy:
         other.setLevel(logging.ERROR)
-    handlers = list(logging.root.handlers)
     tfds.disable_progress_bar()
-    try:
-        yield tfds
-    finally:
-        for other, level in zip(noisy, levels, strict=True):
-            other.setLevel(level)
-        # absl, which TFDS logs with, adds a handler to a root logger without one, which would print every log record.
-        for handler in set(logging.root.handlers).difference(handlers):
-            logging.root.removeHandler(handler)
+    with root_handlers_kept():
+        try:
+            yield tfds
+        finally:
+            for other, level in zip(noisy, levels, strict=True):
+                other.setLevel(level)
 
 
 @contextlib.contextmanager
