@@ -63,6 +63,7 @@ def test_about_describes_the_variant(tmp_path):
     assert about["stride"].startswith("in the first 1x1") and about["conv bias"] == "yes"
     assert about["preprocessing"].startswith("caffe: BGR / 1, minus 103.939 116.779 123.68")
     assert about["classifier"] == "5 classes, kept and not used" and about["assumed"] == "nothing"
+    assert about["photos"] == "shorter side to 256 (bilinear), centre crop of 224"
     about = verify(torch_file(tmp_path)).about
     assert about["stride"].startswith("in the 3x3") and "3x3 convolutions and ImageNet's mean" in about["assumed"]
 
