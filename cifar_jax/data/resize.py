@@ -12,9 +12,9 @@ from cifar_jax.models.preprocess import INTERPOLATIONS, EvalTransform
 
 LARGEST_UPSAMPLED = 64  # side in pixels up to which `auto` upsamples whole images
 FILTERS = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
-# Ratio of a picture's sides up to which it is resized as a whole. Beyond, what is cropped off is not computed at all:
-# a picture of 1x5000 pixels would become one of 256x1280000, a gigabyte.
-MOST_ELONGATED = 32
+# Of long pictures that would have more pixels than this after the resize, what is cropped off is not computed at all:
+# one of 1x5000 pixels would become one of 256x1280000, a gigabyte. Pictures up to 4:1 are always resized as a whole.
+MOST_PIXELS, LONG = 2**25, 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Resize:
         """Returns the pixels of an RGB picture of any size."""
         if self.method == "upsample":
             resized = centred_square(image).resize((self.side, self.side), Image.Resampling.BICUBIC)
-        elif max(image.size) <= MOST_ELONGATED * min(image.size):
+        elif not _is_too_long(image.size, self.shorter):
             resized = centre_crop(shorter_side_to(image, self.shorter, self.interpolation), self.side)
         else:
             resized = resized_centre(image, self.shorter, self.side, self.interpolation)
@@ -73,6 +73,11 @@ def shorter_side_to(image: Image.Image, length: int, interpolation: str) -> Imag
 def _size_with_shorter_side(size: tuple[int, int], length: int) -> tuple[int, int]:
     width, height = size
     return (length, length * height // width) if width <= height else (length * width // height, length)
+
+
+def _is_too_long(size: tuple[int, int], length: int) -> bool:
+    width, height = _size_with_shorter_side(size, length)
+    return width * height > MOST_PIXELS and max(size) > LONG * min(size)
 
 
 def resized_centre(image: Image.Image, length: int, side: int, interpolation: str) -> Image.Image:
