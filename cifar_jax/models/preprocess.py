@@ -66,6 +66,10 @@ class EvalTransform:
         """Scales the shorter side to a crop of another side, rounded: 73 for 64, where it is 256 for 224."""
         return round(image_size * self.shorter / self.side)
 
+    def at(self, image_size: int) -> "EvalTransform":
+        """Returns the transform for a crop of another side."""
+        return EvalTransform(self.shorter_side(image_size), image_size, self.interpolation)
+
     def words(self) -> str:
         """Describes the transform."""
         return f"shorter side to {self.shorter} ({self.interpolation}), centre crop of {self.side}"

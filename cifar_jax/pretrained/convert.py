@@ -98,9 +98,10 @@ def convert(
     fitting = matching_variant(backbone.config, to, str(source))
     assumed = fitting and (fitting.preprocessing, fitting.image_size, EvalTransform())
     if assumed and assumed != (backbone.preprocessing, backbone.image_size, backbone.transform):
+        photos = backbone.transform.at(backbone.image_size).words()
         logger.info(
             f"The {to} format cannot record the preprocessing of {source}, so keep a note of it: "
-            f"{backbone.preprocessing}, {backbone.image_size} pixels, photos: {backbone.transform.words()}."
+            f"{backbone.preprocessing}, {backbone.image_size} pixels, photos: {photos}."
         )
     try:
         with replacing(path) as temporary:

@@ -136,6 +136,8 @@ def test_pictures_as_large_as_a_functions_input_stay_as_they_are(side):
 )
 def test_shorter_side_is_in_proportion_to_the_crop(transform, image_size, shorter):
     assert transform.shorter_side(image_size) == shorter >= image_size
+    assert transform.at(image_size) == EvalTransform(shorter, image_size, transform.interpolation)
+    assert transform.at(transform.side) == transform
 
 
 @pytest.mark.parametrize("values", [(100, 224), (0, 0), (256, 224, "cubic"), (3600, 224), (256.0, 224), (256, None)])

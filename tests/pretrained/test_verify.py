@@ -140,6 +140,7 @@ def test_shipped_backbone_has_no_problems(capsys):
     result = command(capsys, "verify-weights", "demo", "--json")
     about = json.loads(result.out)
     assert result.code == 0 and about["holds"] and about["problems"] == []
+    assert about["about"]["photos"] == "shorter side to 73 (bilinear), centre crop of 64"
     assert about["about"]["registry"].startswith("demo (sha256:")
     assert {row["fate"] for row in about["tensors"]} == {"used"} and len(about["tensors"]) == 265
     # Measured when the file was exported; changes only with the network's code or the file.
