@@ -41,7 +41,7 @@ def main(run_dir: str, feature_scale: str = "1") -> None:
         "size": path.stat().st_size,
         "variant": variant,
         "licence": "Apache-2.0",
-        "resize": "nearest",
+        "transform": None,
         "top1": f"{100 * run.summary['val_accuracy']:.1f} on {dataset['name']}",
         "about": f"{ABOUT}.",
     }

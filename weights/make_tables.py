@@ -41,12 +41,13 @@ def _words(preprocessing: Preprocessing) -> str:
 
 def files_table() -> list[str]:
     """The published files that are known by hash."""
-    head = ("name", "file", "variant", "bytes", "hash", "licence", "top-1", "resized by")
+    head = ("name", "file", "variant", "bytes", "hash", "licence", "top-1", "photos")
     rows = []
     for entry in registry.entries().values():
         file = f"[{entry.file}]({entry.url})" if entry.url else entry.file
         about = (f"`{entry.name}`", file, entry.variant, str(entry.size), f"`{entry.digest}`")
-        rows.append((*about, entry.licence, entry.top1, entry.resize))
+        photos = entry.transform.words() if entry.transform else "default"
+        rows.append((*about, entry.licence, entry.top1, photos))
     return _table(head, rows)
 
 

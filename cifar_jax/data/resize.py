@@ -8,10 +8,13 @@ from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from cifar_jax.errors import UserError
-from cifar_jax.models.preprocess import EvalTransform
+from cifar_jax.models.preprocess import INTERPOLATIONS, EvalTransform
 
 LARGEST_UPSAMPLED = 64  # side in pixels up to which `auto` upsamples whole images
-FILTERS = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
+FILTERS = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
+# Of long pictures that would have more pixels than this after the resize, what is cropped off is not computed at all:
+# one of 1x5000 pixels would become one of 256x1280000, a gigabyte. Pictures up to 4:1 are always resized as a whole.
+MOST_PIXELS, LONG = 2**25, 4
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,12 @@ class Resize:
     def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "side side 3"]:
         """Returns the pixels of an RGB picture of any size."""
         if self.method == "upsample":
-            square = centre_crop(image, min(image.size))
-            return np.asarray(square.resize((self.side, self.side), Image.Resampling.BICUBIC), np.uint8)
-        return np.asarray(centre_crop(shorter_side_to(image, self.shorter, self.interpolation), self.side), np.uint8)
+            resized = centred_square(image).resize((self.side, self.side), Image.Resampling.BICUBIC)
+        elif not _is_too_long(image.size, self.shorter):
+            resized = centre_crop(shorter_side_to(image, self.shorter, self.interpolation), self.side)
+        else:
+            resized = resized_centre(image, self.shorter, self.side, self.interpolation)
+        return np.asarray(resized, np.uint8)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields that apply, for summary.json and for `from_json`."""
@@ -60,15 +66,51 @@ def shorter_side_to(image: Image.Image, length: int, interpolation: str) -> Imag
 
     The longer side is rounded down.
     """
-    width, height = image.size
-    size = (length, length * height // width) if width <= height else (length * width // height, length)
+    size = _size_with_shorter_side(image.size, length)
     return image if size == image.size else image.resize(size, FILTERS[interpolation])
+
+
+def _size_with_shorter_side(size: tuple[int, int], length: int) -> tuple[int, int]:
+    width, height = size
+    return (length, length * height // width) if width <= height else (length * width // height, length)
+
+
+def _is_too_long(size: tuple[int, int], length: int) -> bool:
+    width, height = _size_with_shorter_side(size, length)
+    return width * height > MOST_PIXELS and max(size) > LONG * min(size)
+
+
+def resized_centre(image: Image.Image, length: int, side: int, interpolation: str) -> Image.Image:
+    """Computes only the centre of a resized picture, which looks as that of `centre_crop(shorter_side_to(...))`.
+
+    They are not equal to the bit: Pillow keeps the edges of a region in single precision, and may resize the two
+    directions in the other order. On photos the difference is a grey level or two.
+    """
+    size = _size_with_shorter_side(image.size, length)
+    scales = [old / new for old, new in zip(image.size, size, strict=True)]
+    starts = _margins(size, side)
+    left, top = (start * scale for start, scale in zip(starts, scales, strict=True))
+    right, bottom = (
+        min((start + side) * scale, old) for start, scale, old in zip(starts, scales, image.size, strict=True)
+    )
+    return image.resize((side, side), FILTERS[interpolation], (left, top, right, bottom))
+
+
+def centred_square(image: Image.Image) -> Image.Image:
+    """Crops the largest centred square; an odd margin is smaller on the left or at the top."""
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    return image.crop((left, top, left + side, top + side))
 
 
 def centre_crop(image: Image.Image, side: int) -> Image.Image:
     """Crops the centre of a picture; an odd margin is rounded to even halves, as torchvision's `CenterCrop` does."""
-    left, top = (round((length - side) / 2.0) for length in image.size)
+    left, top = _margins(image.size, side)
     return image if image.size == (side, side) else image.crop((left, top, left + side, top + side))
+
+
+def _margins(size: tuple[int, int], side: int) -> list[int]:
+    return [round((length - side) / 2.0) for length in size]
 
 
 def choose_resize(

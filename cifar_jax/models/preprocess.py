@@ -11,6 +11,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+# Filters of a resize on the host, named as in Pillow.
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -39,12 +42,14 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """How a photo is made the input of a network in evaluation: resize the shorter side, crop the centre.
+    """The evaluation transform of photos for a network: resize the shorter side, crop the centre.
+
+    The default is that of most ImageNet networks, in which the crop has 0.875 of the shorter side.
 
     Attributes:
       shorter: length that the shorter side is resized to before the crop, in pixels.
       side: side of the crop in pixels.
-      interpolation: filter of the resize: `nearest`, `box`, `bilinear`, `hamming`, `bicubic` or `lanczos`.
+      interpolation: filter of the resize, one of `INTERPOLATIONS`.
     """
 
     shorter: int = 256
@@ -53,13 +58,21 @@ class EvalTransform:
 
     def __post_init__(self) -> None:
         """Refuses invalid values, which a corrupt file may contain."""
-        filters = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
-        if not (1 <= self.side <= self.shorter <= 16 * self.side) or self.interpolation not in filters:
+        lengths = type(self.shorter) is type(self.side) is int and 1 <= self.side <= self.shorter <= 16 * self.side
+        if not lengths or self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"invalid evaluation transform {self}")
 
     def shorter_side(self, image_size: int) -> int:
-        """The length for a crop of another side, in the same proportion: 256 for 224, as 224 / 0.875."""
+        """Scales the shorter side to a crop of another side, rounded: 73 for 64, where it is 256 for 224."""
         return round(image_size * self.shorter / self.side)
+
+    def at(self, image_size: int) -> "EvalTransform":
+        """Returns the transform for a crop of another side."""
+        return EvalTransform(self.shorter_side(image_size), image_size, self.interpolation)
+
+    def words(self) -> str:
+        """Describes the transform."""
+        return f"shorter side to {self.shorter} ({self.interpolation}), centre crop of {self.side}"
 
 
 # Modes of keras.applications.imagenet_utils.preprocess_input. The means of `caffe` are those of the ImageNet training

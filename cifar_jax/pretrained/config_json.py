@@ -7,6 +7,7 @@ from typing import Any
 from cifar_jax.errors import WeightsError
 from cifar_jax.files import read_json_value
 from cifar_jax.models.preprocess import TORCH, Preprocessing
+from cifar_jax.pretrained.config_transform import processor_photos, timm_photos
 from cifar_jax.pretrained.variants import Description
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -62,7 +63,7 @@ def read_description(weights: Path, family: str) -> Description | None:
 
 
 def parse_timm_config(config: Mapping[str, Any], what: str) -> Description:
-    """Parses timm's config.json: the mean, std and input size; any other non-default setting is refused."""
+    """Parses timm's config.json: mean, std and evaluation transform; any other non-default setting is refused."""
     refusal, name = "", config["architecture"]
     if name not in TIMM_ARCHITECTURES:
         refusal = f"{what} describes {name!r}, which is not a plain ResNet50, ResNet101 or ResNet152. Use one of these."
@@ -74,9 +75,9 @@ def parse_timm_config(config: Mapping[str, Any], what: str) -> Description:
         )
     about = config.get("pretrained_cfg") or config
     mean, std = about.get("mean", TORCH.mean), about.get("std", TORCH.std)
-    _, height, width = about.get("input_size", (3, 224, 224))
-    pixels = _preprocessing(255.0, mean, std)
-    return Description({"stride_in_1x1": False}, None, pixels, _side(height, width), refusal)
+    pixels, photos = _preprocessing(255.0, mean, std), timm_photos(about, what)
+    stride = {"stride_in_1x1": False}
+    return Description(stride, None, pixels, photos.image_size, photos.transform, refusal, photos.notes)
 
 
 def parse_hf_config(config: Mapping[str, Any], pixels: Mapping[str, Any] | None, what: str) -> Description:
@@ -102,10 +103,10 @@ def parse_hf_config(config: Mapping[str, Any], pixels: Mapping[str, Any] | None,
     mean, std = (
         (pixels["image_mean"], pixels["image_std"]) if pixels.get("do_normalize", True) else ((0,) * 3, (1,) * 3)
     )
-    size = pixels.get("crop_size") or pixels.get("size", 224)
-    sides = list(size.values()) if isinstance(size, Mapping) else [size]
     # 1 / 255 is stored with sixteen digits, so its inverse is 255 only up to rounding.
-    return Description(stride, depths, _preprocessing(round(scale, 9), mean, std), _side(*sides))
+    preprocessing = _preprocessing(round(scale, 9), mean, std)
+    photos = processor_photos(pixels, f"The {PREPROCESSOR} next to {what}")
+    return Description(stride, depths, preprocessing, photos.image_size, photos.transform, notes=photos.notes)
 
 
 def _preprocessing(scale: float, mean: Any, std: Any) -> Preprocessing:
@@ -114,9 +115,3 @@ def _preprocessing(scale: float, mean: Any, std: Any) -> Preprocessing:
         return TORCH
     (red, green, blue), (red_std, green_std, blue_std) = map(float, mean), map(float, std)
     return Preprocessing("described", scale=scale, mean=(red, green, blue), std=(red_std, green_std, blue_std))
-
-
-def _side(*sides: int) -> int:
-    if len(set(sides)) != 1 or type(sides[0]) is not int or not 1 <= sides[0] <= 4096:
-        raise ValueError(f"images must be square with sides of 1 to 4096 pixels, got {sides}")
-    return sides[0]

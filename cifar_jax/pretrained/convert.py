@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict
 from cifar_jax.errors import RunError, UserError, WeightsError
 from cifar_jax.files import check_target, replacing, sha256_of_file
 from cifar_jax.models.backbone import Backbone
+from cifar_jax.models.preprocess import EvalTransform
 from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained.formats.keras_h5 import read_keras_h5
 from cifar_jax.pretrained.formats.safetensors_file import read_safetensors, to_bytes
@@ -95,10 +96,12 @@ def convert(
     if os.path.exists(path) and os.path.samefile(path, backbone.source or path):
         raise UserError(f"{path} is the file to convert. Choose another name for the result.")
     fitting = matching_variant(backbone.config, to, str(source))
-    if fitting and (fitting.preprocessing, fitting.image_size) != (backbone.preprocessing, backbone.image_size):
+    assumed = fitting and (fitting.preprocessing, fitting.image_size, EvalTransform())
+    if assumed and assumed != (backbone.preprocessing, backbone.image_size, backbone.transform):
+        photos = backbone.transform.at(backbone.image_size).words()
         logger.info(
             f"The {to} format cannot record the preprocessing of {source}, so keep a note of it: "
-            f"{backbone.preprocessing}, {backbone.image_size} pixels."
+            f"{backbone.preprocessing}, {backbone.image_size} pixels, photos: {photos}."
         )
     try:
         with replacing(path) as temporary:

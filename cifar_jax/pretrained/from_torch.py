@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cifar_jax.errors import WeightsError
+from cifar_jax.models.preprocess import EvalTransform
 from cifar_jax.pretrained.config_json import CONFIG, PREPROCESSOR, read_description
 from cifar_jax.pretrained.merge import ParsedWeights
 from cifar_jax.pretrained.names import detect_family
@@ -56,6 +57,7 @@ def parse_torch(path: Path, tensors: Mapping[str, np.ndarray], by_hash: str | No
         )
     variant, reason = choose_variant(family, by_hash, description, asked, str(path))
     assumed = _describe_assumptions(family, description, reason)
+    notes = description.notes if description else ()
     return ParsedWeights(
         path,
         family,
@@ -66,10 +68,11 @@ def parse_torch(path: Path, tensors: Mapping[str, np.ndarray], by_hash: str | No
         variant.preprocessing,
         variant.image_size,
         f"{variant.name} (by {reason})",
+        (description and description.transform) or EvalTransform(),
         torch_axes=True,
         ignored={name: "number of training steps" for name in named if name.endswith(f".{IGNORED}")},
         refusal=description.refusal if description else "",
-        notes=(f"{path} does not specify {assumed}",) if assumed else (),
+        notes=(f"{path} does not specify {assumed}", *notes) if assumed else notes,
     )
 
 

@@ -117,13 +117,15 @@ def _parse(path: Path, asked: str | None, known: Mapping[str, registry.Entry], n
     if mismatch:
         notes.append(mismatch)
     if file_format == "safetensors":
-        return parse_torch(path, tensors, by_hash, asked)
-    if file_format == "hdf5":
-        return parse_keras(path, read_keras_h5(path, known=entry is not None), by_hash, asked)
-    if file_format == "zip" and (file := read_keras_archive(path)) is not None:
-        return parse_keras(path, file, by_hash, asked)
-    checkpoint = read_torch(path)
-    if checkpoint.others:
-        place, others = checkpoint.place, ", ".join(checkpoint.others)
-        notes.append(f"{path} holds several state dicts: loading {place}, ignoring {others}.")
-    return parse_torch(path, checkpoint.tensors, by_hash, asked)
+        parsed = parse_torch(path, tensors, by_hash, asked)
+    elif file_format == "hdf5":
+        parsed = parse_keras(path, read_keras_h5(path, known=entry is not None), by_hash, asked)
+    elif file_format == "zip" and (file := read_keras_archive(path)) is not None:
+        parsed = parse_keras(path, file, by_hash, asked)
+    else:
+        checkpoint = read_torch(path)
+        if checkpoint.others:
+            place, others = checkpoint.place, ", ".join(checkpoint.others)
+            notes.append(f"{path} holds several state dicts: loading {place}, ignoring {others}.")
+        parsed = parse_torch(path, checkpoint.tensors, by_hash, asked)
+    return replace(parsed, transform=entry.transform) if entry and entry.transform else parsed

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from cifar_jax.errors import WeightsError
 from cifar_jax.files import sha256_of_file
 from cifar_jax.models.backbone import Backbone
-from cifar_jax.models.preprocess import Preprocessing
+from cifar_jax.models.preprocess import EvalTransform, Preprocessing
 from cifar_jax.models.resnet import ResNet, ResNetConfig, Variables
 
 Path = tuple[str, ...]  # path of a variable, such as ("params", "stage1_block1", "conv1", "kernel")
@@ -38,6 +38,7 @@ class ParsedWeights:
       preprocessing: the preprocessing of its input.
       image_size: side of its input in pixels.
       variant: display name of the variant and what decided it.
+      transform: the evaluation transform of photos.
       torch_axes: whether kernels are in PyTorch's axis order, [out, in, h, w].
       ignored: names of tensors that are not needed, with the reason.
       refusal: error message if the weights must not be used even if they fit; empty otherwise.
@@ -53,6 +54,7 @@ class ParsedWeights:
     preprocessing: Preprocessing
     image_size: int
     variant: str
+    transform: EvalTransform = EvalTransform()  # noqa: RUF009 (frozen)
     torch_axes: bool = False
     ignored: Mapping[str, str] = field(default_factory=dict)
     refusal: str = ""
@@ -145,6 +147,7 @@ def backbone_of(parsed: ParsedWeights) -> Backbone:
         parsed.preprocessing,
         parsed.image_size,
         variables,
+        transform=parsed.transform,
         sha256=sha256_of_file(parsed.path),
         source=str(parsed.path),
         variant=parsed.variant,

@@ -24,7 +24,8 @@ UNTRAINED = {
 
 def calibration_images(image_size: int) -> int:
     """Returns the number of calibration images: enough for 4096 positions in the last stage, 128 to 1024 images."""
-    return min(1024, max(128, 4096 // (image_size // 32) ** 2))
+    side = -(-image_size // 32)  # of the last stage
+    return min(1024, max(128, 4096 // side**2))
 
 
 def init_variables(key: PRNGKeyArray, config: ResNetConfig) -> Variables:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cifar_jax.errors import RunError, WeightsError
 from cifar_jax.files import cache_root
+from cifar_jax.models.preprocess import EvalTransform
 from cifar_jax.pretrained.download import NotDownloaded, download, has_digest
 
 # (description, total) -> a context manager whose value is called with the number of bytes done so far
@@ -35,7 +37,7 @@ class Entry:
       size: size in bytes.
       variant: the network variant of the weights.
       licence: licence of the weights.
-      resize: the publisher's resizing of images when evaluating the weights. This project upsamples instead.
+      transform: the publisher's evaluation transform of photos; None if none is stated, which makes it the default.
       top1: ImageNet validation accuracy in percent as stated by the publisher; not measured here.
       about: a human-readable sentence.
     """
@@ -47,7 +49,7 @@ class Entry:
     size: int
     variant: str
     licence: str
-    resize: str
+    transform: EvalTransform | None
     top1: str
     about: str
 
@@ -62,7 +64,11 @@ def weights_dir() -> Path:
 def entries() -> dict[str, Entry]:
     """All known files by name, from weights/registry.json."""
     table = json.loads((weights_dir() / "registry.json").read_text(encoding="utf-8"))
-    return {name: Entry(name, **fields) for name, fields in table.items()}
+    return {name: Entry(name, **fields | {"transform": _transform(fields)}) for name, fields in table.items()}
+
+
+def _transform(fields: Mapping[str, Any]) -> EvalTransform | None:
+    return None if fields["transform"] is None else EvalTransform(**fields["transform"])
 
 
 def entry_of_file(path: Path, known: Mapping[str, Entry]) -> tuple[Entry | None, str]:

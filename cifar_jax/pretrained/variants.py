@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cifar_jax.errors import WeightsError, no_such
-from cifar_jax.models.preprocess import CAFFE, TORCH, Preprocessing
+from cifar_jax.models.preprocess import CAFFE, TORCH, EvalTransform, Preprocessing
 from cifar_jax.models.resnet import DEPTHS, ResNetConfig
 
 
@@ -41,14 +41,18 @@ class Description:
       stage_sizes: blocks in each stage.
       preprocessing: the preprocessing of the input.
       image_size: side of the input in pixels.
+      transform: the evaluation transform of photos.
       refusal: error message if it describes a different network than the tensor names suggest, else empty.
+      notes: messages for the user about settings that are read differently here.
     """
 
     config: dict[str, Any]
     stage_sizes: tuple[int, ...] | None = None
     preprocessing: Preprocessing | None = None
     image_size: int | None = None
+    transform: EvalTransform | None = None
     refusal: str = ""
+    notes: tuple[str, ...] = ()
 
 
 _KERAS = ResNetConfig(stride_in_1x1=True, conv_bias=True, bn_epsilon=1.001e-5, pool_padding=1)

@@ -138,6 +138,7 @@ def _about(parsed: ParsedWeights, registered: registry.Entry | None) -> dict[str
         "preprocessing": f"{preprocessing.name}: {preprocessing.channels.upper()} / {preprocessing.scale:g}, minus "
         f"{mean}, by {std}",
         "image size": f"{parsed.image_size}x{parsed.image_size}",
+        "photos": parsed.transform.at(parsed.image_size).words(),
         "classifier": "none" if bias is None else f"{bias.size} classes, kept and not used",
     }
 

@@ -63,6 +63,16 @@ def test_image_size_is_an_argument():
     assert relative_difference(features, plain_features(backbone, images, image_size)) < 1e-5
 
 
+@pytest.mark.parametrize("stride_in_1x1", [False, True])
+@pytest.mark.parametrize(("image_size", "platform"), [(56, "cpu"), (84, "tpu"), (100, "cpu"), (197, "cpu")])
+def test_image_size_need_not_be_a_multiple_of_32(image_size, platform, stride_in_1x1):
+    """Feature maps have odd sides somewhere on the way."""
+    backbone = make_backbone(ResNetConfig((1, 1, 1, 1), 4, stride_in_1x1=stride_in_1x1))
+    images = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, 3), np.uint8)
+    features = jax.jit(features_of)(prepare(backbone, image_size, platform=platform), images)
+    assert relative_difference(features, plain_features(backbone, images, image_size)) < 1e-5
+
+
 def test_epsilon_matters():
     backbone = make_backbone(SMALL)
     other = backbone.replace(config=ResNetConfig(stage_sizes=(1, 2), width=8, bn_epsilon=1e-3))

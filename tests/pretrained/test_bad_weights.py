@@ -22,6 +22,7 @@ from helpers import (
 
 from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.files import sha256_of_file
+from cifar_jax.models.preprocess import EvalTransform
 from cifar_jax.pretrained import load_backbone, random_backbone, save_backbone
 from cifar_jax.pretrained.formats import safetensors_file
 
@@ -379,11 +380,16 @@ def test_safetensors_file_of_another_network_is_refused(tmp_path, refusal):
     assert "was not written by this project" in refusal(path)
 
 
-def test_incompatible_image_size_is_refused(tmp_path, capsys, native_file):
+def test_weights_of_any_image_size_train(tmp_path, capsys, native_file):
+    """Images of 32 pixels cannot be repeated to 100, so they go through the weights' evaluation transform."""
     path = tmp_path / "x.safetensors"
-    save_backbone(path, load_backbone(native_file).replace(image_size=100))
-    is_one_error(try_to_train(capsys, tmp_path, path), 2, "100 pixels a side", "--image-size")
-    assert not (tmp_path / "out").exists()
+    save_backbone(
+        path, load_backbone(native_file).replace(image_size=100, transform=EvalTransform(235, 224, "bicubic"))
+    )
+    trained = try_to_train(capsys, tmp_path, path)
+    assert trained.code == 0, trained
+    resize = json.loads((tmp_path / "out" / "summary.json").read_text())["resize"]
+    assert resize == {"method": "eval-transform", "side": 100, "shorter": 105, "interpolation": "bicubic"}
 
 
 def test_failed_write_leaves_no_file(tmp_path, native_file):

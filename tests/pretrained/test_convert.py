@@ -25,7 +25,7 @@ from helpers import (
 from torch_files import write_torch
 
 from cifar_jax.files import sha256_of_file
-from cifar_jax.models.preprocess import TORCH
+from cifar_jax.models.preprocess import TORCH, EvalTransform
 from cifar_jax.pretrained import Backbone, load_backbone, save_backbone
 from cifar_jax.pretrained.convert import TARGETS, convert
 from cifar_jax.pretrained.formats.keras_h5 import read_keras_h5
@@ -63,6 +63,7 @@ def assert_same_tensors(found, wanted):
 
 def assert_same_network(a, b):
     assert (a.config, a.preprocessing, a.image_size) == (b.config, b.preprocessing, b.image_size)
+    assert a.transform == b.transform
     assert_same_tensors(flatten_dict(a.variables), flatten_dict(b.variables))
     assert_same_tensors(a.top, b.top)
 
@@ -209,6 +210,50 @@ def test_summary(tmp_path, capsys):
     about = json.loads(result.out)
     assert about["sha256"] == sha256_of_file(tmp_path / "b.safetensors") and about["variant"].startswith("keras (by")
     assert about["top"] == "5 classes"
+
+
+def test_evaluation_transform_is_kept(tmp_path):
+    backbone = load_backbone(torch_file(tmp_path / "a.pth")[0])
+    usual, other = tmp_path / "usual.safetensors", tmp_path / "other.safetensors"
+    save_backbone(usual, backbone)
+    save_backbone(other, backbone.replace(transform=EvalTransform(235, 224, "bicubic")))
+    convert(other, tmp_path / "c.safetensors")
+    assert load_backbone(tmp_path / "c.safetensors").transform == EvalTransform(235, 224, "bicubic")
+    assert load_backbone(usual).transform == EvalTransform()
+    # The usual one is not recorded, so that such files stay what they were before it was recorded at all.
+    for path, recorded in ((usual, False), (other, True)):
+        with safetensors.safe_open(path, framework="numpy") as file:
+            assert ("transform" in json.loads(file.metadata()["cifar_jax"])) == recorded
+
+
+def test_lost_evaluation_transform_is_logged(tmp_path, log):
+    backbone = load_backbone(torch_file(tmp_path / "a.pth")[0])
+    save_backbone(tmp_path / "b.safetensors", backbone.replace(transform=EvalTransform(232, 224)))
+    log.clear()
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "torchvision")
+    (message,) = log.messages
+    assert "keep a note of it" in message and "photos: shorter side to 232 (bilinear), centre crop of 224." in message
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        {"shorter": 100, "side": 224},
+        {"shorter": 256.0},
+        {"shorter": "256"},
+        {"interpolation": "cubic"},
+        {"more": 1},
+        [],
+    ],
+)
+def test_invalid_evaluation_transform_in_a_file_is_refused(tmp_path, refusal, transform):
+    path = tmp_path / "a.safetensors"
+    save_backbone(path, load_backbone(torch_file(tmp_path / "a.pth")[0]))
+    with safetensors.safe_open(path, framework="numpy") as file:
+        about = json.loads(file.metadata()["cifar_jax"])
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(tensors, path, {"cifar_jax": json.dumps(about | {"transform": transform})})
+    assert "has invalid metadata" in refusal(path)
 
 
 def test_lost_preprocessing_is_logged(tmp_path, log):

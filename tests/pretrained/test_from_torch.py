@@ -12,7 +12,7 @@ from helpers import NARROW_TORCH, command, torch_tensors, without_pictures
 from torch_files import write_torch
 
 from cifar_jax import UserError, load_run
-from cifar_jax.models.preprocess import TORCH
+from cifar_jax.models.preprocess import TORCH, EvalTransform
 from cifar_jax.pretrained import load_backbone, registry
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet")
@@ -166,6 +166,91 @@ def test_preprocessor_without_normalization(tmp_path):
     assert (pixels.scale, pixels.mean, pixels.std) == (1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
+def timm_config(**changes):
+    return TIMM | {"pretrained_cfg": TIMM["pretrained_cfg"] | changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "transform"),
+    [
+        ({}, EvalTransform(182, 160, "bicubic")),  # timm's defaults, 0.875 and bicubic
+        ({"crop_pct": None, "interpolation": None}, EvalTransform(182, 160, "bicubic")),
+        (
+            {"crop_pct": 0.95, "interpolation": "bicubic", "input_size": [3, 224, 224]},
+            EvalTransform(235, 224, "bicubic"),
+        ),
+        ({"crop_pct": 0.875, "interpolation": "bilinear", "input_size": [3, 224, 224]}, EvalTransform()),
+        ({"crop_pct": 1.0, "interpolation": "lanczos", "crop_mode": "center"}, EvalTransform(160, 160, "lanczos")),
+        # Recommendations for another size than the training's, and a flag of networks that take no other.
+        (
+            {"crop_pct": 0.9, "test_input_size": [3, 288, 288], "test_crop_pct": 1.0, "fixed_input_size": True},
+            EvalTransform(177, 160, "bicubic"),
+        ),
+    ],
+)
+def test_timm_config_sets_the_evaluation_transform(tmp_path, changes, transform, log):
+    described(write(tmp_path / "model.safetensors", torch_tensors(NARROW_TORCH)), timm_config(**changes))
+    backbone = load_backbone(tmp_path)
+    assert backbone.transform == transform and backbone.image_size == transform.side and not log.messages
+
+
+@pytest.mark.parametrize("mode", ["squash", "border"])
+def test_other_crop_mode_is_read_as_a_centre_crop_and_logged(tmp_path, mode, log):
+    path = write(tmp_path / "model.safetensors", torch_tensors(NARROW_TORCH))
+    described(path, timm_config(crop_mode=mode, crop_pct=0.8))
+    assert load_backbone(path).transform == EvalTransform(200, 160, "bicubic")
+    (message,) = log.messages
+    assert f"config.json has crop_mode {mode}; here they keep their proportions: shorter side to 200" in message
+
+
+CROP = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+SQUASHES = "squashes photos to a square; here they keep their proportions"
+
+
+@pytest.mark.parametrize(
+    ("pixels", "transform", "note"),
+    [
+        # microsoft/resnet-50, as first published and as transformers writes it today.
+        (
+            {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 224, "crop_pct": 0.875, "resample": 3},
+            EvalTransform(256, 224, "bicubic"),
+            "",
+        ),
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 224}, "resample": 2},
+            EvalTransform(256, 224, "bilinear"),
+            "",
+        ),
+        ({"size": {"shortest_edge": 160}, "crop_pct": 0.95}, EvalTransform(168, 160, "bicubic"), ""),
+        ({"size": {"shortest_edge": 383}}, EvalTransform(437, 383, "bicubic"), ""),
+        ({"size": {"shortest_edge": 384}, "resample": 1}, EvalTransform(384, 384, "lanczos"), SQUASHES),
+        ({"size": {"shortest_edge": 224}} | CROP, EvalTransform(256, 224, "bicubic"), ""),
+        (
+            {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}, "resample": 3} | CROP,
+            EvalTransform(256, 224, "bicubic"),
+            "",
+        ),
+        (
+            {"image_processor_type": "BitImageProcessor", "size": 256} | CROP | {"do_center_crop": False},
+            EvalTransform(256, 256, "bilinear"),
+            SQUASHES,
+        ),
+        (
+            {"image_processor_type": "ViTImageProcessor", "size": {"height": 224, "width": 224}, "resample": 0},
+            EvalTransform(224, 224, "nearest"),
+            SQUASHES,
+        ),
+        ({"do_resize": False, "size": {"shortest_edge": 160}}, EvalTransform(), ""),
+    ],
+)
+def test_processor_config_sets_the_evaluation_transform(tmp_path, pixels, transform, note, log):
+    path = write(tmp_path / "model.safetensors", torch_tensors(NARROW_TORCH, "huggingface"))
+    normal = {"image_mean": list(TORCH.mean), "image_std": list(TORCH.std)}
+    described(path, HF, normal | pixels)
+    assert load_backbone(path).transform == transform
+    assert len(log.messages) == bool(note) and all(note in message for message in log.messages)
+
+
 @pytest.mark.parametrize("config", [{"preset": "demo"}, TIMM, {"model_type": "vit", "depths": [9]}])
 def test_unrelated_config_is_ignored(tmp_path, config):
     path = described(write(tmp_path / "x.pth", torch_tensors(NARROW_TORCH, "huggingface")), config)
@@ -184,6 +269,9 @@ STRUCTURE = "has an unexpected structure"
         ("torchvision", TIMM | {"pretrained_cfg": {"std": [0, 0, 0]}}, None, STRUCTURE),
         ("torchvision", TIMM | {"pretrained_cfg": {"input_size": [3, 224, 192]}}, None, STRUCTURE),
         ("torchvision", TIMM | {"pretrained_cfg": 3}, None, STRUCTURE),
+        ("torchvision", TIMM | {"pretrained_cfg": {"crop_pct": 1.1}}, None, STRUCTURE),
+        ("torchvision", TIMM | {"pretrained_cfg": {"crop_pct": "all"}}, None, STRUCTURE),
+        ("torchvision", TIMM | {"pretrained_cfg": {"interpolation": "random"}}, None, STRUCTURE),
         ("huggingface", HF | {"layer_type": "basic"}, None, "with basic blocks"),
         ("huggingface", HF | {"hidden_act": "gelu"}, None, "non-default hidden_act"),
         ("huggingface", HF | {"downsample_in_bottleneck": "no"}, None, STRUCTURE),
@@ -192,6 +280,9 @@ STRUCTURE = "has an unexpected structure"
         ("huggingface", HF, {}, STRUCTURE),
         ("huggingface", HF, PIXELS | {"rescale_factor": 0}, STRUCTURE),
         ("huggingface", HF, PIXELS | {"size": {"height": 3, "width": 4}}, STRUCTURE),
+        ("huggingface", HF, PIXELS | {"resample": 6}, STRUCTURE),
+        ("huggingface", HF, PIXELS | {"resample": "bicubic"}, STRUCTURE),
+        ("huggingface", HF, PIXELS | {"crop_pct": 2}, STRUCTURE),
         ("huggingface", HF, [], "not a JSON object"),
     ],
 )
@@ -209,7 +300,7 @@ def test_variant_contradicting_the_config_is_refused(tmp_path, refusal):
 def test_known_hash_takes_precedence(tmp_path, log):
     path = described(write(tmp_path / "x.pth", torch_tensors(NARROW_TORCH)), TIMM)
     digest, size = f"sha256:{load_backbone(path).sha256[:8]}", path.stat().st_size
-    entry = registry.Entry("v1", "x.pth", None, digest, size, "torchvision", "BSD-3-Clause", "", "", "A test.")
+    entry = registry.Entry("v1", "x.pth", None, digest, size, "torchvision", "BSD-3-Clause", None, "", "A test.")
     backbone = load_backbone(path, known={"v1": entry})
     assert (backbone.variant, backbone.preprocessing) == ("torchvision (by its hash)", TORCH) and not log.messages
 

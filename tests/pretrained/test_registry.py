@@ -10,6 +10,7 @@ from helpers import files_below, full_disk, keras_tensors, write_keras_h5
 from robustness.file_server import PAGE, by_path, sends, serving, whole
 
 from cifar_jax.errors import RunError
+from cifar_jax.models.preprocess import EvalTransform
 from cifar_jax.pretrained import WeightsError, load_backbone, registry
 from cifar_jax.pretrained.download import has_digest
 from cifar_jax.pretrained.variants import VARIANTS
@@ -33,7 +34,7 @@ def entry(server):
 
 def make_entry(url, content=CONTENT, variant="keras"):
     digest = f"md5:{hashlib.md5(content).hexdigest()}"
-    return registry.Entry(NAME, "weights.h5", url, digest, len(content), variant, "MIT", "", "", "For tests.")
+    return registry.Entry(NAME, "weights.h5", url, digest, len(content), variant, "MIT", None, "", "For tests.")
 
 
 def refused_fetch(entry, tmp_path):
@@ -184,6 +185,15 @@ def test_hash_decides_the_variant(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("narrow_resnet")
+def test_hash_decides_the_evaluation_transform(tmp_path):
+    path = write_keras_h5(tmp_path / "mine.h5", keras_tensors())
+    entry = make_entry("http://127.0.0.1:1/", path.read_bytes())
+    stated = dataclasses.replace(entry, transform=EvalTransform(232, 224, "bicubic"))
+    assert load_backbone(path, known={NAME: stated}).transform == stated.transform
+    assert load_backbone(path, known={NAME: entry}).transform == load_backbone(path).transform == EvalTransform()
+
+
+@pytest.mark.usefixtures("narrow_resnet")
 def test_modified_copy_of_a_known_file_is_reported(tmp_path, log):
     path = write_keras_h5(tmp_path / "weights.h5", keras_tensors())
     entry = dataclasses.replace(registry.entries()[NAME], size=path.stat().st_size)
@@ -215,6 +225,15 @@ def test_registry_is_complete():
         assert algorithm == "md5" or entry.file.endswith(f"-{value}.pth")
         assert entry.size > 90e6 and entry.licence
     assert len({entry.digest for entry in entries.values()}) == len(entries)
+
+
+def test_registry_states_the_transforms_of_torchvision_only():
+    """tests/parity compares them with torchvision's own."""
+    stated = {name: entry.transform for name, entry in registry.entries().items() if entry.transform}
+    assert stated == {
+        "torchvision-resnet50-v1": EvalTransform(256, 224, "bilinear"),
+        "torchvision-resnet50-v2": EvalTransform(232, 224, "bilinear"),
+    }
 
 
 def test_tables_in_the_readme_are_up_to_date(monkeypatch):

@@ -63,6 +63,7 @@ def test_about_describes_the_variant(tmp_path):
     assert about["stride"].startswith("in the first 1x1") and about["conv bias"] == "yes"
     assert about["preprocessing"].startswith("caffe: BGR / 1, minus 103.939 116.779 123.68")
     assert about["classifier"] == "5 classes, kept and not used" and about["assumed"] == "nothing"
+    assert about["photos"] == "shorter side to 256 (bilinear), centre crop of 224"
     about = verify(torch_file(tmp_path)).about
     assert about["stride"].startswith("in the 3x3") and "3x3 convolutions and ImageNet's mean" in about["assumed"]
 
@@ -139,6 +140,7 @@ def test_shipped_backbone_has_no_problems(capsys):
     result = command(capsys, "verify-weights", "demo", "--json")
     about = json.loads(result.out)
     assert result.code == 0 and about["holds"] and about["problems"] == []
+    assert about["about"]["photos"] == "shorter side to 73 (bilinear), centre crop of 64"
     assert about["about"]["registry"].startswith("demo (sha256:")
     assert {row["fate"] for row in about["tensors"]} == {"used"} and len(about["tensors"]) == 265
     # Measured when the file was exported; changes only with the network's code or the file.

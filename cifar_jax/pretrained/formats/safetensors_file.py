@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from cifar_jax.errors import WeightsError
 from cifar_jax.files import replacing, sha256_of_arrays
 from cifar_jax.models.backbone import Backbone
-from cifar_jax.models.preprocess import Preprocessing
+from cifar_jax.models.preprocess import EvalTransform, Preprocessing
 from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained.merge import ParsedWeights
 
@@ -27,8 +27,9 @@ TOP = "top/"  # name prefix of the classifier's tensors
 def save_backbone(path: Path, backbone: Backbone, half: bool = False) -> str:
     """Writes a backbone atomically and returns the file's SHA-256; equal backbones make equal files.
 
-    Tensors are named like `params/stage1_block1/conv1/kernel`. The metadata holds the configuration, the preprocessing
-    and the image size, so loading needs no guesses. A classifier is stored as `top/kernel`, `top/bias`.
+    Tensors are named like `params/stage1_block1/conv1/kernel`. The metadata holds the configuration, the preprocessing,
+    the image size and the evaluation transform, so loading needs no guesses. A classifier is stored as `top/kernel`,
+    `top/bias`.
 
     Args:
       path: path of the file.
@@ -56,6 +57,8 @@ def to_bytes(backbone: Backbone, half: bool = False) -> bytes:
         "source": backbone.source,
         "variant": backbone.variant,
     }
+    if backbone.transform != EvalTransform():  # left out otherwise, so that files and digests stay what they were
+        about["transform"] = dataclasses.asdict(backbone.transform)
     return safetensors.numpy.save(tensors, {KEY: json.dumps(about | {"sha256": _digest(about, tensors)})})
 
 
@@ -119,6 +122,7 @@ def parse_native(path: Path, file: SafeFile) -> ParsedWeights:
         image_size = about["image_size"]
         if type(image_size) is not int or not 1 <= image_size <= 4096:
             raise ValueError(f"image_size must be 1 to 4096, got {image_size!r}")
+        transform = EvalTransform(**about.get("transform", {}))
         variant, sha256 = str(about["variant"]), str(about["sha256"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} has invalid metadata ({error}). Get a fresh copy of the file.") from error
@@ -133,6 +137,7 @@ def parse_native(path: Path, file: SafeFile) -> ParsedWeights:
         preprocessing,
         image_size,
         variant,
+        transform,
         refusal="" if intact else f"{path} is corrupt (checksum mismatch). Get a fresh copy of the file.",
     )
 

@@ -58,7 +58,7 @@ def test_probe_has_a_wall_clock_timeout(tmp_path, monkeypatch):
 def test_known_file_is_not_probed(tmp_path, monkeypatch):
     path = write_keras_h5(tmp_path / "weights.h5", keras_tensors())
     digest = f"sha256:{sha256_of_file(path)}"
-    entry = registry.Entry("known", path.name, None, digest, path.stat().st_size, "keras", "MIT", "", "", "A test.")
+    entry = registry.Entry("known", path.name, None, digest, path.stat().st_size, "keras", "MIT", None, "", "A test.")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("probed"))
     assert load_backbone(path, known={"known": entry}).variant == "keras (by its hash)"
 
