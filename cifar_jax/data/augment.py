@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray, UInt8
 
 CROP_PADDING = 4  # pixels on every side
 CUTOUT_SHARE = 2  # side of the image over side of the square: 16 of 32 pixels
@@ -77,51 +77,59 @@ def random_resized_crop(
     Reference:
       Szegedy et al. 2014, https://arxiv.org/abs/1409.4842, section 6
     """
-    side = side or images.shape[1]
-    top, left, height, width = crop_boxes(key, *images.shape[:3], area, ratio)
+    batch, rows, columns, _ = images.shape
+    side = side or rows
+    shape = jnp.broadcast_to(jnp.array([[rows, columns]]), (batch, 2))
+    top, left, height, width = crop_boxes(key, shape, area, ratio).T
     down, across = (
-        _resize_weights(start, length, of, side)
-        for start, length, of in ((top, height, images.shape[1]), (left, width, images.shape[2]))
+        _resize_weights(start, length, of, side) for start, length, of in ((top, height, rows), (left, width, columns))
     )
-    rows = jnp.einsum("nih,nhwc->niwc", down, images.astype(jnp.float32), precision="highest")
-    pixels = jnp.einsum("njw,niwc->nijc", across, rows, precision="highest")
+    pixels = jnp.einsum("nih,nhwc->niwc", down, images.astype(jnp.float32), precision="highest")
+    pixels = jnp.einsum("njw,niwc->nijc", across, pixels, precision="highest")
     return jnp.clip(jnp.round(pixels), 0, 255).astype(images.dtype)
 
 
 def crop_boxes(
     key: PRNGKeyArray,
-    batch: int,
-    height: int,
-    width: int,
+    shapes: Int[Array, "batch 2"],
     area: tuple[float, float] = CROP_AREA,
     ratio: tuple[float, float] = CROP_RATIO,
-) -> tuple[Int[Array, "batch"], Int[Array, "batch"], Int[Array, "batch"], Int[Array, "batch"]]:
-    """Draws the rectangles of `random_resized_crop`.
+) -> Int32[Array, "batch 4"]:
+    """Draws the rectangles of random resized crops.
 
     The first of ten tries that fits is taken. If none does, it is the centre, as large and as near to the image's
     shape as `ratio` allows.
+
+    Args:
+      key: source of all randomness.
+      shapes: height and width of each image in pixels.
+      area: smallest and largest share of an image's area.
+      ratio: smallest and largest ratio of width to height.
 
     Returns:
       Top, left, height and width of each in pixels.
     """
     area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
-    areas: Float[Array, "batch tries"] = height * width * _uniform(area_key, (batch, CROP_TRIES), *area)
-    ratios = jnp.exp(_uniform(ratio_key, (batch, CROP_TRIES), *map(math.log, ratio)))
-    widths, heights = jnp.round(jnp.sqrt(areas * ratios)), jnp.round(jnp.sqrt(areas / ratios))
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    nearest = min(max(width / height, ratio[0]), ratio[1])
-    whole = (min(width, round(height * nearest)), min(height, round(width / nearest)))
-    first = jnp.argmax(fits, axis=1)[:, None]
-    wide, high = (
-        jnp.where(fits.any(axis=1), jnp.take_along_axis(found, first, axis=1)[:, 0], instead).astype(jnp.int32)
-        for found, instead in ((widths, whole[0]), (heights, whole[1]))
-    )
-    # Without a crop that fits, the middle of the places that there are.
-    top, left = (
-        jnp.where(fits.any(axis=1), jax.random.randint(key, (batch,), 0, room + 1), room // 2)
-        for key, room in ((top_key, height - high), (left_key, width - wide))
-    )
-    return top, left, high, wide
+    height, width = (shapes[:, axis].astype(jnp.float32) for axis in (0, 1))
+    shape = (len(shapes), CROP_TRIES)
+    areas = (height * width)[:, None] * _uniform(area_key, shape, *area)
+    ratios = jnp.exp(_uniform(ratio_key, shape, *map(math.log, ratio)))
+    heights, widths = jnp.round(jnp.sqrt(areas / ratios)), jnp.round(jnp.sqrt(areas * ratios))
+    fits = (heights > 0) & (heights <= height[:, None]) & (widths > 0) & (widths <= width[:, None])
+    first, found = jnp.argmax(fits, axis=1), fits.any(axis=1)
+    nearest = jnp.clip(width / height, *ratio)
+    largest = jnp.minimum(height, jnp.round(width / nearest)), jnp.minimum(width, jnp.round(height * nearest))
+
+    def side_and_place(
+        key: PRNGKeyArray, tried: Float[Array, "batch tries"], instead: Float[Array, "batch"], of: Int[Array, "batch"]
+    ) -> tuple[Int32[Array, "batch"], Int32[Array, "batch"]]:
+        side = jnp.where(found, jnp.take_along_axis(tried, first[:, None], axis=1)[:, 0], instead).astype(jnp.int32)
+        room = of - side
+        return side, jnp.where(found, jax.random.randint(key, room.shape, 0, room + 1), room // 2)
+
+    down, top = side_and_place(top_key, heights, largest[0], shapes[:, 0])
+    across, left = side_and_place(left_key, widths, largest[1], shapes[:, 1])
+    return jnp.stack([top, left, down, across], axis=1).astype(jnp.int32)
 
 
 def _uniform(key: PRNGKeyArray, shape: tuple[int, ...], low: float, high: float) -> Float[Array, "..."]:
@@ -192,20 +200,15 @@ AUGMENTATIONS: dict[str, Callable[[PRNGKeyArray, Images], Images]] = {
 KEYS = ("flip", "crop", "cutout", RESIZED_CROP, "color-jitter")
 
 
-def augment(
-    key: PRNGKeyArray, images: Images, names: Sequence[str], side: int | None = None
-) -> UInt8[Array, "batch side side 3"]:
+def augment(key: PRNGKeyArray, images: Images, names: Sequence[str]) -> Images:
     """Applies the named augmentations to a batch, always in the order of `AUGMENTATIONS`.
 
     Args:
       key: source of all randomness; each function has its own key, so leaving one out does not change the others.
-      images: uint8 pixels; their dtype is kept, and their shape unless `side` is another.
+      images: square uint8 images; their shape and dtype are kept.
       names: keys of `AUGMENTATIONS`.
-      side: side of the result of `random-resized-crop` in pixels; that of the images if None.
     """
     for name, function in AUGMENTATIONS.items():
         if name in names:
-            own_key = jax.random.fold_in(key, KEYS.index(name))
-            resizes = name == RESIZED_CROP
-            images = random_resized_crop(own_key, images, side) if resizes else function(own_key, images)
+            images = function(jax.random.fold_in(key, KEYS.index(name)), images)
     return images
