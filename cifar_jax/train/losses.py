@@ -80,10 +80,11 @@ def weighted_cross_entropy(weights: Float[np.ndarray, "classes"], label_smoothin
 
 
 def balanced_weights(labels: Int[np.ndarray, "n"], num_classes: int) -> Float[np.ndarray, "classes"]:
-    """Weights of classes in inverse proportion to their numbers of examples: `n / (classes * count)`, mean 1.
+    """Weights of classes in inverse proportion to their numbers of examples: `n / (classes * count)`.
 
-    As in scikit-learn's `class_weight="balanced"`, `classes` are those that have examples. A class without any has
-    the weight 0: nothing was learnt about it, and examples of it in another split do not count in the loss.
+    As in scikit-learn's `class_weight="balanced"`, `classes` are those that have examples, so that the mean weight of
+    an example is 1. A class without any has the weight 0: nothing was learnt about it, and examples of it in another
+    split do not count in the loss.
     """
     counts = np.bincount(labels, minlength=num_classes)
     return np.where(counts > 0, len(labels) / ((counts > 0).sum() * np.maximum(counts, 1)), 0.0)
