@@ -1,7 +1,7 @@
 """Facts about one data set, and a contact sheet of it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
