@@ -167,8 +167,9 @@ def info(arguments: list[str], reporter: ConsoleReporter) -> int:
         return _clear_cache(options, reporter)
     if options.topic not in INFO_TOPICS:
         return _info_data(options, reporter)
-    if options.sheet:
-        raise UserError("--sheet goes with a data set; name one, as `info cifar10 --sheet cifar10.png`.")
+    of_data = {"sheet": options.sheet, "seed": options.seed, "label-key": options.label_key}
+    if given := [name for name, value in (of_data | {"skip-unreadable": options.skip_unreadable}).items() if value]:
+        raise UserError(f"--{given[0]} goes with a data set; name one, as `info cifar10`, or leave it out.")
     about = collect(options.topic, options.data_dir, options.cache_dir)
     if options.json:
         print(json.dumps(about))
@@ -187,7 +188,9 @@ def info(arguments: list[str], reporter: ConsoleReporter) -> int:
 
 def _info_data(options: InfoOptions, reporter: ConsoleReporter) -> int:
     from cifar_jax.cli.info_data import describe, load, write_contact_sheet
+    from cifar_jax.config import TrainConfig
 
+    TrainConfig(seed=options.seed)  # checks it
     names = ("data_dir", "cache_dir", "seed", "label_key", "skip_unreadable")
     splits = load(options.topic, INFO_TOPICS, **{name: getattr(options, name) for name in names})
     about = describe(splits)

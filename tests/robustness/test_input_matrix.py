@@ -93,7 +93,11 @@ OTHERS = {
         ["RUN", "IMAGE"],
         COMMON | {"direct": NO_FLAG, "allow_incomplete": NO_FLAG, "weights": WEIGHTS},
     ),
-    "info": (InfoOptions, [], COMMON | {"clear": [*NO_FLAG, None]}),
+    "info": (
+        InfoOptions,
+        ["shapes"],
+        COMMON | {"clear": [*NO_FLAG, None], "seed": TRAIN["seed"], "label_key": ["fine"], "skip_unreadable": NO_FLAG},
+    ),
     "convert": (
         ConvertOptions,
         ["WEIGHTS", "NEW.h5"],
@@ -109,7 +113,7 @@ OTHERS = {
     ),
 }
 # Options that name files or directories, tested in the second half of this file.
-PATHS = {"data_dir", "cache_dir", "out", "config", "profile", "run", "images", "src", "dst", "file"}
+PATHS = {"data_dir", "cache_dir", "out", "config", "profile", "run", "images", "src", "dst", "file", "sheet"}
 
 
 @pytest.fixture(autouse=True)
