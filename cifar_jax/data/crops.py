@@ -1,14 +1,16 @@
 """Random resized crops of pictures, cut from the whole picture while it is decoded."""
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
-from jaxtyping import Int32, PRNGKeyArray, UInt8
+from jaxtyping import Int32, UInt8
 
 from cifar_jax.data.augment import crop_boxes
 from cifar_jax.data.pictures import Resized, sizes_of
 from cifar_jax.data.resize import FILTERS
+from cifar_jax.rng import stream_key
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,24 @@ class RandomCrops(Resized):
     are weaker by the last column, as small crops are enlarged twice, and never show what lies outside the centre.
 
     Attributes:
-      key: key of the crops; epochs are folded in.
-      boxes: top, left, height and width of the rectangle of each picture in pixels.
+      seed: seed of the rectangles.
+      epoch: epoch of training, from zero, which has its own rectangles.
     """
 
-    key: PRNGKeyArray
-    boxes: Int32[np.ndarray, "n 4"]
+    seed: int = 0
+    epoch: int = 0
 
     def of_epoch(self, epoch: int) -> "RandomCrops":
-        """Returns the pictures with the rectangles of an epoch, which depend on the key, the epoch and the row."""
-        return random_crops(self, self.key, epoch)
+        """Returns the pictures with the rectangles of an epoch, which depend on the seed, the epoch and the row."""
+        images = replace(self, epoch=epoch)
+        _ = images.boxes  # drawn here, before many threads ask for them
+        return images
+
+    @functools.cached_property
+    def boxes(self) -> Int32[np.ndarray, "n 4"]:
+        """Top, left, height and width of the rectangle of each picture in pixels."""
+        shapes = np.ascontiguousarray(sizes_of(self.source)[:, ::-1])
+        return np.asarray(_crop_boxes(jax.random.fold_in(stream_key(self.seed, "crops"), self.epoch), shapes))
 
     def image(self, row: int) -> UInt8[np.ndarray, "side side 3"]:
         """Reads one image; raises ImageError as `Resized` does."""
@@ -46,11 +56,4 @@ class RandomCrops(Resized):
         return np.asarray(cut.resize((self.resize.side,) * 2, FILTERS[self.resize.interpolation]), np.uint8)
 
 
-def random_crops(images: Resized, key: PRNGKeyArray, epoch: int = 0) -> RandomCrops:
-    """Random crops of pictures in an epoch, resized to the side and by the filter of their evaluation."""
-    shapes = np.ascontiguousarray(sizes_of(images.source)[:, ::-1])
-    boxes = np.asarray(_boxes(jax.random.fold_in(key, epoch), shapes))
-    return RandomCrops(images.source, images.resize, key, boxes)
-
-
-_boxes = jax.jit(crop_boxes)
+_crop_boxes = jax.jit(crop_boxes)

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from cifar_jax.config import TrainConfig
 from cifar_jax.config.option_groups import DEFAULTS, OF_A_RESNET
 from cifar_jax.data.augment import RESIZED_CROP, augment as augment_images
-from cifar_jax.data.crops import random_crops
+from cifar_jax.data.crops import RandomCrops
 from cifar_jax.data.pictures import Resized
 from cifar_jax.errors import UserError
 from cifar_jax.features.extraction import Extracted, dataset_features
@@ -264,7 +264,7 @@ def cropped_when_read(images: Any, names: tuple[str, ...], seed: int) -> tuple[A
       resized crops and the images are pictures of any size.
     """
     if RESIZED_CROP in names and isinstance(images, Resized) and images.resize.method == "eval-transform":
-        return random_crops(images, stream_key(seed, "crops")), tuple(n for n in names if n != RESIZED_CROP)
+        return RandomCrops(images.source, images.resize, seed), tuple(n for n in names if n != RESIZED_CROP)
     return images, names
 
 

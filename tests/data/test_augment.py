@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
+from cifar_jax.config import TrainConfig
 from cifar_jax.data.augment import (
     AUGMENTATIONS,
     GREY,
@@ -18,6 +19,7 @@ from cifar_jax.data.augment import (
     random_flip,
     random_resized_crop,
 )
+from cifar_jax.errors import UserError
 from cifar_jax.train.from_config import image_augmentation
 from cifar_jax.train.task import Batch
 
@@ -71,6 +73,13 @@ def test_augment_is_determined_by_the_key(images):
     first, again, other = (changed(jax.random.fold_in(KEY, step)) for step in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert np.asarray(first != other).any()
+
+
+def test_crop_and_random_resized_crop_are_refused_together():
+    with pytest.raises(UserError, match="crop and random-resized-crop each choose a part of an image; leave one"):
+        TrainConfig(mode="live", augment=("crop", "random-resized-crop"))
+    with pytest.raises(UserError, match="--augment needs the pixels at every step"):
+        TrainConfig(mode="cached", augment=("random-resized-crop",))
 
 
 def test_augmentations_draw_independently(images):

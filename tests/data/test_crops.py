@@ -1,18 +1,16 @@
 """Random crops of pictures while they are decoded: what they show, and what they depend on."""
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_jax.data.crops import random_crops
+from cifar_jax.data.crops import RandomCrops
 from cifar_jax.data.pictures import Resized
 from cifar_jax.data.pipeline import batch_reader
 from cifar_jax.data.resize import Resize
 from cifar_jax.data.sources.folder import load_folder
 from cifar_jax.train.from_config import cropped_when_read
 
-KEY = jax.random.key(3)
 RESIZE = Resize("eval-transform", 32, 36, "bicubic")
 
 
@@ -29,8 +27,12 @@ def images(tmp_path_factory):
     return Resized(load_folder(root).train.images, RESIZE)
 
 
+def crops_of(images, seed=3):
+    return RandomCrops(images.source, images.resize, seed)
+
+
 def test_each_image_is_its_rectangle_of_the_whole_picture(images):
-    cut = random_crops(images, KEY)
+    cut = crops_of(images)
     assert cut.shape == images.shape == (4, 32, 32, 3)
     for row, (top, left, height, width) in enumerate(cut.boxes.tolist()):
         picture = images.picture(row)
@@ -40,16 +42,16 @@ def test_each_image_is_its_rectangle_of_the_whole_picture(images):
 
 
 def test_an_epoch_has_its_own_rectangles_whatever_came_before(images):
-    cut = random_crops(images, KEY)
+    cut = crops_of(images)
     np.testing.assert_array_equal(cut.of_epoch(2).boxes, cut.of_epoch(1).of_epoch(2).boxes)
     np.testing.assert_array_equal(cut.of_epoch(0).boxes, cut.boxes)
     assert (cut.of_epoch(1).boxes != cut.boxes).any(axis=1).all()
-    assert (random_crops(images, jax.random.key(4)).boxes != cut.boxes).any()
+    assert (crops_of(images, 4).boxes != cut.boxes).any()
 
 
 def test_batches_are_read_as_their_epoch_crops_them(images):
     """From the middle of an epoch too, as a resumed run begins."""
-    cut, rows = random_crops(images, KEY), [np.array([3, 1]), np.array([0, 2])]
+    cut, rows = crops_of(images), [np.array([3, 1]), np.array([0, 2])]
     read = batch_reader(cut, lambda epoch: rows)
     for epoch, step in ((1, 1), (0, 0), (0, 1), (1, 0), (1, 1)):
         np.testing.assert_array_equal(read(epoch, step), cut.of_epoch(epoch)[rows[step]])
