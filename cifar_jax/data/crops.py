@@ -17,17 +17,19 @@ from cifar_jax.rng import stream_key
 class RandomCrops(Resized):
     """Pictures of which a random rectangle is cut out and resized to a square, another one in every epoch.
 
-    Cutting on the host was measured against cutting inside jit, by `random_resized_crop`, from squares 1.25 times as
-    large as the network's input (250 photos of up to 500 pixels; two cores, medians of five interleaved passes):
+    Cutting on the host was measured against decoding squares 1.25 times as large as the network's input, out of which
+    `random_resized_crop` cuts inside jit: 250 photos of up to 500 pixels, batches of 64, two cores that others used
+    too, medians of 12 interleaved pairs; an image takes the host 2 ms to decode in either.
 
-    | side | host, ms of one core an image | square for the device, ms | on the device (CPU), ms | its sharpness |
-    |---|---|---|---|---|
-    | 64 | 2.8 (decoding alone 2.6) | 3.8 | 0.1 | 0.79 |
-    | 128 | 2.6 (2.1) | 2.9 | 0.7 | 0.80 |
-    | 224 | 2.6 (1.9) | 3.4 | 3.3 | 0.85 |
+    | side | host: images/s | ms of a core | squares: images/s | ms of a core | and on the device (a CPU) | sharpness |
+    |---|---|---|---|---|---|---|
+    | 64 | 141 | 2.7 | 115 | 3.2 | 0.1 ms | 0.79 |
+    | 128 | 166 | 2.6 | 131 | 3.5 | 0.7 ms | 0.80 |
+    | 224 | 157 | 3.0 | 97 | 4.5 | 3.3 ms | 0.85 |
 
-    The host resizes fewer pixels, and takes them from the picture itself: crops out of the squares have gradients that
-    are weaker by the last column, as small crops are enlarged twice, and never show what lies outside the centre.
+    The host resizes fewer pixels, and takes them from the picture itself. Crops out of the squares have gradients that
+    are weaker by the last column, as small crops are enlarged again, and never show what lies outside the centre.
+    Squares of other sizes: 1 to 2 times the input, 0.72 to 0.92.
 
     Attributes:
       seed: seed of the rectangles.
