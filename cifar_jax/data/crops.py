@@ -28,7 +28,8 @@ class RandomCrops(Resized):
     | 224 | 157 | 3.0 | 97 | 4.5 | 3.3 ms | 0.85 |
 
     The host resizes fewer pixels, and takes them from the picture itself. Crops out of the squares have gradients that
-    are weaker by the last column, as small crops are enlarged again, and never show what lies outside the centre.
+    are weaker by the factor in the last column, as small crops are enlarged again, and never show what lies outside the
+    centre.
     Squares of other sizes: 1 to 2 times the input, 0.72 to 0.92.
 
     Attributes:
