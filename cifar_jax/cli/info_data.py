@@ -13,6 +13,7 @@ from cifar_jax.data.describe import class_warnings, original_sizes, range_words,
 from cifar_jax.data.load import TAKES, check_name, load_splits
 from cifar_jax.data.pictures import Pictures
 from cifar_jax.data.resize import choose_resize
+from cifar_jax.data.sources.tfds import prepared_names
 from cifar_jax.errors import UserError, did_you_mean
 from cifar_jax.models.preprocess import EvalTransform
 from cifar_jax.report.plots import plot_contact_sheet, save_figure
@@ -70,11 +71,14 @@ def load(name: str, topics: tuple[str, ...], **options: Any) -> Splits:
     Raises:
       UserError: if there is no such topic or data set, or it cannot be loaded.
     """
+    path, data_dir = os.path.expanduser(name), options["data_dir"]
     try:
-        check_name(name, options["data_dir"])
+        check_name(name, data_dir)
     except UserError as error:
+        if os.path.isdir(path) or any(one.startswith(f"{name}/") for one in prepared_names(data_dir)):
+            raise  # a data set that is not as it should be
         problem = f"There is no topic or data set {name!r}.{did_you_mean(name, [*topics, 'shapes', 'cifar10'])}"
-        if os.path.isfile(os.path.expanduser(name)):
+        if os.path.isfile(path):
             problem = f"{name} is a file, but not an .npz file."
         raise UserError(f"{problem} info takes {', '.join(topics)}, or a data set: {TAKES}.") from error
     return load_splits(name, **options)

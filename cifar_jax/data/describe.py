@@ -38,7 +38,7 @@ def range_words(sizes: Int32[np.ndarray, "n 2"]) -> str:
 
 
 def class_warnings(labels: Int[np.ndarray, "n"], class_names: Sequence[str], weighted: bool = False) -> list[str]:
-    """Warnings of classes with very different numbers of training images, and of classes with few.
+    """Warnings of classes with very different numbers of training images, and of classes with few, but not without any.
 
     `weighted` says that the classes already have weights in the loss.
     """
@@ -52,7 +52,7 @@ def class_warnings(labels: Int[np.ndarray, "n"], class_names: Sequence[str], wei
             f"{counts[smallest]:,} of {class_names[smallest]}. Consider --class-weights balanced, and look at the "
             "scores of each class."
         )
-    if few := [label for label in np.argsort(counts, kind="stable").tolist() if counts[label] < FEW_IMAGES]:
+    if few := [label for label in np.argsort(counts, kind="stable").tolist() if 0 < counts[label] < FEW_IMAGES]:
         names = ", ".join(f"{class_names[label]} ({counts[label]})" for label in few[:SHOWN_CLASSES])
         more = f" and {len(few) - SHOWN_CLASSES:,} more" if len(few) > SHOWN_CLASSES else ""
         found.append(

@@ -79,6 +79,8 @@ def test_what_is_neither_topic_nor_data_set_is_refused_with_the_topics(tmp_path,
     is_one_error(command(capsys, "info", "wieghts"), 2, "no topic or data set 'wieghts'. Did you mean weights?", topics)
     (tmp_path / "notes.txt").write_text("notes")
     is_one_error(command(capsys, "info", tmp_path / "notes.txt"), 2, "is a file, but not an .npz file", topics)
+    (tmp_path / "empty").mkdir()
+    is_one_error(command(capsys, "info", tmp_path / "empty"), 2, "has no folders of pictures")
     is_one_error(command(capsys, "info", "--sheet", "x.png"), 2, "--sheet goes with a data set")
 
 

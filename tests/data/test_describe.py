@@ -33,7 +33,7 @@ def test_classes_are_imbalanced_over_ten_to_one(smallest, warns):
 def test_classes_with_few_images_are_named_smallest_first():
     assert class_warnings(np.repeat([0, 1], [10, 10]), ("a", "b")) == []
     (warning,) = class_warnings(np.repeat([0, 2], [9, 3]), ("a", "b", "c"))
-    assert warning == "Fewer than 10 training images of b (0), c (3), a (9); add some, or expect little accuracy there."
+    assert warning == "Fewer than 10 training images of c (3), a (9); add some, or expect little accuracy there."
     (warning,) = class_warnings(np.repeat(np.arange(8), 5), tuple("abcdefgh"))
     assert "of a (5), b (5), c (5), d (5), e (5) and 3 more;" in warning
 
