@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.data.describe import class_words, original_sizes, range_words, split_words
 from cifar_jax.errors import UserError
 from cifar_jax.models.head import Head
 from cifar_jax.pretrained import AnyBackbone
@@ -30,7 +31,13 @@ from cifar_jax.runtime.signals import Signals
 from cifar_jax.runtime.timing import Clock
 from cifar_jax.train.evaluate import EvalResult
 from cifar_jax.train.from_config import Parts, Training, check_parts, prepare
-from cifar_jax.train.load_inputs import Inputs, load_inputs, require_same_inputs_everywhere, warn_of_shared_images
+from cifar_jax.train.load_inputs import (
+    Inputs,
+    load_inputs,
+    require_same_inputs_everywhere,
+    warn_of_classes,
+    warn_of_shared_images,
+)
 from cifar_jax.train.loop import fit
 from cifar_jax.train.losses import LossFn
 from cifar_jax.train.rehearsal import state_shapes
@@ -98,6 +105,7 @@ def train(
         if found["inputs"]:
             require_same_inputs(out, RunInputs(*found["inputs"]), RunInputs(inputs.digests(), names))
         warn_of_shared_images(inputs.data)
+        warn_of_classes(config, inputs.data)
         reporter.header(_header(config, inputs, names, out, mesh.size))
         _rehearse(config, inputs, parts, mesh, out, progress)
         if progress.position > (0, 0):
@@ -211,16 +219,20 @@ def _check(config: TrainConfig, parts: Parts, mesh: Mesh) -> None:
 
 def _header(config: TrainConfig, inputs: Inputs, parts: Mapping[str, str], out: Path, devices: int) -> dict[str, str]:
     data, backbone, image_size = inputs
-    counts = f"{len(data.train.labels):,} training, {len(data.val.labels):,} {data.val_name}"
+    optim, names = config.optim, data.splits.class_names
+    val = {"validation" if data.splits.val else data.val_name: len(data.val.labels)} if data.held_out else {}
+    counts = {"training": len(data.train.labels)} | val | {"test": len(data.test.labels)}
+    title, sizes = f"{data.splits.name} {data.splits.version}".strip(), range_words(original_sizes(data.parts))
+    validation = "test images, as in the notebook (hold some out with --val-fraction)"
     if data.held_out:
-        counts += f", {len(data.test.labels):,} test"
-    optim = config.optim
-    chosen = "held-out training images" if data.held_out else "test images (hold some out with --val-fraction)"
+        validation = "the data set's own validation images" if data.splits.val else "held-out training images"
     sgd = f", SGD {optim.learning_rate:g}" + (f", momentum {optim.momentum:g}" if optim.momentum else "")
     replaced = ", ".join(f"{part} {name}" for part, name in parts.items())
     return {
-        "data": f"{data.splits.name} {data.splits.version}: {counts} images",
-        "val_ figures": f"of the {chosen}",
+        "data": f"{title}: {class_words(names)}, {split_words(counts)}, {sizes}",
+        "resize": data.resize.words(image_size),
+        **({"notes": "; ".join(data.splits.notes)} if data.splits.notes else {}),
+        "validation": validation,
         "weights": f"{backbone.source}, SHA-256 {backbone.sha256[:16]}",
         "variant": f"{backbone.variant}; {backbone.input_words(image_size)}",
         "device": f"{device_description(devices)}, {config.backbone.precision}",

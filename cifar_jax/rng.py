@@ -6,7 +6,7 @@ from jaxtyping import PRNGKeyArray
 # Append only: a stream's position in this list determines the key that a seed gives it.
 STREAMS = (
     *("init", "order", "step", "hold_out", "backbone", "train_subset", "test_subset", "pictures", "augment"),
-    "test_split",
+    *("test_split", "crops"),
 )
 
 

@@ -16,6 +16,7 @@ from cifar_jax.cli.console import ConsoleReporter
 from cifar_jax.cli.errors import print_error, reason_for_peers
 from cifar_jax.cli.escape import printable
 from cifar_jax.cli.options import (
+    INFO_TOPICS,
     ConvertOptions,
     EvaluateOptions,
     FeaturesOptions,
@@ -157,13 +158,18 @@ def _check_order(options: PredictOptions) -> None:
 
 
 def info(arguments: list[str], reporter: ConsoleReporter) -> int:
-    """Shows the versions, devices, weights and data sets of this machine, or the contents of the cache."""
+    """Shows the versions, devices, weights and data sets of this machine, the contents of the cache, or a data set."""
     options = parse(InfoOptions, arguments, "info")
     from cifar_jax.cli.info import collect
     from cifar_jax.runtime.machine_info import unused_accelerator
 
     if options.clear:
         return _clear_cache(options, reporter)
+    if options.topic not in INFO_TOPICS:
+        return _info_data(options, reporter)
+    of_data = {"sheet": options.sheet, "seed": options.seed, "label-key": options.label_key}
+    if given := [name for name, value in (of_data | {"skip-unreadable": options.skip_unreadable}).items() if value]:
+        raise UserError(f"--{given[0]} goes with a data set; name one, as `info cifar10`, or leave it out.")
     about = collect(options.topic, options.data_dir, options.cache_dir)
     if options.json:
         print(json.dumps(about))
@@ -177,6 +183,32 @@ def info(arguments: list[str], reporter: ConsoleReporter) -> int:
             reporter.table(part)
         else:
             reporter.header(part)
+    return 0
+
+
+def _info_data(options: InfoOptions, reporter: ConsoleReporter) -> int:
+    from cifar_jax.cli.info_data import describe, load, write_contact_sheet
+    from cifar_jax.config import TrainConfig
+
+    TrainConfig(seed=options.seed)  # checks it
+    names = ("data_dir", "cache_dir", "seed", "label_key", "skip_unreadable")
+    splits = load(options.topic, INFO_TOPICS, **{name: getattr(options, name) for name in names})
+    about = describe(splits)
+    for warning in about.warnings:
+        logger.warning(warning)
+    sheet = options.sheet or ("" if options.json else f"{splits.name.replace('/', '-')}-contact-sheet.png")
+    if sheet:
+        try:
+            write_contact_sheet(splits, Path(sheet), options.seed)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{sheet} cannot be written ({reason}); name another file with --sheet.") from error
+    if options.json:
+        print(json.dumps(about.to_json()))
+        return 0
+    reporter.header(about.lines() | {"contact sheet": sheet})
+    reporter.out.print()
+    reporter.table(about.table())
     return 0
 
 

@@ -58,14 +58,30 @@ class PredictOptions(Common):
     """path of the run's backbone weights, if they have moved since the run"""
 
 
+INFO_TOPICS = ("all", "environment", "weights", "data", "devices", "cache")
+
+
 @dataclass(frozen=True)
 class InfoOptions(Common):
-    """Show versions, devices, known weights and local data sets, or the contents of the cache."""
+    """Show versions, devices, known weights and local data sets, the contents of the cache, or what a data set holds.
 
-    topic: tyro.conf.Positional[Literal["all", "environment", "weights", "data", "devices", "cache"]] = "all"
-    """topic to show; all shows environment, weights and data"""
+    A data set is described as `train` would find it, and a contact sheet of it is written.
+    """
+
+    topic: tyro.conf.Positional[str] = "all"
+    """all (environment, weights and data), environment, weights, data, devices, cache; or a data set, as --dataset of
+    `train` takes it"""
     clear: bool = False
     """with `info cache`: delete cached features, decoded images and compiled functions, but no downloaded weights"""
+    sheet: str | None = None
+    """data set: PNG file to write the contact sheet to, which is replaced; if omitted, NAME-contact-sheet.png, and none
+    with --json"""
+    seed: int = 0
+    """data set: random seed of the images on the contact sheet, and of held-out test images"""
+    label_key: str | None = None
+    """data set: name of the label to learn, where a TFDS set has several"""
+    skip_unreadable: bool = False
+    """data set: leave out pictures of a folder that cannot be read"""
     data_dir: str | None = None
     """TFDS data directory; if omitted, $TFDS_DATA_DIR or ~/tensorflow_datasets"""
     cache_dir: str | None = None

@@ -38,8 +38,10 @@ class DataConfig:
     """eval-transform: filter of the resize; auto takes that of the weights"""
     shuffle: bool = True
     """reshuffle the training images every epoch"""
-    augment: tuple[Literal["flip", "crop", "cutout"], ...] = ()
-    """random augmentations of training images: flip, crop (padding 4), cutout (grey square); not with --mode cached"""
+    augment: tuple[Literal["flip", "crop", "cutout", "random-resized-crop", "color-jitter"], ...] = ()
+    """random augmentations of training images: flip, crop (padding 4), cutout (grey square), random-resized-crop (8 to
+    100 % of the area, in place of crop), color-jitter (brightness, contrast and saturation by up to 40 %); not with
+    --mode cached"""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class OptimConfig:
     """epochs of linear warmup to the learning rate, with --schedule cosine; must be below --epochs"""
     label_smoothing: float = 0.0
     """label smoothing, at least 0 and below 1; the reported training loss includes it"""
+    class_weights: Literal["none", "balanced"] = "none"
+    """weights of the classes in the loss, also in that of validation and test images; balanced: in inverse proportion
+    to the number of training images of a class"""
     clip_norm: float | None = None
     """clip gradients to this global norm (over all trained parameters)"""
     seed: int = 0

@@ -167,6 +167,8 @@ def _check_together(options: Mapping[str, Any]) -> None:
     """Raises UserError for options that contradict each other."""
     for _, message in _meaningless(options):
         raise UserError(message)
+    if {"crop", "random-resized-crop"} <= set(options["augment"]):
+        raise UserError("--augment crop and random-resized-crop each choose a part of an image; leave one of them out.")
     if options["resume"] and options["overwrite"]:
         raise UserError("--resume continues the run that --overwrite would delete; leave one of them out.")
     if options["resume"] and options["out"] is None:

@@ -83,9 +83,17 @@ class Resized:
         Raises:
           ImageError: if it cannot be read, or is not what it was when the data set was loaded.
         """
+        return self.resize(self.picture(row))
+
+    def picture(self, row: int) -> Image.Image:
+        """Reads one picture as it is; raises ImageError as `image` does."""
         if isinstance(self.source, Pictures):
-            return self.resize(self.source.read(int(self.source.rows[row])))
-        return self.resize(Image.fromarray(self.source[row]))
+            return self.source.read(int(self.source.rows[row]))
+        return Image.fromarray(self.source[row])
+
+    def of_epoch(self, epoch: int) -> "Resized":
+        """Returns the images as they are in an epoch of training, counted from zero: here the same in all."""
+        return self
 
     def __getitem__(self, rows: Any) -> UInt8[np.ndarray, "..."]:
         """Reads an image, or the images of a slice or an array of rows."""

@@ -84,7 +84,7 @@ def batch_reader(
     def read(epoch: int, step: int) -> UInt8[np.ndarray, "m h w 3"]:
         nonlocal ahead, following
         if (epoch, step) != following:
-            ahead = read_batches(images, batches_of(epoch)[step:])
+            ahead = read_batches(images.of_epoch(epoch), batches_of(epoch)[step:])
         following = epoch, step + 1
         found: UInt8[np.ndarray, "m h w 3"] = next(ahead)
         return found

@@ -8,7 +8,7 @@ import numpy as np
 from cifar_jax.config import TrainConfig
 from cifar_jax.data.dataset import Dataset, Digests, Splits, hold_out
 from cifar_jax.data.load import load_splits
-from cifar_jax.data.pictures import content_digests, sizes_of
+from cifar_jax.data.pictures import sizes_of
 from cifar_jax.data.resize import Resize, choose_resize
 from cifar_jax.errors import UserError
 from cifar_jax.models.preprocess import EvalTransform
@@ -53,13 +53,6 @@ class RunData(NamedTuple):
     def val_name(self) -> str:
         """The split of the validation images for display: `held-out` or `test`."""
         return self.val_split.replace("_", "-")
-
-
-def images_in_both(train: Dataset, other: Dataset) -> int:
-    """Counts the images of `other` whose content is that of a training image."""
-    known, others = ([digest.tobytes() for digest in content_digests(part.images)] for part in (train, other))
-    in_training = set(known)
-    return sum(digest in in_training for digest in others)
 
 
 def load_data(config: TrainConfig, image_size: int, transform: EvalTransform | None = None) -> RunData:

@@ -1,4 +1,4 @@
-"""Figures of a training run: samples, curves, predictions and the confusion matrix.
+"""Figures: samples, curves, predictions and the confusion matrix of a training run; contact sheets of data sets.
 
 Every `plot_*` function returns a new `matplotlib.figure.Figure` without pyplot and without changing matplotlib's global
 settings; `save_figure` writes one to disk. Images are uint8 [n, height, width, 3], labels are class indices [n]. Font
@@ -28,6 +28,8 @@ from PIL import Image
 from cifar_jax.files import replacing
 
 DPI, SAMPLE_COLUMNS, PREDICTION_COLUMNS = 160, 10, 8
+SHEET_SIDE, SHEET_GAP, SHEET_NAME = 128, 8, 32  # of a contact sheet; the last is a number of characters
+SHEET_GREY = 235  # shows where an image ends
 FONT, TEXT, SMALL = "DejaVu Sans", 8, 7  # a font that ships with matplotlib, so that figures look the same everywhere
 INK, RIGHT, WRONG = "#222222", "#1b7837", "#b2182b"
 TRAINING, VALIDATION = "#0072b2", "#d55e00"  # from Okabe and Ito's colour-blind safe palette
@@ -197,6 +199,39 @@ def plot_confusion(
 
 
 @_paper_style()
+def plot_contact_sheet(rows: Mapping[str, Sequence[UInt8[np.ndarray, "height width 3"]]]) -> Figure:
+    """Draws images of any size in a row for each class, whose name is at the left; no image is cropped.
+
+    Args:
+      rows: images by class name.
+
+    Raises:
+      ValueError: if there are no images.
+    """
+    columns = max(map(len, rows.values()), default=0)
+    if not columns:
+        raise ValueError("A contact sheet needs at least one image.")
+    pitch = SHEET_SIDE + SHEET_GAP
+    names = [name if len(name) <= SHEET_NAME else f"{name[: SHEET_NAME - 3]}..." for name in rows]
+    left = ceil(max(map(_width, names))) + 3 * SHEET_GAP
+    width, height = columns * pitch - SHEET_GAP, len(rows) * pitch - SHEET_GAP
+    sheet = np.full((height, width, 3), 255, np.uint8)
+    for row, images in enumerate(rows.values()):
+        for column, image in enumerate(images):
+            top, start = row * pitch, column * pitch
+            sheet[top : top + SHEET_SIDE, start : start + SHEET_SIDE] = _letterboxed(image, SHEET_SIDE)
+    figure = Figure(((left + width + SHEET_GAP) / DPI, (height + 2 * SHEET_GAP) / DPI), DPI)
+    panel = _place_axes(figure, left, SHEET_GAP, width, height)
+    panel.imshow(sheet, interpolation="nearest", aspect="auto")
+    panel.set_axis_off()
+    for row, name in enumerate(names):
+        middle = 1 - (SHEET_GAP + row * pitch + SHEET_SIDE / 2) / figure.bbox.height
+        x = (left - SHEET_GAP) / figure.bbox.width
+        figure.text(x, middle, name, ha="right", va="center", fontsize=SMALL)
+    return figure
+
+
+@_paper_style()
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure atomically as a PNG; the same figure gives the same bytes.
 
@@ -244,6 +279,17 @@ def _shrunk(image: UInt8[np.ndarray, "height width 3"], side: int) -> UInt8[np.n
     picture = Image.fromarray(image)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     return np.asarray(picture)
+
+
+def _letterboxed(image: UInt8[np.ndarray, "height width 3"], side: int) -> UInt8[np.ndarray, "side side 3"]:
+    """Fits a whole image into a grey square: reduced, or enlarged by an integer factor."""
+    small = _shrunk(image, side)
+    factor = max(1, side // max(small.shape))
+    shown = small.repeat(factor, axis=0).repeat(factor, axis=1)
+    square = np.full((side, side, 3), SHEET_GREY, np.uint8)
+    top, left = ((side - length) // 2 for length in shown.shape[:2])
+    square[top : top + shown.shape[0], left : left + shown.shape[1]] = shown
+    return square
 
 
 def _draw_grid(blocks: list[list[Tile]], columns: int, side: int, left: int, top: int) -> Figure:

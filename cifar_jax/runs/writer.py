@@ -250,12 +250,17 @@ class RunWriter:
 
 
 def _scores(name: str, result: EvalResult, class_names: Sequence[str]) -> dict[str, Any]:
+    """Scores of a split by key; a figure that is undefined, such as the recall of no examples, becomes null."""
     interval = wilson_interval(result.accuracy, result.num)
+    figures = {name: getattr(result, name).tolist() for name in ("precision", "recall", "f1", "support")}
+    by_class = [dict(zip(figures, row, strict=True)) for row in zip(*figures.values(), strict=True)]
     return {
         f"{name}_loss": result.loss,
         f"{name}_accuracy": result.accuracy,
         f"{name}_accuracy_interval_95": list(interval),
+        f"{name}_balanced_accuracy": result.balanced_accuracy,
         f"{name}_class_accuracy": dict(zip(class_names, result.class_accuracy.tolist(), strict=True)),
+        f"{name}_classes": dict(zip(class_names, by_class, strict=True)),
         f"{name}_confusion": result.confusion.tolist(),
     }
 

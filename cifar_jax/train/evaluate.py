@@ -66,8 +66,36 @@ class EvalResult(NamedTuple):
     @property
     def class_accuracy(self) -> Float[np.ndarray, "classes"]:
         """Fraction of each class's examples that were classified correctly; NaN for a class without examples."""
-        totals = self.confusion.sum(axis=1)
-        return np.where(totals > 0, np.diag(self.confusion) / np.maximum(totals, 1), np.nan)
+        return _share(np.diag(self.confusion), self.support)
+
+    @property
+    def support(self) -> Int[np.ndarray, "classes"]:
+        """Number of examples of each class."""
+        return self.confusion.sum(axis=1)
+
+    @property
+    def recall(self) -> Float[np.ndarray, "classes"]:
+        """The same as `class_accuracy`."""
+        return self.class_accuracy
+
+    @property
+    def precision(self) -> Float[np.ndarray, "classes"]:
+        """Fraction of the predictions of each class that were correct; NaN for a class that was never predicted."""
+        return _share(np.diag(self.confusion), self.confusion.sum(axis=0))
+
+    @property
+    def f1(self) -> Float[np.ndarray, "classes"]:
+        """Harmonic mean of precision and recall; NaN for a class without examples that was never predicted."""
+        return _share(2 * np.diag(self.confusion), self.support + self.confusion.sum(axis=0))
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall over the classes that have examples."""
+        return float(self.recall[self.support > 0].mean())
+
+
+def _share(counts: Int[np.ndarray, "classes"], totals: Int[np.ndarray, "classes"]) -> Float[np.ndarray, "classes"]:
+    return np.where(totals > 0, counts / np.maximum(totals, 1), np.nan)
 
 
 EvalStep = Callable[[PyTree, PyTree, PyTree, Batch], EvalSums]

@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.config.option_groups import DEFAULTS, OF_A_RESNET
-from cifar_jax.data.augment import augment as augment_images
+from cifar_jax.data.augment import RESIZED_CROP, augment as augment_images
+from cifar_jax.data.crops import RandomCrops
+from cifar_jax.data.pictures import Resized
 from cifar_jax.errors import UserError
 from cifar_jax.features.extraction import Extracted, dataset_features
 from cifar_jax.features.extractor import default_batch_size
@@ -29,7 +32,7 @@ from cifar_jax.train.evaluate import Evaluate, make_evaluate
 from cifar_jax.train.finetune import trainable_backbone
 from cifar_jax.train.load_inputs import Inputs
 from cifar_jax.train.loop import Advance, EpochOrder, make_advance
-from cifar_jax.train.losses import LossFn, smoothed_cross_entropy
+from cifar_jax.train.losses import LossFn, loss_of
 from cifar_jax.train.memory import SHARE, device_bytes, largest_fitting, step_bytes
 from cifar_jax.train.optimizer import make_optimizer
 from cifar_jax.train.step import TrainState, TrainStep, first_not_finite, init_state, make_train_step
@@ -80,7 +83,8 @@ def compose(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, extra
     """Builds the task, loss and optimiser of a configuration, with `parts` replacing its own; see `prepare`."""
     task = make_task(config, inputs, parts, mesh, extracted)
     tx = make_optimizer(config, -(-len(inputs.data.train.labels) // config.optim.batch_size), parts.tx)
-    loss_fn = parts.loss_fn or smoothed_cross_entropy(config.optim.label_smoothing)
+    data = inputs.data
+    loss_fn = parts.loss_fn or loss_of(config, np.asarray(data.train.labels), len(data.splits.class_names))
     return Composed(task, loss_fn, tx, config.finetune.micro_batch)
 
 
@@ -107,6 +111,11 @@ def check_parts(config: TrainConfig, parts: Parts) -> None:
     if parts.augment and config.optim.mode == "cached":
         raise UserError(
             "augment needs the pixels at every step, which --mode cached sees only once; use --mode live or finetune."
+        )
+    if parts.loss_fn and config.optim.class_weights != "none":
+        raise UserError(
+            f"--class-weights {config.optim.class_weights} weights the cross-entropy that loss_fn= replaces; leave one "
+            "of them out."
         )
     for name, part in parts._asdict().items():
         expected, words, advice = TYPES[name]
@@ -234,7 +243,10 @@ def make_task(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, ext
         features = {name: Split(extracted.features[name], part.labels) for name, part in data.parts.items()}
         return cached_task(head_params, head, features)
     images = {name: Split(*part) for name, part in data.parts.items()}
-    augment = parts.augment or image_augmentation(config.data.augment)
+    augment = parts.augment
+    if not augment:
+        cut, in_step = cropped_when_read(data.train.images, config.data.augment, config.optim.seed)
+        images["train"], augment = images["train"]._replace(inputs=cut), image_augmentation(in_step)
     if config.optim.mode == "live":
         function = partial(extract, image_size=image_size, precision=config.backbone.precision)
         return live_task(head_params, head, replicate(mesh, backbone), function, images, augment)
@@ -242,6 +254,18 @@ def make_task(config: TrainConfig, inputs: Inputs, parts: Parts, mesh: Mesh, ext
     has_padding = any(count % mesh.size for count in counts)
     variables, trainable = trainable_backbone(config, backbone, image_size, mesh, has_padding)
     return finetune_task(head_params, head, variables, trainable, images, augment)
+
+
+def cropped_when_read(images: Any, names: tuple[str, ...], seed: int) -> tuple[Any, tuple[str, ...]]:
+    """Cuts random crops of pictures while they are decoded, instead of in the step.
+
+    Returns:
+      The training images, and the names of the augmentations that are left to the step: all, unless `names` has random
+      resized crops and the images are pictures of any size.
+    """
+    if RESIZED_CROP in names and isinstance(images, Resized) and images.resize.method == "eval-transform":
+        return RandomCrops(images.source, images.resize, seed), tuple(n for n in names if n != RESIZED_CROP)
+    return images, names
 
 
 def image_augmentation(names: tuple[str, ...]) -> Augment | None:

@@ -12,8 +12,8 @@ import numpy as np
 from cifar_jax.config import TrainConfig
 from cifar_jax.config.option_groups import OF_A_PROCESS
 from cifar_jax.data import Dataset, RunData, load_data
+from cifar_jax.data.describe import class_warnings, shared_warning
 from cifar_jax.data.pipeline import read_batches
-from cifar_jax.data.splits import images_in_both
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import UNTRAINED, AnyBackbone, Backbone, FunctionBackbone, load_backbone, random_backbone
 from cifar_jax.pretrained.formats.safetensors_file import to_bytes
@@ -118,6 +118,12 @@ def require_same_inputs_everywhere(config: TrainConfig, inputs: Inputs, parts: M
 
 def warn_of_shared_images(data: RunData) -> None:
     """Logs a warning if any validation images are also training images."""
-    if shared := images_in_both(data.train, data.val):
-        of = f"{shared:,} of {len(data.val.labels):,} {data.val_name} images"
-        logger.warning(f"{of} are identical to training images, so accuracy on them says little.")
+    if warning := shared_warning(data.train, data.val, data.val_name):
+        logger.warning(warning)
+
+
+def warn_of_classes(config: TrainConfig, data: RunData) -> None:
+    """Logs warnings of uneven classes, unless they have weights, and of classes with few training images."""
+    labels, weighted = np.asarray(data.train.labels), config.optim.class_weights != "none"
+    for warning in class_warnings(labels, data.splits.class_names, weighted):
+        logger.warning(warning)

@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int, Int32
 
+from cifar_jax.config import TrainConfig
 from cifar_jax.errors import UserError
 
 # Integer labels, or a distribution over the classes for each example, such as mixup produces.
@@ -54,3 +56,48 @@ def smoothed_cross_entropy(label_smoothing: float) -> LossFn:
         return (1 - label_smoothing) * cross_entropy(logits, labels) + label_smoothing * even
 
     return loss_fn
+
+
+def weighted_cross_entropy(weights: Float[np.ndarray, "classes"], label_smoothing: float = 0.0) -> LossFn:
+    """Cross-entropy in which each class has a weight: `-sum(weights * q * log p)` for a distribution `q` of labels.
+
+    That is PyTorch's `CrossEntropyLoss(weight=...)`, where label smoothing changes `q` before it is weighted. A mean
+    over examples divides by their number, as with Keras's `class_weight`, not by the sum of their weights.
+
+    Args:
+      weights: weight of each class.
+      label_smoothing: at least 0 and below 1.
+    """
+    by_class = np.asarray(weights, np.float32)
+
+    def loss_fn(logits: Float[Array, "batch classes"], labels: Labels) -> Float[Array, "batch"]:
+        log_probs = jax.nn.log_softmax(logits)
+        targets = jax.nn.one_hot(labels, len(by_class)) if labels.ndim == 1 else labels
+        smoothed = (1 - label_smoothing) * targets + label_smoothing / len(by_class)
+        return -(by_class * smoothed * log_probs).sum(axis=-1)
+
+    return loss_fn
+
+
+def balanced_weights(labels: Int[np.ndarray, "n"], num_classes: int) -> Float[np.ndarray, "classes"]:
+    """Weights of classes in inverse proportion to their numbers of examples: `n / (classes * count)`.
+
+    As in scikit-learn's `class_weight="balanced"`, `classes` are those that have examples, so that the mean weight of
+    an example is 1. A class without any has the weight 0: nothing was learnt about it, and examples of it in another
+    split do not count in the loss.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    return np.where(counts > 0, len(labels) / ((counts > 0).sum() * np.maximum(counts, 1)), 0.0)
+
+
+def loss_of(config: TrainConfig, labels: Int[np.ndarray, "n"], num_classes: int) -> LossFn:
+    """The loss function of a configuration, for training, validation and test images alike.
+
+    Args:
+      config: the configuration.
+      labels: labels of the training images, which class weights are computed from.
+      num_classes: number of classes.
+    """
+    if config.optim.class_weights == "balanced":
+        return weighted_cross_entropy(balanced_weights(labels, num_classes), config.optim.label_smoothing)
+    return smoothed_cross_entropy(config.optim.label_smoothing)

@@ -93,7 +93,10 @@ def test_invalid_option_values_are_refused(tmp_path, capsys, typed, parts):
         ("--clip-norm x", ["Error parsing --clip-norm: expected a number, got x."]),
         ("--hidden 512;256", ["Error parsing --hidden: expected a whole number, got 512;256."]),
         ("--hidden=", ["Error parsing --hidden: expected a whole number, got nothing."]),
-        ("--augment flip,turn", ["Error parsing --augment: expected one of flip, crop, cutout, got turn."]),
+        (
+            "--augment flip,turn",
+            ["Error parsing --augment: expected one of flip, crop, cutout, random-resized-crop, color-jitter, got"],
+        ),
         ("--epochs", ["Missing value for argument '--epochs'"]),
         ("--learning_rate", ["Missing value for argument", "--learning-rate"]),
         ("--mode eager", ["invalid choice 'eager' for argument '--mode'", "'cached', 'live', 'finetune'"]),

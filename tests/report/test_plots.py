@@ -283,6 +283,24 @@ def test_many_classes_drop_counts_and_thin_ticks() -> None:
     np.testing.assert_allclose(accuracy_bars(figure)[1], 100 * confusion.diagonal() / confusion.sum(axis=1))
 
 
+def test_a_contact_sheet_shows_whole_images_of_any_size() -> None:
+    red, blue = ([np.full((*size, 3), 0, np.uint8)] for size in ((300, 100), (10, 20)))
+    red[0][..., 0], blue[0][..., 2] = 255, 255
+    long = "a name of a class that is longer than it should be"
+    figure = plots.plot_contact_sheet({"red": 2 * red, long: blue})
+    assert [text.get_text() for text in figure.texts] == ["red", "a name of a class that is lon..."]
+    sheet = np.asarray(figure.axes[0].images[0].get_array())
+    assert sheet.shape == (128 + 8 + 128, 128 + 8 + 128, 3)
+    # Reduced to 128 pixels in height, and enlarged six times, in the middle of their squares.
+    rows, columns = np.nonzero((sheet[:128, :128] == [255, 0, 0]).all(axis=2))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 127, 42, 84)
+    rows, columns = np.nonzero((sheet[136:, :128] == [0, 0, 255]).all(axis=2))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (34, 93, 4, 123)
+    assert (sheet[136:, 128:] == 255).all()
+    with pytest.raises(ValueError, match="at least one image"):
+        plots.plot_contact_sheet({})
+
+
 SAMPLES = {"train_images": make_images(3), "train_labels": make_labels(3), "class_names": NAMES}
 SAMPLES |= {"val_images": make_images(3), "val_labels": make_labels(3)}
 PREDICTIONS = {"images": make_images(3), "labels": make_labels(3), "probs": make_probs(3), "class_names": NAMES}

@@ -49,8 +49,9 @@ TRAIN = {
     "schedule": ["linear", ""],
     "warmup_epochs": ["-1", "4", "1000", "nan", "x"],
     "label_smoothing": NO_SHARE,
+    "class_weights": ["even", ""],
     "clip_norm": NO_POSITIVE_NUMBER,
-    "augment": ["rotate", "flip"],
+    "augment": ["rotate", "flip", "random-resized-crop"],
     "freeze_stages": ["-1", "5", "x", "1"],
     "backbone_learning_rate": [*NO_POSITIVE_NUMBER, "0.1"],
     "bn_statistics": ["none", "frozen"],
@@ -92,7 +93,11 @@ OTHERS = {
         ["RUN", "IMAGE"],
         COMMON | {"direct": NO_FLAG, "allow_incomplete": NO_FLAG, "weights": WEIGHTS},
     ),
-    "info": (InfoOptions, [], COMMON | {"clear": [*NO_FLAG, None]}),
+    "info": (
+        InfoOptions,
+        ["shapes"],
+        COMMON | {"clear": [*NO_FLAG, None], "seed": TRAIN["seed"], "label_key": ["fine"], "skip_unreadable": NO_FLAG},
+    ),
     "convert": (
         ConvertOptions,
         ["WEIGHTS", "NEW.h5"],
@@ -108,7 +113,7 @@ OTHERS = {
     ),
 }
 # Options that name files or directories, tested in the second half of this file.
-PATHS = {"data_dir", "cache_dir", "out", "config", "profile", "run", "images", "src", "dst", "file"}
+PATHS = {"data_dir", "cache_dir", "out", "config", "profile", "run", "images", "src", "dst", "file", "sheet"}
 
 
 @pytest.fixture(autouse=True)

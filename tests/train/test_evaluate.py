@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from cifar_jax.models.head import dense_logits, head_logits, init_head
-from cifar_jax.train.evaluate import eval_step, evaluate, make_evaluate, wilson_interval
+from cifar_jax.train.evaluate import EvalResult, eval_step, evaluate, make_evaluate, wilson_interval
 from cifar_jax.train.losses import cross_entropy
 from cifar_jax.train.step import init_state
 from cifar_jax.train.task import Split, cached_task
@@ -75,3 +75,14 @@ def test_wilson_interval_of_known_cases():
     assert wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     low, high = wilson_interval(1.0, 20)
     assert low == pytest.approx(0.8389, abs=5e-5) and high == 1.0
+
+
+def test_scores_by_class_are_those_of_scikit_learn():
+    """Its `precision_recall_fscore_support` and `balanced_accuracy_score`: the third class is never predicted."""
+    confusion = np.array([[6, 2, 0, 0], [1, 3, 0, 0], [0, 5, 0, 0], [0, 0, 0, 0]])
+    result = EvalResult(0.5, 9 / 17, confusion, np.zeros((17, 4), np.float32))
+    np.testing.assert_array_equal(result.support, [8, 4, 5, 0])
+    np.testing.assert_allclose(result.precision, [6 / 7, 3 / 10, np.nan, np.nan])
+    np.testing.assert_allclose(result.recall, [6 / 8, 3 / 4, 0, np.nan])
+    np.testing.assert_allclose(result.f1, [2 * 6 / 15, 2 * 3 / 14, 0, np.nan])
+    assert result.balanced_accuracy == pytest.approx((6 / 8 + 3 / 4 + 0) / 3)
