@@ -188,7 +188,11 @@ def _probabilities(
     if not len(images):
         return
     extractor = make_extractor(run.backbone, None, run.config.backbone.precision, num_images=len(images))
-    head = jax.jit(lambda params, features: jax.nn.softmax(run.head(params, features)))
+
+    @jax.jit
+    def probabilities_of(params: PyTree, features: Float[Array, "batch features"]) -> Float[Array, "batch classes"]:
+        return jax.nn.softmax(run.head(params, features))
+
     params = jax.device_put(run.head_params)
     # Of one shape throughout, so that the head is compiled once.
     features = np.zeros((extractor.batch_size, run.backbone.num_features), np.float32)
@@ -196,7 +200,7 @@ def _probabilities(
         bar(0)
         for rows, values in extractor.stream(images, [slice(0, len(images))]):
             features[: len(values)] = values
-            probs = np.asarray(head(params, features))
+            probs = np.asarray(probabilities_of(params, features))
             bar(rows.stop)
             for number, row in enumerate(range(rows.start, rows.stop)):
                 error = images.errors.pop(row, None)
