@@ -106,6 +106,8 @@ def evaluate(arguments: list[str], reporter: ConsoleReporter) -> int:
     if options.dataset is None and (options.label_key is not None or options.skip_unreadable):
         given = "--skip-unreadable" if options.label_key is None else f"--label-key {options.label_key}"
         raise UserError(f"{given} goes with --dataset; a run's own test images are read as they were for the run.")
+    if options.dataset is not None and not options.dataset.strip():
+        raise UserError(f"--dataset must be a name or a path, got {options.dataset!r}.")
     _use_compile_cache()
     scores = evaluate_run(
         options.run,
