@@ -3,8 +3,10 @@
 import contextlib
 import csv
 import json
+import os
+import stat
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from cifar_jax.cli.console import ConsoleReporter
 from cifar_jax.cli.escape import printable
@@ -25,8 +27,8 @@ def print_predictions(
 ) -> int:
     """Prints a row for each prediction on standard output. Returns the number of rows with an error.
 
-    A progress bar on standard error does not touch the rows. Where both appear on a terminal, the bar ends with the
-    first row.
+    A progress bar on standard error does not touch the rows. It ends with the first row where they appear on a terminal
+    as well, as those of a pipe do when another command passes them on.
 
     Args:
       predict: makes the predictions, given a reporter of their progress.
@@ -39,7 +41,8 @@ def print_predictions(
     table = csv.writer(out, lineterminator="\n")
     if layout == "csv":
         table.writerow([*COLUMNS, *class_names])
-    with contextlib.closing(predict(_UntilFirst(reporter) if reporter.out.is_terminal else reporter)) as predictions:
+    shown = _UntilFirst(reporter) if reporter.out.is_terminal or _is_pipe(out) else reporter
+    with contextlib.closing(predict(shown)) as predictions:
         for prediction in predictions:
             failed += bool(prediction.error)
             if layout == "csv":
@@ -49,6 +52,13 @@ def print_predictions(
             if reporter.out.is_terminal:
                 out.flush()
     return failed
+
+
+def _is_pipe(out: IO[str]) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(out.fileno()).st_mode)
+    except (OSError, ValueError):  # not a file of the operating system
+        return False
 
 
 class _UntilFirst(Silent):
