@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ SUFFIXES = (
 _HEIF = ("HEIF",)  # the name under which pillow-heif registers its reader
 _HEIC_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")}
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
+MAX_BYTES = 2**30  # of a file, far more than the pixels below have: what is larger is something else
 MAX_PIXELS = 100_000_000  # a 10000x10000 photograph; more is a mistake or a decompression bomb
 
 
@@ -81,6 +83,8 @@ def read_bytes(path: str | Path) -> bytes:
     """Reads a file. Raises ImageError if that fails."""
     try:
         with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise ImageError(path, f"has more than {MAX_BYTES:,} bytes, the limit of a picture")
             return file.read()
     except FileNotFoundError:
         raise ImageError(path, "does not exist", "give the path of an image") from None
