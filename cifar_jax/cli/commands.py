@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from cifar_jax.cli.console import ConsoleReporter
 from cifar_jax.cli.errors import print_error, reason_for_peers
-from cifar_jax.cli.escape import printable
 from cifar_jax.cli.options import (
     INFO_TOPICS,
     ConvertOptions,
@@ -26,6 +25,8 @@ from cifar_jax.cli.options import (
     parse,
     parse_train,
 )
+from cifar_jax.cli.parsing import program
+from cifar_jax.cli.stdio import read_stdin
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.files import without_nan
 
@@ -98,46 +99,65 @@ def _log_interruption(config: "TrainConfig", stop: "Interrupted") -> None:
 
 
 def evaluate(arguments: list[str], reporter: ConsoleReporter) -> int:
-    """Scores the head of a run again."""
+    """Scores a run again, on its test images or on other labelled pictures."""
     options = parse(EvaluateOptions, arguments, "evaluate")
+    from cifar_jax.cli.scores import print_scores
     from cifar_jax.runs.predict import evaluate_run
 
+    if options.dataset is None and (options.label_key is not None or options.skip_unreadable):
+        given = "--skip-unreadable" if options.label_key is None else f"--label-key {options.label_key}"
+        raise UserError(f"{given} goes with --dataset; a run's own test images are read as they were for the run.")
+    if options.dataset is not None and not options.dataset.strip():
+        raise UserError(f"--dataset must be a name or a path, got {options.dataset!r}.")
     _use_compile_cache()
-    scores = evaluate_run(options.run, options.data_dir, options.weights, reporter, options.allow_incomplete)
+    scores = evaluate_run(
+        options.run,
+        options.data_dir,
+        options.weights,
+        reporter,
+        options.allow_incomplete,
+        dataset=options.dataset,
+        label_key=options.label_key,
+        skip_unreadable=options.skip_unreadable,
+    )
     if options.json:
         print(json.dumps(without_nan(scores)))
-        return 0
-    classes = {f"  {name}": f"{accuracy:.4f}" for name, accuracy in scores.pop("test_class_accuracy").items()}
-    reporter.header({name: str(value) for name, value in scores.items()} | {"test_class_accuracy": ""} | classes)
+    else:
+        print_scores(scores, reporter)
     return 0
 
 
 def predict(arguments: list[str], reporter: ConsoleReporter) -> int:
-    """Classifies image files and prints a row for each.
+    """Classifies pictures and prints a row for each.
 
     Raises:
       RunError: if any of them cannot be read; the rows of the others are printed all the same.
     """
     options = parse(PredictOptions, arguments, "predict")
-    from cifar_jax.data.sources.images import image_files
+    from cifar_jax.cli.predictions import print_predictions
+    from cifar_jax.data.sources.paths import picture_paths
     from cifar_jax.runs.predict import predict_files
     from cifar_jax.runs.reader import load_run
 
-    if not options.images:
-        raise UserError("predict needs images; give the paths of PNG or JPEG files after the run directory.")
+    if not options.sources:
+        raise UserError(
+            "predict needs images; give image files, folders or patterns after the run directory, or - for a list on "
+            "standard input."
+        )
+    if options.csv and options.json:
+        raise UserError("--csv and --json ask for two formats; leave one of them out.")
+    if options.top < 1:
+        raise UserError(f"--top must be at least 1, got {options.top}.")
     _check_order(options)
-    paths = image_files(options.images)
-    failed = 0
+    paths = picture_paths(options.sources, read_stdin)
     _use_compile_cache()
     run = load_run(options.run, options.weights, allow_incomplete=options.allow_incomplete)
-    for prediction in predict_files(run, paths, options.direct):
-        failed += bool(prediction.error)
-        if options.json:
-            found = {"error": prediction.error} if prediction.error else {"top": dict(prediction.top)}
-            print(json.dumps({"path": prediction.path} | found))
-        else:
-            probs = "  ".join(f"{name} {prob:.3f}" for name, prob in prediction.top)
-            print(printable(f"{prediction.path}  {probs or f'error: {prediction.error}'}"))
+    failed = print_predictions(
+        lambda shown: predict_files(run, paths, options.direct, options.top, shown),
+        run.class_names,
+        "csv" if options.csv else "json" if options.json else "plain",
+        reporter,
+    )
     if failed:
         raise RunError(f"{failed:,} of {len(paths):,} images could not be read; see their rows for the reasons.")
     return 0
@@ -147,13 +167,13 @@ def _check_order(options: PredictOptions) -> None:
     """Raises UserError if the run directory is given after the images."""
     from cifar_jax.runs.directory import is_run
 
-    runs = [path for path in options.images if os.path.isdir(path) and is_run(Path(path))]
+    runs = [path for path in options.sources if os.path.isdir(path) and is_run(Path(path))]
     if runs and not is_run(Path(options.run)):
-        images = [options.run, *(path for path in options.images if path != runs[0])]
+        images = [options.run, *(path for path in options.sources if path != runs[0])]
         few = [*images[:3], "..."] if len(images) > 3 else images
         raise UserError(
             "The run directory comes before the images: "
-            f"`python -m cifar_jax predict {' '.join(map(shlex.quote, [runs[0], *few]))}`."
+            f"`{program()} predict {' '.join(map(shlex.quote, [runs[0], *few]))}`."
         )
 
 
@@ -230,20 +250,19 @@ def _clear_cache(options: InfoOptions, reporter: ConsoleReporter) -> int:
 def features(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Writes the features of a data set or of image files to a file."""
     options = parse(FeaturesOptions, arguments, "features")
+    from cifar_jax.data.sources.paths import picture_paths
     from cifar_jax.export.features import is_data_set, write_features
     from cifar_jax.runtime.profiling import profiled
 
     if not options.src:
-        raise UserError("features needs a data set or images; give a data set's name or paths of PNG or JPEG files.")
-    of_data_set = is_data_set(options.src)
-    if of_data_set and options.direct:
-        raise UserError(f"--direct applies to image files, but {options.src[0]} is a data set; leave it out.")
-    _use_compile_cache(options.cache_dir)
-    images = () if of_data_set else options.src
-    with profiled(options.profile):
-        about = write_features(
-            options.config(), options.out, images, direct=options.direct, overwrite=options.overwrite, reporter=reporter
+        raise UserError(
+            "features needs a data set or images; give a data set's name, a folder, or paths of PNG or JPEG files."
         )
+    config = options.config()
+    images = () if is_data_set(options.src) else picture_paths(options.src, read_stdin)
+    _use_compile_cache(options.cache_dir)
+    with profiled(options.profile):
+        about = write_features(config, options.out, images, overwrite=options.overwrite, reporter=reporter)
     return _print_about(about, options.json, reporter)
 
 

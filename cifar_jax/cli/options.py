@@ -30,10 +30,17 @@ class Common:
 
 @dataclass(frozen=True)
 class EvaluateOptions(Common):
-    """Score the head of a run on all of its test images again."""
+    """Score a run on its test images again, or on other labelled pictures."""
 
     run: tyro.conf.Positional[str]
     """the run directory"""
+    dataset: str | None = None
+    """other pictures to score it on: a folder (ROOT/CLASS/... or ROOT/{train,test}/CLASS/...), an .npz file, a TFDS set
+    or shapes, whose classes are matched by name; all of them, or the test images if the set has some"""
+    label_key: str | None = None
+    """name of the label, where the TFDS set of --dataset has several"""
+    skip_unreadable: bool = False
+    """leave out pictures of --dataset that cannot be read; if omitted, the first one is an error"""
     allow_incomplete: bool = False
     """also score an interrupted, failed or diverged run, with a warning"""
     data_dir: str | None = None
@@ -44,14 +51,23 @@ class EvaluateOptions(Common):
 
 @dataclass(frozen=True)
 class PredictOptions(Common):
-    """Print the three most likely classes of image files with their probabilities."""
+    """Print the most likely classes of pictures with their probabilities, a row for each picture.
+
+    With --json or --csv a row has path, label, probability and error, and the probability of every class.
+    """
 
     run: tyro.conf.Positional[str]
     """the run directory"""
-    images: tyro.conf.Positional[tuple[str, ...]]
-    """PNG, JPEG or other image files of any size"""
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """PNG, JPEG or other image files of any size, folders of them at any depth, quoted patterns such as
+    "photos/**/*.jpg", or - for a list of paths on standard input, one a line or separated by NUL"""
+    csv: bool = False
+    """print CSV with a header"""
+    top: int = 3
+    """number of classes in a row, without --json and --csv"""
     direct: bool = False
-    """resize images directly to the network's input size instead of going through 32x32 as the training images do"""
+    """for a run on small images, which pictures are reduced to first: resize them directly to the network's input
+    size"""
     allow_incomplete: bool = False
     """also use an interrupted, failed or diverged run, with a warning"""
     weights: str | None = None
@@ -90,10 +106,15 @@ class InfoOptions(Common):
 
 @dataclass(frozen=True)
 class FeaturesOptions(Common):
-    """Write the features of a data set or of image files to a file."""
+    """Write the features of a data set or of image files to a file.
+
+    A folder that has pictures directly in it is a list of images; one that has only folders is a data set with labels.
+    """
 
     src: tyro.conf.Positional[tuple[str, ...]]
-    """a data set (cifar10, shapes, or another 32x32 classification set of TFDS), or PNG, JPEG or other image files"""
+    """a data set (a folder with a folder for each class, an .npz file, a TFDS set by name or directory, or shapes); or
+    image files, folders of them, quoted patterns such as "photos/**/*.jpg", or - for a list of paths on standard
+    input"""
     out: str
     """file to write: .npz, or for image files also .npy, which holds the bare feature matrix"""
     weights: str = "keras-resnet50"
@@ -101,11 +122,20 @@ class FeaturesOptions(Common):
     variant: str | None = None
     """network variant to run the weights with, where the file does not determine it"""
     image_size: int | None = None
-    """side of the upsampled images in pixels, a multiple of 32; if omitted, the weights' own (224 for ImageNet)"""
+    """side of the network's input in pixels, a multiple of 32; if omitted, the weights' own (224 for ImageNet)"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """dtype the backbone computes in; the features are float32 either way"""
-    direct: bool = False
-    """image files: resize directly to the network's input size instead of going through 32x32 as data sets do"""
+    resize: Literal["auto", "upsample", "eval-transform"] = "auto"
+    """how pictures become the network's input, as for train: upsample repeats the pixels of small squares of one size;
+    eval-transform resizes the shorter side and crops the centre; auto upsamples squares of at most 64 pixels"""
+    interpolation: Literal["auto", "nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "auto"
+    """eval-transform: filter of the resize; auto takes that of the weights"""
+    skip_unreadable: bool = False
+    """leave out files that cannot be read, and list them; if omitted, the first one is an error"""
+    test_fraction: float = 0.2
+    """data set: fraction of the images to test on, where it has neither test nor validation images"""
+    label_key: str | None = None
+    """data set: name of the label, where a TFDS set has several"""
     train_examples: int | None = None
     """data set: number of training images, balanced over the classes; if omitted, all"""
     test_examples: int | None = None
@@ -127,7 +157,7 @@ class FeaturesOptions(Common):
         """Returns the configuration of a job that extracts these features.
 
         Raises:
-          UserError: for an invalid value or an unknown data set.
+          UserError: for an invalid value, an unknown data set, or an option of data sets with image files.
         """
         from cifar_jax.data.load import check_name
         from cifar_jax.export.features import is_data_set
@@ -137,6 +167,11 @@ class FeaturesOptions(Common):
         config = TrainConfig(dataset=self.src[0], batch_size=1, **values)
         if is_data_set(self.src):
             check_name(config.data.dataset, config.run.data_dir)
+            return config
+        for name in ("test_fraction", "label_key", "train_examples", "test_examples"):
+            if (value := getattr(self, name)) != DEFAULTS[name]:
+                option = f"--{name.replace('_', '-')} {value}"
+                raise UserError(f"{option} applies to a data set, but {self.src[0]} is a list of images; leave it out.")
         return config
 
 

@@ -75,6 +75,13 @@ def guarded(survives: bool) -> Iterator[Output]:
             err.finish()
 
 
+def read_stdin() -> bytes:
+    """Reads standard input to its end."""
+    if sys.stdin is None:  # closed
+        return b""
+    return sys.stdin.buffer.read()
+
+
 def open_missing() -> None:
     """Opens /dev/null for each standard stream that is missing, so that no other file gets its descriptor.
 

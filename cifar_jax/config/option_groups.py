@@ -54,7 +54,7 @@ class BackboneConfig:
     """network variant to run the weights with, where the file does not determine it: keras, keras-2016,
     keras-2016-unpadded, torchvision or huggingface"""
     image_size: int | None = None
-    """side of the upsampled images in pixels, a multiple of 32; if omitted, the weights' own (224 for ImageNet)"""
+    """side of the network's input in pixels, 32 to 4096; if omitted, the weights' own (224 for ImageNet)"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """dtype the backbone computes in; parameters, features and head are float32 either way"""
     extract_batch_size: int | None = None

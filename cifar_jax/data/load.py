@@ -66,7 +66,9 @@ def check_name(name: str, data_dir: str | None = None) -> None:
     """
     kind = kind_of(name)
     if kind == "folder":
-        list_folder(Path(os.path.expanduser(name)))
+        path = Path(os.path.expanduser(name))
+        with _naming_prepared_sets(path):
+            list_folder(path)
     if kind != "tfds" or name in OF_TFDS or name in (prepared := prepared_names(data_dir)):
         return
     known = known_to_tfds()
@@ -118,24 +120,10 @@ def load_splits(
     Raises:
       UserError: if there is no such set, it is corrupt, or it has fewer examples than requested.
     """
-    kind = kind_of(name)
-    if label_key is not None and kind not in ("tfds", "tfds-directory"):
-        raise UserError(f"--label-key {label_key} names a label of a TFDS set, which {name} is not; leave it out.")
-    if skip_unreadable and kind != "folder":
-        raise UserError(
-            f"--skip-unreadable leaves out files of a folder of pictures, which {name} is not; leave it out."
-        )
-    if kind == "shapes":
+    if kind_of(name) == "shapes":
+        _check_options(name, label_key, skip_unreadable)
         return _draw_splits(train_examples or SHAPES_TRAIN, test_examples or SHAPES_TEST, seed)
-    path = Path(os.path.expanduser(name))
-    if kind == "folder":
-        with _naming_prepared_sets(path):
-            splits = load_folder(path, skip_unreadable)
-    elif kind == "npz":
-        splits = load_npz(path)
-    else:
-        check_name(name, data_dir)
-        splits = load_tfds(name, data_dir, cache_dir, label_key)
+    splits = read_splits(name, data_dir, cache_dir, label_key, skip_unreadable)
     splits = _with_test(splits, test_fraction, stream_key(seed, "test_split"))
     for split, part in splits.parts.items():
         check(part, len(splits.class_names), f"The {split} split of {name}")
@@ -144,6 +132,42 @@ def load_splits(
         train=_subset(splits.train, train_examples, stream_key(seed, "train_subset"), "training"),
         test=_subset(splits.test, test_examples, stream_key(seed, "test_subset"), "test"),
     )
+
+
+def read_splits(
+    name: str,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    label_key: str | None = None,
+    skip_unreadable: bool = False,
+    min_classes: int = 2,
+) -> Splits:
+    """Reads a folder of pictures, an .npz file or a TFDS set as it is: without test images of its own, `test` is empty.
+
+    See `load_splits` for the arguments; `min_classes` is that of `load_folder`.
+
+    Raises:
+      UserError: if there is no such set, or it is corrupt.
+    """
+    kind, path = kind_of(name), Path(os.path.expanduser(name))
+    _check_options(name, label_key, skip_unreadable)
+    if kind == "folder":
+        with _naming_prepared_sets(path):
+            return load_folder(path, skip_unreadable, min_classes)
+    if kind == "npz":
+        return load_npz(path)
+    check_name(name, data_dir)
+    return load_tfds(name, data_dir, cache_dir, label_key)
+
+
+def _check_options(name: str, label_key: str | None, skip_unreadable: bool) -> None:
+    kind = kind_of(name)
+    if label_key is not None and kind not in ("tfds", "tfds-directory"):
+        raise UserError(f"--label-key {label_key} names a label of a TFDS set, which {name} is not; leave it out.")
+    if skip_unreadable and kind != "folder":
+        raise UserError(
+            f"--skip-unreadable leaves out files of a folder of pictures, which {name} is not; leave it out."
+        )
 
 
 @contextlib.contextmanager

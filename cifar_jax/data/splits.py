@@ -55,13 +55,16 @@ class RunData(NamedTuple):
         return self.val_split.replace("_", "-")
 
 
-def load_data(config: TrainConfig, image_size: int, transform: EvalTransform | None = None) -> RunData:
+def load_data(
+    config: TrainConfig, image_size: int, transform: EvalTransform | None = None, resize: Resize | None = None
+) -> RunData:
     """Loads the data set of a configuration, and divides it into training, validation and test images of one size.
 
     Args:
       config: the configuration.
       image_size: side of the network's input in pixels.
       transform: the evaluation transform of the weights.
+      resize: how pictures become images of one size, if that is known; else it is chosen.
 
     Raises:
       UserError: if it cannot be loaded or resized as asked.
@@ -77,10 +80,11 @@ def load_data(config: TrainConfig, image_size: int, transform: EvalTransform | N
         label_key=config.data.label_key,
         skip_unreadable=config.data.skip_unreadable,
     )
-    sizes = np.concatenate([sizes_of(part.images) for part in splits.parts.values()])
-    resize = choose_resize(
-        config.data.resize, config.data.interpolation, sizes, image_size, transform or EvalTransform()
-    )
+    if resize is None:
+        sizes = np.concatenate([sizes_of(part.images) for part in splits.parts.values()])
+        resize = choose_resize(
+            config.data.resize, config.data.interpolation, sizes, image_size, transform or EvalTransform()
+        )
     return divided(config, splits, resize)
 
 

@@ -133,6 +133,11 @@ class FunctionBackbone:
             )
         return int(shape[1])
 
+    @property
+    def transform(self) -> EvalTransform:
+        """How photos are resized and cropped for it: the shorter side to the side of its images."""
+        return EvalTransform(self.image_size, self.image_size)
+
     @functools.cached_property
     def sha256(self) -> str:
         """Digest of the variables."""

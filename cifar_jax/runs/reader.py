@@ -3,13 +3,14 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from jaxtyping import PyTree
+import numpy as np
+from jaxtyping import PyTree, UInt8
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.data.resize import Resize
@@ -23,6 +24,10 @@ from cifar_jax.pretrained.merge import backbone_of
 from cifar_jax.runs.checkpoint import Position, load_checkpoint
 from cifar_jax.runs.directory import BACKBONE, CHECKPOINTS, CONFIG, FORMAT_VERSION, SUMMARY, is_run, read_json
 from cifar_jax.train.load_inputs import with_digest
+
+if TYPE_CHECKING:
+    from cifar_jax.runs.predict import Picture, Predictions
+    from cifar_jax.runtime.progress import Reporter
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +72,29 @@ class Run:
             f"Run({self.path}: {self.summary.get('status')}{scored}, {names}, head {'-'.join(map(str, sizes))}, "
             f"{self.backbone!r})"
         )
+
+    def predict(
+        self,
+        pictures: "Iterable[Picture] | UInt8[np.ndarray, 'n h w 3']",
+        direct: bool = False,
+        reporter: "Reporter | None" = None,
+    ) -> "Predictions":
+        """Predicts pictures: image files by path, or RGB pixels as uint8 [n, h, w, 3] or a list of uint8 [h, w, 3].
+
+        Pictures of any size are resized as those that the run was trained on. A file that cannot be read has an error
+        in its row. See `cifar_jax.runs.predict.predict` for the arguments, and `predict_files` there for more files
+        than there should be results in memory.
+
+        Returns:
+          `probabilities` float32 [n, classes], `labels` int32 [n], and `class_names` and `errors` of length n.
+
+        Raises:
+          ValueError: if pixels have another dtype or shape.
+          UserError: if `direct` has no meaning for the run.
+        """
+        from cifar_jax.runs.predict import predict  # it imports this module
+
+        return predict(self, pictures, direct, reporter)
 
 
 def load_run(

@@ -65,7 +65,7 @@ def load_inputs(config: TrainConfig, clock: Clock, progress: Progress, backbone:
             backbone = load_backbone(weights, variant, cache_dir=config.run.cache_dir, progress=progress)
     image_size = network_image_size(config, backbone)
     with clock("data"):
-        data = load_data(config, image_size, backbone.transform if isinstance(backbone, Backbone) else None)
+        data = load_data(config, image_size, backbone.transform if backbone else None)
     with clock("weights"):
         backbone = with_digest(backbone or make_untrained(config, data.train))
     return Inputs(data, backbone, image_size)
@@ -86,7 +86,10 @@ def make_untrained(config: TrainConfig, train: Dataset) -> Backbone:
     )
     network, image_size = UNTRAINED[config.backbone.weights]
     image_size = config.backbone.image_size or image_size
-    (images,) = read_batches(train.images, [np.arange(min(len(train.labels), calibration_images(image_size)))])
+    num = min(len(train.labels), calibration_images(image_size))
+    # The pictures of a folder are in the order of their classes.
+    rows = np.arange(num) if isinstance(train.images, np.ndarray) else np.arange(num) * len(train.labels) // num
+    (images,) = read_batches(train.images, [rows])
     key = stream_key(config.optim.seed, "backbone")
     return random_backbone(key, images, network, image_size, f"{config.backbone.weights} (seed {config.optim.seed})")
 

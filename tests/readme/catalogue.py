@@ -1,5 +1,7 @@
 """Which commands of the documents are not typed and why, which need data, and what holds after the others."""
 
+import csv
+import io
 import json
 import re
 from collections.abc import Callable
@@ -83,7 +85,18 @@ def check_promises(text: str, typed: Typed, directory: Path, before: set[Path]) 
 
 def _accuracy_again(typed: Typed, directory: Path) -> bool:
     summary = json.loads((directory / "runs" / "first" / "summary.json").read_text())
-    return f"{summary['val_accuracy']:.3f}" in typed.out
+    return f"{100 * summary['val_accuracy']:.1f} % on " in typed.out
+
+
+def _a_row_for_each_class(typed: Typed, directory: Path) -> bool:
+    summary = json.loads((directory / "runs" / "first" / "summary.json").read_text())
+    return set(summary["dataset"]["class_names"]) <= set(json.loads(typed.out.splitlines()[0])["probabilities"])
+
+
+def _all_probabilities(typed: Typed, directory: Path) -> bool:
+    written = typed.out or (directory / "predictions.csv").read_text(encoding="utf-8")
+    (row, *_) = csv.DictReader(io.StringIO(written))
+    return row["path"].endswith(".jpg") and len(row) == 4 + 10
 
 
 def _three_classes(typed: Typed, directory: Path) -> bool:
@@ -99,8 +112,11 @@ def _data_set_features(_: Typed, directory: Path) -> bool:
 _PROMISES: dict[str, Callable[[Typed, Path], bool]] = {
     r"^pip install": lambda typed, _: True,
     r"--help": lambda typed, _: "--preset" in typed.out and "--resume" in typed.out,
-    r" evaluate runs/first": _accuracy_again,
-    r" predict runs/first": _three_classes,
+    r" evaluate runs/first\s*(#|$)": _accuracy_again,
+    r" evaluate runs/first --dataset": lambda typed, _: "% on 10,000 images" in typed.out,
+    r" predict runs/first \S+\s*(#|$)": _three_classes,
+    r" predict runs/first .*--json": _a_row_for_each_class,
+    r" predict runs/first .*--csv": _all_probabilities,
     r" features cifar10": _data_set_features,
     r" features photo\.jpg": lambda _, directory: np.load(directory / "photo.npy").shape == (1, 512),
     r" verify-weights": lambda typed, _: "conv1_conv" in typed.out,

@@ -87,11 +87,19 @@ WEIGHTS = ["", "no-such-network"]
 SHAPES = ["shapes", "--weights", "random-w16", "--train-examples", "20", "--test-examples", "20", "--out", "NEW.npz"]
 OF_TRAIN = ("image_size", "precision", "train_examples", "test_examples", "seed", "extract_batch_size")
 OTHERS = {
-    "evaluate": (EvaluateOptions, ["RUN"], COMMON | {"allow_incomplete": NO_FLAG, "weights": WEIGHTS}),
+    "evaluate": (
+        EvaluateOptions,
+        ["RUN"],
+        COMMON
+        | {"allow_incomplete": NO_FLAG, "weights": WEIGHTS, "skip_unreadable": [*NO_FLAG, None]}
+        | {"dataset": ["", "no-such-set", "nowhere/pictures"], "label_key": ["", "label"]},
+    ),
     "predict": (
         PredictOptions,
         ["RUN", "IMAGE"],
-        COMMON | {"direct": NO_FLAG, "allow_incomplete": NO_FLAG, "weights": WEIGHTS},
+        COMMON
+        | {"direct": NO_FLAG, "allow_incomplete": NO_FLAG, "weights": WEIGHTS}
+        | {"csv": NO_FLAG, "top": ["0", "-1", "x", "1.5", ""]},
     ),
     "info": (
         InfoOptions,
@@ -109,11 +117,13 @@ OTHERS = {
         SHAPES,
         COMMON
         | {name: TRAIN[name] for name in OF_TRAIN}
-        | {"weights": WEIGHTS, "variant": ["v3", "", "keras"], "direct": [*NO_FLAG, None], "overwrite": NO_FLAG},
+        | {"weights": WEIGHTS, "variant": ["v3", "", "keras"], "overwrite": NO_FLAG, "skip_unreadable": NO_FLAG}
+        | {"resize": ["crop", ""], "interpolation": ["cubic", "", "bicubic"], "label_key": ["", "label"]}
+        | {"test_fraction": ["0", "1", "nan", "x", ""]},
     ),
 }
 # Options that name files or directories, tested in the second half of this file.
-PATHS = {"data_dir", "cache_dir", "out", "config", "profile", "run", "images", "src", "dst", "file", "sheet"}
+PATHS = {"data_dir", "cache_dir", "out", "config", "profile", "run", "sources", "src", "dst", "file", "sheet"}
 
 
 @pytest.fixture(autouse=True)

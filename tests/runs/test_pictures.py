@@ -70,7 +70,7 @@ def assert_same_bits(a, b):
 def test_learns_colours_in_every_mode_and_remembers_the_resize(undisturbed, mode):
     run = undisturbed(mode)
     summary = summary_of(run)
-    resize = {"method": "eval-transform", "side": 32, "shorter": 37, "interpolation": "bilinear"}
+    resize = {"method": "eval-transform", "side": 32, "shorter": 32, "interpolation": "bilinear"}
     assert summary["resize"] == resize and load_run(run, backbone=FIELDS).resize.to_json() == resize
     assert summary["val_accuracy"] == 1.0  # red cats and green dogs
     assert (summary["num_train"] + summary["num_test"] + summary["num_val"]) == (50 if mode == "cached" else 60)

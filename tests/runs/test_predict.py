@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import command, is_one_error, tiny_run
@@ -40,12 +41,12 @@ def test_bad_images_have_a_row_with_the_reason(run, capsys, tmp_path, pictures):
     is_one_error(result, 1, "3 of 5 images could not be read")
     rows = [json.loads(line) for line in result.out.splitlines()]
     assert [row["path"] for row in rows] == [str(path) for path in paths]
-    assert [row.get("error", "")[:23] for row in rows] == [
+    assert [(row["error"] or "")[:23] for row in rows] == [
         "does not exist", "", "is not a readable image", "", "cannot be read as an im"
     ]  # fmt: skip
-    assert [set(row) for row in rows] == [{"path", "top" if "top" in row else "error"} for row in rows]
     alone = json.loads(command(capsys, "predict", run, pictures[2], "--json").out)
-    assert rows[3]["path"] == alone["path"] and rows[3]["top"] == pytest.approx(alone["top"], rel=1e-5)
+    assert rows[3]["path"] == alone["path"]
+    assert rows[3]["probabilities"] == pytest.approx(alone["probabilities"], rel=1e-5)
     plain = command(capsys, "predict", run, *paths)
     lines = plain.out.splitlines()
     assert plain.code == 1 and len(lines) == 5 and lines[0] == f"{missing}  error: does not exist"
@@ -58,11 +59,9 @@ def test_a_directory_stands_for_the_pictures_in_it(run, capsys, tmp_path, pictur
     folder = pictures[0].parent
     for name in ("notes.txt", ".hidden.png", "no ending"):
         (folder / name).write_text("a letter")
-    (folder / "deeper").mkdir()
     result = command(capsys, "predict", run, folder, pictures[0], "--json")
     found = [json.loads(line)["path"] for line in result.out.splitlines()]
     assert result.code == 0 and found == [*map(str, pictures), str(pictures[0])]
-    is_one_error(command(capsys, "predict", run, folder / "deeper"), 2, f"{folder / 'deeper'} is a directory without")
 
 
 def test_the_run_comes_first(run, capsys, pictures):
@@ -73,28 +72,81 @@ def test_the_run_comes_first(run, capsys, pictures):
 
 
 class Recording(list):
-    """A list that records the slices taken of it."""
+    """A list that counts how many of its items were asked for."""
 
-    def __init__(self, *items):
-        super().__init__(*items)
-        self.taken = []
+    asked = 0
 
     def __getitem__(self, index):
-        self.taken.append((index.start, index.stop))
+        self.asked += 1
         return super().__getitem__(index)
 
 
-def test_files_are_read_a_few_at_a_time_and_that_changes_nothing(run, pictures):
-    paths = Recording([pictures[0].with_name("missing.png"), *pictures])
-    found = predict_files(load_run(run), paths, at_once=3)
+def test_files_are_read_a_few_batches_ahead(run, pictures):
+    """So the memory does not grow with their number: 10,000 paths of which a fraction is opened for the first rows."""
+    loaded, paths = load_run(run), Recording([pictures[0].with_name("missing.png"), *pictures * 1500])
+    found = predict_files(loaded, paths)
     first = next(found)
-    assert first.error == "does not exist" and set(paths.taken) == {(0, 3)}
-    whole = list(predict_files(load_run(run), paths))
-    for one, other in zip([first, *found], whole, strict=True):
-        assert (one.path, one.error, [name for name, _ in one.top]) == (
-            other.path, other.error, [name for name, _ in other.top]
-        )  # fmt: skip
-        np.testing.assert_allclose([p for _, p in one.top], [p for _, p in other.top], rtol=1e-4)
+    assert first.error == "does not exist" and first.top == () and np.isnan(first.probabilities).all()
+    assert 0 < paths.asked < 3000
+    second = next(found)
+    found.close()
+    (alone,) = predict_files(loaded, iter(pictures[:1]))
+    assert (second.path, second.error, [name for name, _ in second.top]) == (
+        str(pictures[0]), "", [name for name, _ in alone.top]
+    )  # fmt: skip
+    np.testing.assert_allclose(second.probabilities, alone.probabilities, rtol=1e-4)
+
+
+def test_paths_and_pixels_give_the_same(run, pictures):
+    """As files of a format without loss, as a list of arrays of any size, and as one array."""
+    loaded = load_run(run)
+    lossless = [path for path in pictures if path.suffix in (".png", ".PNG", ".bmp")]
+    arrays = [np.asarray(Image.open(path)) for path in lossless]
+    of_files = loaded.predict(lossless)
+    for images in (arrays, np.stack(arrays), jnp.stack(arrays), iter(arrays), map(str, lossless)):
+        of_pixels = loaded.predict(images)
+        np.testing.assert_array_equal(of_pixels.probabilities, of_files.probabilities)
+        assert of_pixels.class_names == of_files.class_names and of_pixels.errors == ("",) * len(arrays)
+    assert of_files.probabilities.shape == (len(arrays), 10) and of_files.probabilities.dtype == np.float32
+    np.testing.assert_array_equal(of_files.labels, of_files.probabilities.argmax(axis=1).astype(np.int32), strict=True)
+    assert of_files.class_names == tuple(loaded.class_names[label] for label in of_files.labels)
+    one = loaded.predict(lossless[0])  # a path alone
+    np.testing.assert_allclose(one.probabilities, of_files.probabilities[:1], rtol=1e-4)
+    other_size = np.asarray(Image.open(lossless[0]).resize((50, 90)))
+    assert len(loaded.predict([arrays[0], other_size]).labels) == 2
+
+
+def test_images_of_the_training_size_are_taken_as_they_are(run, shapes):
+    loaded, images = load_run(run), np.asarray(shapes.images[:5])
+    np.testing.assert_allclose(
+        loaded.predict(images).probabilities, predict_probs(loaded.backbone, loaded.head_params, images), rtol=1e-4
+    )
+
+
+def test_a_file_that_cannot_be_read_has_a_row(run, pictures):
+    found = load_run(run).predict([pictures[0], "missing.png", pictures[1]])
+    assert found.errors == ("", "does not exist", "") and found.labels[1] == -1 and found.class_names[1] == ""
+    assert np.isnan(found.probabilities[1]).all() and np.isfinite(found.probabilities[[0, 2]]).all()
+
+
+def test_nothing_to_predict_gives_nothing(run):
+    for nothing in ([], np.zeros((0, 32, 32, 3), np.uint8)):
+        found = load_run(run).predict(nothing)
+        assert found.probabilities.shape == (0, 10) and found.labels.shape == (0,)
+        assert found.class_names == found.errors == ()
+
+
+@pytest.mark.parametrize(
+    ("pictures", "reason"),
+    [
+        (np.zeros((2, 32, 32, 3), np.float32), "got float32.*pass pixels in 0..255"),
+        (np.zeros((32, 32, 3), np.uint8), "add a batch axis"),
+        ([np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)], r"picture 1 must be .* got uint8 \[32, 32\]"),
+    ],
+)
+def test_pixels_of_another_kind_are_refused(run, pictures, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_run(run).predict(pictures)
 
 
 def test_a_head_whose_logits_have_no_defaults_predicts(run, pictures, shapes):
@@ -105,7 +157,8 @@ def test_a_head_whose_logits_have_no_defaults_predicts(run, pictures, shapes):
         return head_logits(params, features)
 
     strict = replace(loaded, head=Head(loaded.head.init, logits, "strict"))
-    assert list(predict_files(strict, pictures[:1])) == list(predict_files(loaded, pictures[:1]))
+    (one,), (other,) = (predict_files(each, pictures[:1]) for each in (strict, loaded))
+    assert one.top == other.top and len(one.top) == 3
     arguments = (loaded.backbone, loaded.head_params, shapes.images[:2])
     np.testing.assert_array_equal(predict_probs(*arguments, logits_fn=logits), predict_probs(*arguments))
     assert seen == [(False, None)] * 2

@@ -38,16 +38,28 @@ class Listing(NamedTuple):
     ignored: int
 
 
-def list_folder(root: Path) -> dict[str, Listing]:
+def is_divided_by_class(root: Path) -> bool:
+    """Whether a folder has no pictures directly in it, but several folders, or one of training images."""
+    folders = _folders(root)
+    is_split = any(SPLIT_OF.get(entry.name.lower()) == "train" and _folders(Path(entry.path)) for entry in folders)
+    return (len(folders) > 1 or is_split) and not _has_pictures(root)
+
+
+def list_folder(root: Path, min_classes: int = 2) -> dict[str, Listing]:
     """Lists the pictures of a folder by split, without opening any; see `load_folder`."""
     listings = {split: _list_classes(path) for split, path in _split_dirs(root).items()}
     train = listings["train"]
     for split, listing in listings.items():
         _check_classes(split, listing, train)
+    if len(train.files) < min_classes:
+        raise UserError(
+            f"{train.root} has a single class, {next(iter(train.files))!r}: there is nothing to tell apart. --dataset "
+            f"takes {LAYOUT}."
+        )
     return listings
 
 
-def load_folder(root: Path, skip_unreadable: bool = False) -> Splits:
+def load_folder(root: Path, skip_unreadable: bool = False, min_classes: int = 2) -> Splits:
     """Lists and fingerprints a folder of pictures. Pixels are read later, when they are asked for.
 
     Classes are the sorted names of the folders; pictures at any depth below belong to them, in the order of
@@ -57,6 +69,7 @@ def load_folder(root: Path, skip_unreadable: bool = False) -> Splits:
     Args:
       root: `ROOT/CLASS/...`, or `ROOT/{train,test,val}/CLASS/...`; see `SPLITS` for other names of the splits.
       skip_unreadable: whether to leave out files that cannot be decoded, which are then all decoded once here.
+      min_classes: 1 to allow a single class, which nothing can be trained on.
 
     Returns:
       The splits that there are; without a folder of test images `test` is empty.
@@ -65,7 +78,7 @@ def load_folder(root: Path, skip_unreadable: bool = False) -> Splits:
       UserError: if the folder is laid out otherwise, has a class without pictures or a single class, has other classes
         in another split than in the training images, or a file is no picture.
     """
-    listings = list_folder(root)
+    listings = list_folder(root, min_classes)
     class_names = tuple(sorted(listings["train"].files))
     labels = {name: label for label, name in enumerate(class_names)}
     parts, skipped = {}, list[str]()
@@ -73,7 +86,7 @@ def load_folder(root: Path, skip_unreadable: bool = False) -> Splits:
         if missing := sorted(set(class_names) - set(listing.files)):
             logger.warning(f"{listing.root} has no pictures of {_some(missing)}.")
         files = [(path, labels[name]) for name in sorted(listing.files) for path in listing.files[name]]
-        parts[split], unreadable = _fingerprinted(files, skip_unreadable)
+        parts[split], unreadable = fingerprinted(files, skip_unreadable)
         skipped += unreadable
         if empty := [class_names[label] for label in range(len(class_names)) if _lost(label, files, parts[split])]:
             raise UserError(f"No picture of {_some(empty)} in {listing.root} can be read.")
@@ -154,7 +167,7 @@ def _list_classes(root: Path) -> Listing:
     for entry in _entries(root):
         if entry.is_dir(follow_symlinks=False) and entry.name[0] != ".":
             found, others = [], 0
-            for directory, name, is_picture in _walk(entry.path):
+            for directory, name, is_picture in walk(entry.path):
                 if is_picture:
                     found.append((directory, name))
                 else:
@@ -169,11 +182,17 @@ def _list_classes(root: Path) -> Listing:
     return Listing(root, files, ignored)
 
 
-def _walk(directory: str) -> Iterator[tuple[str, str, bool]]:
-    """Yields directory and name of every file below a directory, and whether it has a picture's name."""
+def walk(directory: str) -> Iterator[tuple[str, str, bool]]:
+    """Yields directory and name of every file below a directory, and whether it has a picture's name.
+
+    Links to files are followed, links to folders are not; hidden folders are left out.
+
+    Raises:
+      UserError: if a directory cannot be read.
+    """
     for entry in _entries(directory):
         if entry.is_dir(follow_symlinks=False) and entry.name[0] != ".":
-            yield from _walk(entry.path)
+            yield from walk(entry.path)
         else:
             yield directory, entry.name, _is_picture(entry)
 
@@ -184,20 +203,24 @@ def _check_classes(split: str, listing: Listing, train: Listing) -> None:
         few = f"class {empty[0]!r} has" if len(empty) == 1 else f"classes {_some(empty)} have"
         raise UserError(f"The {few} no pictures in {path}; add some, or remove the folder.")
     if split == "train":
-        if len(class_names) == 1:
-            raise UserError(
-                f"{path} has a single class, {class_names[0]!r}: there is nothing to tell apart. --dataset takes "
-                f"{LAYOUT}."
-            )
-    elif unknown := sorted(set(listing.files) - set(class_names)):
+        return
+    if unknown := sorted(set(listing.files) - set(class_names)):
         raise UserError(
             f"{path} has pictures of {_some(unknown)}, but {train.root} has none; the {split} images must have the "
             "classes of the training images."
         )
 
 
-def _fingerprinted(files: Sequence[tuple[str, int]], skip_unreadable: bool) -> tuple[Dataset, list[str]]:
-    """Reads digest and size of each file, several at a time. Returns the examples, and the files that were skipped."""
+def fingerprinted(files: Sequence[tuple[str, int]], skip_unreadable: bool) -> tuple[Dataset, list[str]]:
+    """Reads digest and size of each file, several at a time. Returns the examples, and the files that were skipped.
+
+    Args:
+      files: paths, each with its label.
+      skip_unreadable: whether to leave out files that cannot be decoded, which are then all decoded once here.
+
+    Raises:
+      UserError: for a file that is no picture, unless it is skipped.
+    """
 
     def look(path: str) -> tuple[bytes, tuple[int, int]] | ImageError:
         try:

@@ -5,13 +5,15 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cifar_jax.data.pictures import DIGEST_BYTES, Pictures, Resized
 from cifar_jax.data.resize import Resize
 from cifar_jax.errors import UserError
 
@@ -26,6 +28,7 @@ SUFFIXES = (
 _HEIF = ("HEIF",)  # the name under which pillow-heif registers its reader
 _HEIC_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")}
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
+MAX_BYTES = 2**30  # of a file, far more than the pixels below have: what is larger is something else
 MAX_PIXELS = 100_000_000  # a 10000x10000 photograph; more is a mistake or a decompression bomb
 
 
@@ -42,27 +45,29 @@ class ImageError(UserError):
         super().__init__(f"{path} {reason}; {advice}.")
 
 
-def image_files(paths: Sequence[str | Path]) -> list[str]:
-    """Expands directories among the paths to the image files directly in them, sorted by name.
+@dataclass(frozen=True)
+class OrErrors(Resized):
+    """Pictures that may be unreadable: such a one is black, and `errors` has the reason.
 
-    Image files are recognised by their extension; hidden files are skipped.
-
-    Raises:
-      UserError: if a directory has no image files or cannot be read.
+    Attributes:
+      errors: errors by row, of the rows read so far. Those who read may remove them.
     """
-    return [file for path in paths for file in (_images_in(path) if os.path.isdir(path) else [str(path)])]
+
+    errors: dict[int, ImageError] = field(default_factory=dict)
+
+    def image(self, row: int) -> UInt8[np.ndarray, "side side 3"]:
+        """Reads one image, black if it cannot be read."""
+        try:
+            return super().image(row)
+        except ImageError as error:
+            self.errors[row] = error
+            return np.zeros(self.shape[1:], np.uint8)
 
 
-def _images_in(directory: str | Path) -> list[str]:
-    try:
-        names = sorted(name for name in os.listdir(directory) if name.lower().endswith(SUFFIXES) and name[0] != ".")
-    except OSError as error:
-        raise UserError(f"{directory} cannot be read ({error.strerror}); name another directory.") from error
-    if not names:
-        raise UserError(
-            f"{directory} is a directory without image files; give one with PNG or JPEG files directly in it."
-        )
-    return [os.path.join(directory, name) for name in names]
+def or_errors(read: Callable[[int], Image.Image], num: int, resize: Resize) -> OrErrors:
+    """Makes `num` pictures that are not looked at before they are read, by `read`, which may raise ImageError."""
+    digests, sizes = np.broadcast_to(np.uint8(0), (num, DIGEST_BYTES)), np.broadcast_to(np.int32(0), (num, 2))
+    return OrErrors(Pictures(read, [""] * num, digests, sizes, np.arange(num)), resize)
 
 
 def read_image(path: str | Path, resize: Resize) -> UInt8[np.ndarray, "side side 3"]:
@@ -78,6 +83,8 @@ def read_bytes(path: str | Path) -> bytes:
     """Reads a file. Raises ImageError if that fails."""
     try:
         with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise ImageError(path, f"has more than {MAX_BYTES:,} bytes, the limit of a picture")
             return file.read()
     except FileNotFoundError:
         raise ImageError(path, "does not exist", "give the path of an image") from None

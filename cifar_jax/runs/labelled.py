@@ -1,0 +1,114 @@
+"""Labelled pictures to score a run on: its own test images, or those of another data set, matched by class name."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Int32
+
+from cifar_jax.data.dataset import Dataset, Splits, check
+from cifar_jax.data.load import kind_of, load_splits, read_splits
+from cifar_jax.data.pictures import AnyImages, Images, Resized, sizes_of
+from cifar_jax.data.resize import Resize, size_words
+from cifar_jax.data.splits import load_data
+from cifar_jax.errors import UserError
+from cifar_jax.runs.reader import Run
+
+SHOWN = 5  # names that a message lists
+
+Split: TypeAlias = Literal["test", "val", "all"]
+
+
+class Labelled(NamedTuple):
+    """Pictures to score a run on.
+
+    Attributes:
+      images: as the run's network takes them.
+      labels: classes of the run.
+      name: of the data set, as it was given.
+      split: which of its images: `all` where it is not divided.
+      resize_words: how its pictures became the images.
+    """
+
+    images: Images
+    labels: Int32[np.ndarray, "n"]
+    name: str
+    split: Split
+    resize_words: str
+
+
+def own_test_images(run: Run) -> Labelled:
+    """Loads the test images of a run, resized as they were for it.
+
+    Raises:
+      UserError: if they cannot be loaded or are not those that the run was scored on.
+    """
+    config = run.config
+    data = load_data(config, run.backbone.image_size, resize=run.resize)
+    if data.digests["test"].examples != run.summary["dataset"].get("test_sha256"):
+        raise UserError(
+            f"The test images of {config.data.dataset} are not those that the run {run.path} was scored on; name the "
+            "directory of the same version with --data-dir."
+        )
+    words = run.resize.words(run.backbone.image_size)
+    return Labelled(data.test.images, data.test.labels, config.data.dataset, "test", words)
+
+
+def other_images(run: Run, dataset: str, label_key: str | None = None, skip_unreadable: bool = False) -> Labelled:
+    """Loads a data set to score a run on: its test images, else its validation images, else all of its images.
+
+    Its pictures may have any size: they are resized as the run's own, or, where those were upsampled, their centre
+    square is reduced to the same side first.
+
+    Args:
+      run: the run; its seed, TFDS data directory and cache are used.
+      dataset: a folder of pictures, an .npz file, a TFDS set or `shapes`. It may lack classes of the run.
+      label_key: name of the label in a TFDS set that has several.
+      skip_unreadable: whether to leave out files of a folder that cannot be decoded.
+
+    Raises:
+      UserError: if it cannot be loaded, or has images of a class that the run does not know.
+    """
+    part, split, splits = _scored_part(run, dataset, label_key, skip_unreadable)
+    check(part, len(splits.class_names), f"{dataset}")
+    label_of = {name: label for label, name in enumerate(run.class_names)}
+    if unknown := [
+        splits.class_names[label] for label in np.unique(part.labels) if splits.class_names[label] not in label_of
+    ]:
+        raise UserError(
+            f"{dataset} has images of {_few(unknown)}, which the run in {run.path} does not know; it knows "
+            f"{_few(run.class_names)}."
+        )
+    labels = np.array([label_of.get(name, -1) for name in splits.class_names], np.int32)[part.labels]
+    images, words = _as_input(part.images, run.resize, run.backbone.image_size)
+    return Labelled(images, labels, dataset, split, words)
+
+
+def _scored_part(run: Run, dataset: str, label_key: str | None, skip_unreadable: bool) -> tuple[Dataset, Split, Splits]:
+    config = run.config
+    if kind_of(dataset) == "shapes":
+        splits = load_splits(dataset, train_examples=1, seed=config.optim.seed, label_key=label_key)
+    else:
+        where = config.run.data_dir, config.run.cache_dir
+        splits = read_splits(dataset, *where, label_key, skip_unreadable, min_classes=1)
+    if len(splits.test.labels):
+        return splits.test, "test", splits
+    if splits.val is not None:
+        return splits.val, "val", splits
+    return splits.train, "all", splits
+
+
+def _as_input(images: AnyImages, resize: Resize, image_size: int) -> tuple[Images, str]:
+    """Images of the run's size, and in words how they became so."""
+    words, sizes = resize.words(image_size), sizes_of(images)
+    if resize.method == "upsample" and (sizes != resize.side).any():
+        words = f"{size_words(sizes)}, reduced to {resize.side}x{resize.side} as the training images, {words}"
+    elif resize.method == "upsample" and isinstance(images, np.ndarray):
+        return images, words
+    source: Any = images
+    return Resized(source, resize), words
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
