@@ -36,22 +36,24 @@ def is_data_set(sources: Sequence[str]) -> bool:
     """Whether sources are one data set with labels rather than image files.
 
     A folder that has pictures directly in it is a list of images; one that has only folders, several of them or one of
-    training images, is a data set. So are an .npz file and the name of a TFDS set.
+    training images, is a data set. Whatever else `kind_of` knows is one too.
 
     Raises:
-      UserError: if the source cannot be read.
+      UserError: if a folder cannot be read, or an .npz file does not exist.
     """
     (source, *more) = sources
-    name = os.path.expanduser(source)
     if more or source == STDIN or is_pattern(source):
         return False
-    if os.path.isdir(name):
-        return kind_of(source) == "tfds-directory" or is_divided_by_class(Path(name))
-    if os.path.isfile(name):
-        return Path(name).suffix == ".npz"
-    # What does not exist is the name of a TFDS set, unless it looks like a picture's.
-    is_path = os.path.isabs(name) or source.startswith(("./", "../")) or name.lower().endswith(SUFFIXES)
-    return not is_path or Path(name).suffix == ".npz"
+    try:
+        kind = kind_of(source)
+    except UserError:
+        if Path(source).suffix == ".npz":
+            raise
+        return False  # a file, or the path of a missing one
+    if kind == "folder":
+        return is_divided_by_class(Path(os.path.expanduser(source)))
+    # What does not exist is the name of a TFDS set, unless it looks like that of a picture.
+    return kind != "tfds" or not source.lower().endswith(SUFFIXES)
 
 
 class _Extracted(NamedTuple):

@@ -164,6 +164,14 @@ def test_unreadable_files_can_be_left_out(run, capsys, tmp_path):
     assert result.code == 0 and "on 20 images" in result.out and "Skipped 1 files" in result.err
 
 
+def test_own_images_are_resized_as_they_were_recorded(run, capsys, tmp_path):
+    """Not as the options would resize them now, which the defaults of another version may differ in."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"interpolation": "nearest"}))
+    assert scores(capsys, copy) | {"run": ""} == scores(capsys, run) | {"run": ""}
+
+
 def test_a_run_from_before_the_resize_was_recorded_is_one_of_upsampled_images(capsys, tmp_path):
     """Its images of 32 pixels give the same scores, and other pictures are reduced to 32."""
     run = photo_run(tmp_path, "cached", (32, 32))

@@ -191,6 +191,8 @@ def test_an_untrained_network_can_be_asked_for(tmp_path, capsys, narrow):
         ("shapes --train-examples 0", ["--train-examples must be at least 1, got 0."]),
         ("shapes --precision float16", ["--precision", "float16"]),
         ("nothing.png", ["nothing.png does not exist"]),
+        ("./nothing", ["./nothing does not exist"]),
+        ("nothing.npz", ["nothing.npz does not exist"]),
         ("broken.png", ["broken.png is not a readable image"]),
         ("picture.png --weights random", ["--weights random needs a data set to calibrate on"]),
         ("picture.png --weights nothing.h5", ["nothing.h5"]),
