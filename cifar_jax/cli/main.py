@@ -21,10 +21,10 @@ from cifar_jax.version import __version__
 USAGE = """usage: {program} COMMAND [options]
 
   train                  train a head on a frozen backbone, as train.py does
-  evaluate RUN           score a run's head on its test images again
-  predict RUN IMAGE...   print the most likely classes of image files
-  features SRC...        write the features of a data set or of images to a file
-  info [TOPIC]           show versions, devices, weights, data sets or the cache
+  evaluate RUN           score a run on its test images again, or on others
+  predict RUN PICTURE... classify pictures: files, folders, a list
+  features SRC...        write the features of a data set or of pictures to a file
+  info [TOPIC|DATASET]   show versions, devices, weights, the cache; or a data set
   convert SRC DST        convert weights between our format, Keras and PyTorch
   verify-weights FILE    check a weights file, tensor by tensor
 

@@ -23,7 +23,7 @@ from cifar_jax.runs.labelled import other_images, own_test_images
 from cifar_jax.runs.reader import Run, load_run
 from cifar_jax.runtime.progress import Reporter, Silent
 from cifar_jax.train.evaluate import evaluate, make_eval_step, wilson_interval
-from cifar_jax.train.losses import LossFn, smoothed_cross_entropy
+from cifar_jax.train.losses import LossFn, loss_of
 from cifar_jax.train.task import HeadFn, head_forward
 
 logger = logging.getLogger(__name__)
@@ -268,7 +268,10 @@ def evaluate_run(
     with reporter.progress("Features of test images", len(data.labels), compiles=True) as bar:
         bar(0)
         features = extractor(data.images, bar)
-    loss_fn = loss_fn or smoothed_cross_entropy(config.optim.label_smoothing)
+    # Class weights are those of the run's own training images.
+    counts = run.summary["dataset"].get("train_class_counts", [1] * len(run.class_names))
+    labels = np.repeat(np.arange(len(counts)), counts)
+    loss_fn = loss_fn or loss_of(config, labels, len(run.class_names))
     eval_step = make_eval_step(head_forward(run.head), loss_fn)
     score = jax.jit(lambda params, batch: eval_step(params, {}, {}, batch))
     result = evaluate(score, {"head": run.head_params}, features, data.labels)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 import jax
+import numpy as np
 
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import RunError
@@ -236,6 +237,7 @@ class RunWriter:
                 "name": data.splits.name,
                 "version": data.splits.version,
                 "class_names": list(data.splits.class_names),
+                "train_class_counts": np.bincount(data.train.labels, minlength=len(data.splits.class_names)).tolist(),
                 "skipped": list(data.splits.skipped),
                 "train_sha256": self._began.digests["training images"],
                 "test_sha256": self._began.digests["test images"],

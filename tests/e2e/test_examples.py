@@ -102,7 +102,7 @@ def read(name: str, path: Path) -> Run:
 
 def logits_and_labels(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Logits of a run's test images, plainly, and their labels."""
-    images, labels = load_data(run.config).test
+    images, labels = load_data(run.config, run.backbone.image_size, resize=run.resize).test
     logits = run.head.logits(run.head_params, extract(run.backbone, images))
     return np.asarray(logits, np.float64), labels
 

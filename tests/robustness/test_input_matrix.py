@@ -38,7 +38,12 @@ TRAIN = {
     "data_dir": [],  # a path, as all without values: see below
     "weights": ["", " ", "no-such-network"],
     "variant": ["v3", ""],
-    "image_size": [*NO_COUNT, "-32", "100", "4128", "1e9"],
+    "image_size": [*NO_COUNT, "-32", "31", "4097", "1e9"],
+    "resize": ["crop", ""],
+    "interpolation": ["linear", "", "bicubic"],
+    "test_fraction": [*NO_SHARE, "0", "0.5"],
+    "label_key": ["label"],
+    "skip_unreadable": [*NO_FLAG, None],
     "mode": ["eager", "", "CACHED"],
     "epochs": NO_COUNT,
     "batch_size": NO_COUNT,

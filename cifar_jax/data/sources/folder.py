@@ -93,9 +93,9 @@ def load_folder(root: Path, skip_unreadable: bool = False, min_classes: int = 2)
     ignored = sum(listing.ignored for listing in listings.values())
     notes = []
     if ignored:
-        notes.append(f"{ignored:,} other files ignored")
+        notes.append(f"{ignored:,} other {'file' if ignored == 1 else 'files'} ignored")
     if skipped:
-        notes.append(f"{len(skipped):,} unreadable files skipped")
+        notes.append(f"{len(skipped):,} unreadable {'file' if len(skipped) == 1 else 'files'} skipped")
         logger.warning(f"Skipped {len(skipped):,} files that cannot be read: {_some(skipped)}.")
     empty_part = parts["train"].take(slice(0, 0))
     name = root.resolve().name or str(root)
