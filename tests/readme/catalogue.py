@@ -44,7 +44,7 @@ NOT_TYPED = {
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "samples.png", "curves.png", "predictions.png")
 RUN_FILES += ("confusion.png", "checkpoints")
 # Of `train`: what needs neither CIFAR-10 nor Keras's weights.
-_NEEDS_NOTHING = re.compile(r"--preset demo|--help|runs/first/config\.json")
+_NEEDS_NOTHING = re.compile(r"--preset demo|--help|runs/first/config\.json|--dataset pets --weights demo")
 
 
 def is_train(text: str) -> bool:
@@ -99,6 +99,11 @@ def _all_probabilities(typed: Typed, directory: Path) -> bool:
     return row["path"].endswith(".jpg") and len(row) == 4 + 10
 
 
+def _pets_on_holiday(_: Typed, directory: Path) -> bool:
+    rows = list(csv.DictReader(io.StringIO((directory / "holiday.csv").read_text(encoding="utf-8"))))
+    return len(rows) == 3 and list(rows[0])[4:] == ["cats", "dogs"]
+
+
 def _three_classes(typed: Typed, directory: Path) -> bool:
     summary = json.loads((directory / "runs" / "first" / "summary.json").read_text())
     return sum(name in typed.out for name in summary["dataset"]["class_names"]) == 3
@@ -117,6 +122,9 @@ _PROMISES: dict[str, Callable[[Typed, Path], bool]] = {
     r" predict runs/first \S+\s*(#|$)": _three_classes,
     r" predict runs/first .*--json": _a_row_for_each_class,
     r" predict runs/first .*--csv": _all_probabilities,
+    r" info pets": lambda typed, directory: "cats" in typed.out and (directory / "pets-contact-sheet.png").exists(),
+    r" predict runs/pets": _pets_on_holiday,
+    r" evaluate runs/pets": lambda typed, _: "% on 24 images" in typed.out,
     r" features cifar10": _data_set_features,
     r" features photo\.jpg": lambda _, directory: np.load(directory / "photo.npy").shape == (1, 512),
     r" verify-weights": lambda typed, _: "conv1_conv" in typed.out,

@@ -62,6 +62,7 @@ def supplied_machine(make: pytest.TempPathFactory) -> Machine:
 
 
 def supply_files(directory: Path, weights: Path) -> None:
-    """Puts a photograph and a weights file of the user's own into a directory."""
+    """Puts pictures and a weights file of the user's own into a directory."""
     supplies.write_photo(directory / "photo.jpg")
+    supplies.write_pets(directory)
     shutil.copy(weights, directory / "model.h5")

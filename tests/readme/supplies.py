@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from helpers import write_tfds
+from helpers import write_pictures_folder, write_tfds
 from PIL import Image
 
 from cifar_jax.data.sources.shapes import draw_shapes
@@ -75,6 +75,13 @@ def register(checkout: Path, file: Path) -> None:
     digest = f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
     entries[KERAS] |= {"digest": digest, "size": file.stat().st_size}
     registry.write_text(json.dumps(entries), encoding="utf-8")
+
+
+def write_pets(directory: Path) -> None:
+    """Folders of pictures of a newcomer's own: some to train on, some with labels, some without."""
+    for name, seed in (("pets", 0), ("more-pets", 1)):
+        write_pictures_folder(directory / name, {"cats": 12, "dogs": 12}, (90, 70), seed, ".jpg")
+    write_pictures_folder(directory / "holiday", {"monday": 2, "tuesday": 1}, (70, 90), 2, ".jpg")
 
 
 def write_photo(path: Path) -> None:
