@@ -150,15 +150,13 @@ def _entries(root: Path | str) -> list[os.DirEntry[str]]:
 
 
 def _is_picture(entry: os.DirEntry[str]) -> bool:
-    return entry.name[0] != "." and entry.name.lower().endswith(SUFFIXES) and not _is_link_to_folder(entry)
-
-
-def _is_link_to_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_symlink() and entry.is_dir()
+    # No link to a folder, no pipe, which would be waited for; a broken link is a picture that cannot be read.
+    is_file = entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    return is_file and entry.name[0] != "." and entry.name.lower().endswith(SUFFIXES)
 
 
 def _has_pictures(root: Path) -> bool:
-    return any(not entry.is_dir() and _is_picture(entry) for entry in _entries(root))
+    return any(_is_picture(entry) for entry in _entries(root))
 
 
 def _list_classes(root: Path) -> Listing:

@@ -93,6 +93,14 @@ def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path):
     assert splits.class_names == ("cats", "dogs") and labels_of(splits.train) == [0] * 7 + [1] * 4
 
 
+def test_pipes_are_not_waited_for_and_broken_links_are_named(tmp_path):
+    write_pictures_folder(tmp_path, TWO)
+    os.mkfifo(tmp_path / "cats/pipe.png")
+    assert load_folder(tmp_path).notes == ("1 other file ignored",)
+    (tmp_path / "cats/link.png").symlink_to(tmp_path / "nowhere.png")
+    assert "cats/link.png does not exist" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["with space", "Möwen", "[a-z]*", "a'b\"c", "100%"])
 def test_any_name(tmp_path, name):
     splits = load_folder(write_pictures_folder(tmp_path, {name: 2, "other": 2}))
