@@ -3,6 +3,7 @@
 import contextlib
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from cifar_jax.data.resize import Resize
+from cifar_jax.data.sources import images
 from cifar_jax.data.sources.images import MAX_PIXELS, read_image
 from cifar_jax.errors import UserError
 
@@ -211,3 +213,14 @@ def test_corrupt_images_give_pixels_or_a_user_error(tmp_path_factory, format, ch
     path.write_bytes(content[: int(length * len(content))])
     with contextlib.suppress(UserError):
         assert read_image(path, Resize("upsample", 32)).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"heix"])
+def test_heic_pictures_need_a_package_that_the_message_names(tmp_path, monkeypatch, brand):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    images._can_read_heif.cache_clear()
+    path = tmp_path / "photo.heic"
+    path.write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0" + bytes(100))
+    message = refusal(path)
+    assert "is a HEIC picture, which needs the package pillow-heif" in message and "pip install pillow-heif" in message
+    images._can_read_heif.cache_clear()
