@@ -118,6 +118,7 @@ def test_arrays_in_an_npz_file_are_scored_by_a_run_on_another(capsys, tmp_path):
     assert [name for name, count in other["test_class_count"].items() if count] == ["0", "1", "2", "3"]
 
 
+@pytest.mark.slow  # draws 10,000 images
 def test_synthetic_images_are_scored_and_a_tfds_set_with_other_classes_is_not(capsys, tmp_path, tmp_path_factory):
     run = tiny_run(tmp_path_factory).path
     other = scores(capsys, run, "--dataset", "shapes")

@@ -120,7 +120,7 @@ def test_300_files_of_which_two_are_broken(run, capsys, many, caplog):
             assert row["probability"] == float(cells[2]) == max(row["probabilities"].values())
 
 
-@pytest.mark.parametrize("mode", ["cached", "live", "finetune"])
+@pytest.mark.parametrize("mode", ["cached", "live", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_predictions_have_the_accuracy_that_evaluate_reports(run, capsys, tmp_path, mode):
     made = run if mode == "cached" else photo_run(tmp_path, mode)
     check_same_accuracy(made, capsys)

@@ -57,7 +57,7 @@ def test_the_header_says_what_was_found_and_what_is_done_with_it(folder, tmp_pat
     rows = header_of(folder, tmp_path / "run")
     assert rows["data"].startswith("animals: 2 classes (ape, bee), 20 training, 8 test images, 5")
     assert rows["data"].endswith(" pixels") and "val_ figures" not in rows
-    assert rows["resize"] == "shorter side to 37 (bilinear), centre crop of 32"
+    assert rows["resize"] == "shorter side to 32 (bilinear), centre crop of 32"
     assert rows["validation"] == "test images, as in the notebook (hold some out with --val-fraction)"
     assert "ignored" in rows["notes"]
     assert list(rows)[:4] == ["data", "resize", "notes", "validation"]
