@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from cifar_jax.cli.escape import printable
+from cifar_jax.cli.parsing import program
 from cifar_jax.cli.tables import pair_lines, sentence_lines, table_lines
 from cifar_jax.runtime.progress import EpochRow
 
@@ -154,7 +155,9 @@ class ConsoleReporter:
                 rows[f"{split}_accuracy"] = (
                     f"{accuracy:.4f} on {count:,} {name} images, 95 % interval {low:.4f} to {high:.4f}"
                 )
-        rows["seconds"] = ", ".join(f"{phase} {value:.1f}" for phase, value in summary["seconds"].items())
+        rows["seconds"] = ", ".join(
+            f"{phase} {value:.1f}" for phase, value in summary["seconds"].items() if value >= 0.05
+        )
         if summary["seconds_to_first_step"] is not None:
             rows["first step"] = f"after {summary['seconds_to_first_step']:.1f} seconds"
         if summary["images_per_second"]:
@@ -164,7 +167,7 @@ class ConsoleReporter:
         of_test = ("test_predictions.png", "test_confusion.png") if "test_accuracy" in summary else ()
         rows["pictures"] = f"{out}/{', '.join((*names, *of_test))}"
         rows["figures"] = f"{out}/summary.json, metrics.jsonl, config.json"
-        rows["predict"] = f"python -m cifar_jax predict {shlex.quote(str(out))} IMAGE..."
+        rows["predict"] = f"{program()} predict {shlex.quote(str(out))} PICTURE..."
         self.header(rows)
 
     def verification(self, found: "Verification", against: str | None) -> None:

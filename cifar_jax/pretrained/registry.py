@@ -176,7 +176,7 @@ def fetch(entry: Entry, cache_dir: str | None = None, progress: Progress | None 
         raise WeightsError(
             f"The weights {entry.name} are not on this machine and could not be downloaded ({why}): get {entry.url} "
             f"({entry.digest}) on a machine with a network and put it at {target}, or name it with --weights or "
-            f"CIFAR_JAX_WEIGHTS.{also}"
+            f"CIFAR_JAX_WEIGHTS. --weights demo needs no download.{also}"
         ) from error
     except OSError as error:
         raise RunError(

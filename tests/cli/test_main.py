@@ -378,7 +378,7 @@ def test_train_prints_plain_lines_without_a_terminal(tmp_path_factory):
     assert "\x1b" not in out + err and "\r" not in out + err and "━" not in out + err
     epochs = re.findall(r"^epoch (\d)/2  train_loss [\d.]+  train_accuracy [\d.]+  val_loss", out, re.MULTILINE)
     assert epochs == ["1", "2"]
-    assert out.count(str(run)) == 4 and f"python -m cifar_jax predict {run} IMAGE..." in out
+    assert out.count(str(run)) == 4 and f"python -m cifar_jax predict {run} PICTURE..." in out
     assert err.startswith("Warning: --weights random-w16 is an UNTRAINED network") and err.count("\n") == 1
 
 

@@ -62,7 +62,7 @@ def test_training_completes_with_lost_streams(tmp_path, cache, capsys, narrow, n
     result = run_with(capsys, name, kind, "train", *TINY, "--epochs", "2", "--cache-dir", cache, "--out", out)
     assert result.code == code and is_complete(out)
     if name == "stderr":
-        assert result.out.startswith("data ") and "IMAGE..." in result.out.splitlines()[-1]
+        assert result.out.startswith("data ") and "PICTURE..." in result.out.splitlines()[-1]
         assert "Warning" not in result.out
     else:
         warning, *lines = [line for line in result.err.splitlines() if "come from the cache" not in line]
