@@ -207,7 +207,7 @@ def info(arguments: list[str], reporter: ConsoleReporter) -> int:
 
 
 def _info_data(options: InfoOptions, reporter: ConsoleReporter) -> int:
-    from cifar_jax.cli.info_data import describe, load, write_contact_sheet
+    from cifar_jax.cli.info_data import SHEET_CLASSES, describe, load, write_contact_sheet
     from cifar_jax.config import TrainConfig
 
     TrainConfig(seed=options.seed)  # checks it
@@ -226,7 +226,9 @@ def _info_data(options: InfoOptions, reporter: ConsoleReporter) -> int:
     if options.json:
         print(json.dumps(about.to_json()))
         return 0
-    reporter.header(about.lines() | {"contact sheet": sheet})
+    shown, classes = min(SHEET_CLASSES, len(splits.class_names)), len(splits.class_names)
+    of_classes = f" of {shown} of the {classes:,} classes" if shown < classes else ""
+    reporter.header(about.lines() | {"contact sheet": f"{sheet}, training images{of_classes}"})
     reporter.out.print()
     reporter.table(about.table())
     return 0

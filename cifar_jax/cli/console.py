@@ -165,8 +165,10 @@ class ConsoleReporter:
             rows["backbone"] = f"{rate:,.0f} images per second, after {seconds:.1f} seconds of compilation"
         names = ("samples.png", "curves.png", "predictions.png", "confusion.png")
         of_test = ("test_predictions.png", "test_confusion.png") if "test_accuracy" in summary else ()
-        rows["pictures"] = f"{out}/{', '.join((*names, *of_test))}"
-        rows["figures"] = f"{out}/summary.json, metrics.jsonl, config.json"
+        if summary["val_split"] == "held_out":
+            rows["epoch"] = f"{summary['selected_epoch']} of {summary['epochs']}, the best on the validation images"
+        rows["figures"] = f"{out}/{', '.join((*names, *of_test))}"
+        rows["files"] = f"{out}/summary.json, metrics.jsonl, config.json"
         rows["predict"] = f"{program()} predict {shlex.quote(str(out))} PICTURE..."
         self.header(rows)
 

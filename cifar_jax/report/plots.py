@@ -29,6 +29,7 @@ from cifar_jax.files import replacing
 
 DPI, SAMPLE_COLUMNS, PREDICTION_COLUMNS = 160, 10, 8
 SHEET_SIDE, SHEET_GAP, SHEET_NAME = 128, 8, 32  # of a contact sheet; the last is a number of characters
+TILE_NAME = 20  # characters of a class name above an image
 SHEET_GREY = 235  # shows where an image ends
 FONT, TEXT, SMALL = "DejaVu Sans", 8, 7  # a font that ships with matplotlib, so that figures look the same everywhere
 INK, RIGHT, WRONG = "#222222", "#1b7837", "#b2182b"
@@ -48,6 +49,11 @@ def _paper_style() -> Iterator[None]:
     """Applies matplotlib's defaults and `STYLE`, so that the user's matplotlib settings do not change a figure."""
     with matplotlib.style.context(["default", STYLE]):
         yield
+
+
+def short(name: str, most: int = SHEET_NAME) -> str:
+    """A class name, cut off where it would make a figure too wide."""
+    return name if len(name) <= most else f"{name[: most - 3]}..."
 
 
 def sample_rows(labels: Integer[np.ndarray, " n"]) -> Integer[np.ndarray, " m"]:
@@ -76,7 +82,7 @@ def plot_samples(
     blocks: list[list[Tile]] = []
     for images, labels in ((train_images, train_labels), (val_images, val_labels)):
         _check_examples(images, labels, class_names)
-        blocks.append([(images[i], class_names[labels[i]], INK) for i in sample_rows(labels)])
+        blocks.append([(images[i], short(class_names[labels[i]], TILE_NAME), INK) for i in sample_rows(labels)])
     figure, split = _draw_grid(blocks, SAMPLE_COLUMNS, side=96, left=36, top=0), len(blocks[0])
     for name, panels in (("training", figure.axes[:split]), (val_name, figure.axes[split:])):
         middle = (panels[0].get_position().y1 + panels[-1].get_position().y0) / 2
@@ -144,9 +150,10 @@ def plot_predictions(
     if probs.shape != (len(images), len(class_names)):
         raise ValueError(f"probs must have shape {[len(images), len(class_names)]}, got {list(probs.shape)}.")
     tiles: list[Tile] = []
+    names = [short(name, TILE_NAME) for name in class_names]
     for image, label, prob in zip(images, labels, probs, strict=True):
         predicted = prob.argmax()
-        answer, truth = f"{class_names[predicted]} {prob[predicted]:.0%}", f"true: {class_names[label]}"
+        answer, truth = f"{names[predicted]} {prob[predicted]:.0%}", f"true: {names[label]}"
         right = predicted == label
         tiles.append((image, f"✓ {answer}" if right else f"✗ {answer}\n{truth}", RIGHT if right else WRONG))
     figure = _draw_grid([tiles], PREDICTION_COLUMNS, side=128, left=8, top=32)
@@ -212,7 +219,7 @@ def plot_contact_sheet(rows: Mapping[str, Sequence[UInt8[np.ndarray, "height wid
     if not columns:
         raise ValueError("A contact sheet needs at least one image.")
     pitch = SHEET_SIDE + SHEET_GAP
-    names = [name if len(name) <= SHEET_NAME else f"{name[: SHEET_NAME - 3]}..." for name in rows]
+    names = list(map(short, rows))
     left = ceil(max(map(_width, names))) + 3 * SHEET_GAP
     width, height = columns * pitch - SHEET_GAP, len(rows) * pitch - SHEET_GAP
     sheet = np.full((height, width, 3), 255, np.uint8)

@@ -121,7 +121,8 @@ def check_contents(path: Path, config: TrainConfig, resumes: bool) -> None:
         raise UserError(f"--out {path} holds other files ({entries[0]}, ...); choose an empty or a new directory.")
     if resumes:
         return
-    if not config.run.overwrite:
+    # A run that ended before its first checkpoint has nothing that could be lost.
+    if not config.run.overwrite and any((path / CHECKPOINTS).glob("[0-9]*")):
         raise UserError(
             f"--out {path} already holds a run; choose another directory or --overwrite it, or "
             "--resume it where it is unfinished."

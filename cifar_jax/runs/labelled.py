@@ -1,18 +1,25 @@
 """Labelled pictures to score a run on: its own test images, or those of another data set, matched by class name."""
 
+import contextlib
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Int32
 
+from cifar_jax.config import TrainConfig
 from cifar_jax.data.dataset import Dataset, Splits, check
+from cifar_jax.data.describe import shared_warning
 from cifar_jax.data.load import kind_of, load_splits, read_splits
 from cifar_jax.data.pictures import AnyImages, Images, Resized, sizes_of
 from cifar_jax.data.resize import Resize, size_words
 from cifar_jax.data.splits import load_data
 from cifar_jax.errors import UserError
 from cifar_jax.runs.reader import Run
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 5  # names that a message lists
 
@@ -69,6 +76,8 @@ def other_images(run: Run, dataset: str, label_key: str | None = None, skip_unre
     Raises:
       UserError: if it cannot be loaded, or has images of a class that the run does not know.
     """
+    if (own := _moved_test_images(run, dataset)) is not None:
+        return own
     part, split, splits = _scored_part(run, dataset, label_key, skip_unreadable)
     check(part, len(splits.class_names), f"{dataset}")
     label_of = {name: label for label, name in enumerate(run.class_names)}
@@ -80,8 +89,40 @@ def other_images(run: Run, dataset: str, label_key: str | None = None, skip_unre
             f"{_few(run.class_names)}."
         )
     labels = np.array([label_of.get(name, -1) for name in splits.class_names], np.int32)[part.labels]
+    _warn_of_training_images(run, part)
     images, words = _as_input(part.images, run.resize, run.backbone.image_size)
     return Labelled(images, labels, dataset, split, words)
+
+
+def _moved_test_images(run: Run, dataset: str) -> Labelled | None:
+    """The run's own test images, if a folder or file is that of the run, wherever it lies now."""
+    if kind_of(dataset) not in ("folder", "npz") or kind_of(dataset) != _kind_of_own(run):
+        return None
+    with contextlib.suppress(UserError):  # which reading it as another data set will tell
+        return own_test_images(replace(run, config=_of(run.config, dataset)))
+    return None
+
+
+def _warn_of_training_images(run: Run, part: Dataset) -> None:
+    """Logs a warning if the run was trained on some of the pictures, as far as its own are still there."""
+    if _kind_of_own(run) not in ("folder", "npz"):
+        return
+    with contextlib.suppress(UserError):
+        train = load_data(run.config, run.backbone.image_size, resize=run.resize).train
+        if warning := shared_warning(train, part, "scored"):
+            logger.warning(warning)
+
+
+def _of(config: TrainConfig, dataset: str) -> TrainConfig:
+    return replace(config, data=replace(config.data, dataset=dataset))
+
+
+def _kind_of_own(run: Run) -> str:
+    """The kind of the run's data set; that of a folder if it is gone."""
+    try:
+        return kind_of(run.config.data.dataset)
+    except UserError:
+        return "npz" if run.config.data.dataset.endswith(".npz") else "folder"
 
 
 def _scored_part(run: Run, dataset: str, label_key: str | None, skip_unreadable: bool) -> tuple[Dataset, Split, Splits]:

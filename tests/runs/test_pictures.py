@@ -175,3 +175,29 @@ def test_an_npz_file_trains(tmp_path):
     summary = summary_of(tmp_path / "run")
     assert summary["dataset"]["class_names"] == ["0", "1", "2"] and summary["resize"]["method"] == "eval-transform"
     assert summary["val_accuracy"] > 0.5
+
+
+def test_pictures_that_moved_are_still_the_run_s_own(tmp_path, pets, undisturbed):
+    moved = shutil.copytree(pets, tmp_path / "moved")
+    own = evaluate_run(undisturbed("cached"), backbone=FIELDS)
+    there = evaluate_run(undisturbed("cached"), dataset=str(moved), backbone=FIELDS)
+    assert (there["split"], there["num_test"]) == ("test", 10) and there["test_loss"] == own["test_loss"]
+
+
+def test_scoring_on_training_images_is_warned_of(tmp_path, pets, undisturbed, log_messages):
+    more = shutil.copytree(pets, tmp_path / "more")
+    shutil.copy(more / "cats/1.png", more / "cats/more.png")
+    scores = evaluate_run(undisturbed("cached"), dataset=str(more), backbone=FIELDS)
+    assert (scores["split"], scores["num_test"]) == ("all", 51)
+    assert any("scored images are identical to training images" in message for message in log_messages)
+
+
+def test_a_run_that_failed_before_it_trained_may_be_replaced(tmp_path, pets):
+    root = shutil.copytree(pets, tmp_path / "pets")
+    whole = (root / "cats/3.png").read_bytes()
+    (root / "cats/3.png").write_bytes(whole[:-60])
+    with pytest.raises(UserError, match=r"cats/3\.png cannot be read .* --skip-unreadable"):
+        run_job(tmp_path / "run", root)
+    run_job(tmp_path / "run", root, skip_unreadable=True)
+    with pytest.raises(UserError, match="already holds a run"):
+        run_job(tmp_path / "run", root, skip_unreadable=True)

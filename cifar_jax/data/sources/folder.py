@@ -52,9 +52,11 @@ def list_folder(root: Path, min_classes: int = 2) -> dict[str, Listing]:
     for split, listing in listings.items():
         _check_classes(split, listing, train)
     if len(train.files) < min_classes:
+        only = train.root / next(iter(train.files))
+        meant = f" Did you mean --dataset {only}?" if len(_folders(only)) >= min_classes else ""
         raise UserError(
-            f"{train.root} has a single class, {next(iter(train.files))!r}: there is nothing to tell apart. --dataset "
-            f"takes {LAYOUT}."
+            f"{train.root} has a single class, {only.name!r}: there is nothing to tell apart.{meant} --dataset takes "
+            f"{LAYOUT}."
         )
     return listings
 
@@ -249,7 +251,11 @@ def fingerprinted(files: Sequence[tuple[str, int]], skip_unreadable: bool) -> tu
         if content_digest(content) != digests[row].tobytes():
             changed = "has changed since the data set was listed"
             raise ImageError(names[row], changed, "leave the pictures alone during a run, and start again")
-        return decode(content, names[row])
+        try:
+            return decode(content, names[row])
+        except ImageError as error:  # beyond its header, which was read before
+            advice = "replace it, or leave it out with --skip-unreadable, in a new run"
+            raise ImageError(names[row], error.reason, advice) from error
 
     rows = np.arange(len(names))
     skipped = [path for (path, _), found in zip(files, looked, strict=True) if isinstance(found, ImageError)]

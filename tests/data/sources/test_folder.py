@@ -193,7 +193,9 @@ def test_refuses_an_empty_class(tmp_path):
 
 
 def test_refuses_a_single_class(tmp_path):
-    assert "a single class, 'cats'" in refusal(write_pictures_folder(tmp_path, {"cats": 3}))
+    assert "a single class, 'cats'" in refusal(write_pictures_folder(tmp_path / "pets", {"cats": 3}))
+    write_pictures_folder(tmp_path / "outer" / "pets", TWO)
+    assert f"Did you mean --dataset {tmp_path / 'outer' / 'pets'}?" in refusal(tmp_path / "outer")
 
 
 def test_refuses_other_classes_in_the_test_images(tmp_path, log_messages):
