@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from cifar_jax.data.dataset import Splits
 from cifar_jax.data.describe import class_warnings, original_sizes, range_words, shared_warning, split_words
@@ -16,7 +17,7 @@ from cifar_jax.data.resize import choose_resize
 from cifar_jax.data.sources.tfds import prepared_names
 from cifar_jax.errors import UserError, did_you_mean
 from cifar_jax.models.preprocess import EvalTransform
-from cifar_jax.report.plots import plot_contact_sheet, save_figure
+from cifar_jax.report.plots import SHEET_SIDE, plot_contact_sheet, save_figure
 
 IMAGE_SIZE = 224  # of the network that the facts are about
 NAMES = {"train": "training", "val": "validation", "test": "test"}
@@ -128,7 +129,9 @@ def _sheet_rows(splits: Splits, seed: int) -> Iterator[tuple[str, list[UInt8[np.
 
 
 def _pixels(images: Any, row: int) -> UInt8[np.ndarray, "h w 3"]:
-    """One whole image at its own size."""
-    if isinstance(images, Pictures):
-        return np.asarray(images.read(int(images.rows[row])))
-    return np.asarray(images[row])
+    """One whole image, reduced to the size of a tile."""
+    if not isinstance(images, Pictures):
+        return np.asarray(images[row])
+    picture = images.read(int(images.rows[row]))
+    picture.thumbnail((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS)
+    return np.asarray(picture)

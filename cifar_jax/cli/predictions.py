@@ -40,7 +40,8 @@ def print_predictions(
     out, failed = reporter.out.file, 0
     table = csv.writer(out, lineterminator="\n")
     if layout == "csv":
-        table.writerow([*COLUMNS, *class_names])
+        # A class may have the name of a column.
+        table.writerow([*COLUMNS, *(f"class {name}" if name in COLUMNS else name for name in class_names)])
     shown = _UntilFirst(reporter) if reporter.out.is_terminal or _is_pipe(out) else reporter
     with contextlib.closing(predict(shown)) as predictions:
         for prediction in predictions:

@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from cifar_jax.data.augment import crop_boxes
-from cifar_jax.data.pictures import Resized, sizes_of
+from cifar_jax.data.pictures import Pictures, Resized, sizes_of
 from cifar_jax.data.resize import FILTERS
+from cifar_jax.data.sources.images import ImageError
 from cifar_jax.rng import stream_key
 
 
@@ -55,7 +56,11 @@ class RandomCrops(Resized):
     def image(self, row: int) -> UInt8[np.ndarray, "side side 3"]:
         """Reads one image; raises ImageError as `Resized` does."""
         top, left, height, width = self.boxes[row].tolist()
-        cut = self.picture(row).crop((left, top, left + width, top + height))
+        picture = self.picture(row)
+        if list(picture.size) != sizes_of(self.source)[row].tolist():  # the rectangle might reach beyond it
+            name = self.source.names[row] if isinstance(self.source, Pictures) else f"image {row}"
+            raise ImageError(name, "is not of the size that its header says", "save it again as JPEG or PNG")
+        cut = picture.crop((left, top, left + width, top + height))
         return np.asarray(cut.resize((self.resize.side,) * 2, FILTERS[self.resize.interpolation]), np.uint8)
 
 

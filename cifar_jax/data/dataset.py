@@ -148,7 +148,8 @@ def hold_out(
 ) -> tuple[Int32[np.ndarray, "kept"], Int32[np.ndarray, "held"]]:
     """Splits indices into those to train on and `round(fraction * n)` held-out ones, with a share of each class.
 
-    At least one example of each class is held out, if it has two. `option` is what the fraction is called in messages.
+    At least one example of each class that has two is held out, as far as their number allows it. `option` is what the
+    fraction is called in messages.
 
     Raises:
       UserError: if either part would be empty.

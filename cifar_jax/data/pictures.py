@@ -14,9 +14,16 @@ from cifar_jax.data.resize import Resize
 DIGEST_BYTES = 16
 
 
-def content_digest(content: Any) -> bytes:
-    """Returns a digest of the bytes of a picture, as a file or as pixels."""
+def content_digest(content: bytes) -> bytes:
+    """Returns a digest of the content of a picture's file."""
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def pixels_digest(pixels: UInt8[np.ndarray, "..."]) -> bytes:
+    """Returns a digest of the pixels of a picture and of their shape: other bytes in a row are another picture."""
+    digest = hashlib.blake2b(str(pixels.shape).encode(), digest_size=DIGEST_BYTES)
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ def content_digests(images: AnyImages) -> UInt8[np.ndarray, "n 16"]:
         return content_digests(images.source)
     if isinstance(images, Pictures):
         return images.digests
-    found = b"".join(content_digest(np.ascontiguousarray(image)) for image in images)
+    found = b"".join(map(pixels_digest, images))
     return np.frombuffer(found, np.uint8).reshape(-1, DIGEST_BYTES)
 
 

@@ -38,11 +38,17 @@ logger = logging.getLogger(__name__)
 
 
 def features_key(
-    backbone: AnyBackbone, image_size: int, precision: str, images_sha256: str, dtype: str = "float32"
+    backbone: AnyBackbone,
+    image_size: int,
+    precision: str,
+    images_sha256: str,
+    dtype: str = "float32",
+    decoder: str = "",
 ) -> str:
     """The name of a cache entry: a hash of the pixels, weights, network configuration, precision and package versions.
 
-    Batch size and hardware model affect only the last digits and are not part of it.
+    Batch size and hardware model affect only the last digits and are not part of it. `decoder` names what decodes the
+    pictures whose digest `images_sha256` is, if that is not one of their pixels.
     """
     about = {
         "extraction": EXTRACTION_VERSION,
@@ -55,6 +61,7 @@ def features_key(
         "images": images_sha256,
         "dtype": dtype,
         "backend": jax.default_backend(),
+        **({"decoder": decoder} if decoder else {}),
         "packages": [importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")],
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 from jaxtyping import Float32
 
 from cifar_jax.config import TrainConfig
@@ -59,9 +60,14 @@ def dataset_features(
     digests = digests or {name: data.digests().images for name, data in datasets.items()}
     keys = {
         name: features_key(
-            backbone, image_size, config.backbone.precision, digests[name], config.backbone.feature_dtype
+            backbone,
+            image_size,
+            config.backbone.precision,
+            digests[name],
+            config.backbone.feature_dtype,
+            decoder="" if isinstance(dataset.images, np.ndarray) else f"Pillow {PIL.__version__}",
         )
-        for name in datasets
+        for name, dataset in datasets.items()
     }
     absent = {name: num_absent(root / FEATURES / keys[name], len(data.images)) for name, data in datasets.items()}
     faster = faster_ways(config, backbone, image_size)
@@ -106,7 +112,7 @@ def dataset_features(
 
 def _require_different(features: Float32[np.ndarray, "n features"], dataset: Dataset, what: str) -> None:
     # Row by row with an early exit, as usually the second row already differs.
-    if all(np.array_equal(row, features[0]) for row in features):
+    if len(features) and all(np.array_equal(row, features[0]) for row in features):
         digests = content_digests(dataset.images)
         if (digests != digests[0]).any():
             raise RunError(f"{what}: the network is dead or its preprocessing is wrong; nothing was trained.")

@@ -1,5 +1,6 @@
 """Figure files of a run: samples before training; curves, predictions and confusion matrix of the trained head."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +10,15 @@ from jaxtyping import Integer, UInt8
 
 from cifar_jax.data import Dataset, RunData
 from cifar_jax.data.pipeline import read_batches
+from cifar_jax.data.sources.images import ImageError
 from cifar_jax.report.plots import plot_confusion, plot_curves, plot_predictions, plot_samples, sample_rows, save_figure
 from cifar_jax.rng import stream_key
 from cifar_jax.runtime.progress import EpochRow
 from cifar_jax.train.evaluate import EvalResult
 
 NUM_PREDICTIONS = 32
+
+logger = logging.getLogger(__name__)
 
 
 def write_samples(out: Path, data: RunData) -> None:
@@ -49,7 +53,10 @@ def write_pictures(
         key = stream_key(seed, "pictures")
         shown = np.asarray(jax.random.permutation(key, len(part.labels))[:NUM_PREDICTIONS], np.int32)
         probs = np.asarray(jax.nn.softmax(result.logits[shown]))
-        figures[f"{prefix}predictions.png"] = plot_predictions(*_read(part, shown), probs, names, split=split)
+        try:
+            figures[f"{prefix}predictions.png"] = plot_predictions(*_read(part, shown), probs, names, split=split)
+        except ImageError as error:  # after training on cached features, which is not to be lost
+            logger.warning(f"{prefix}predictions.png is left out: {error}")
         figures[f"{prefix}confusion.png"] = plot_confusion(result.confusion, names, split=split)
     for name, figure in figures.items():
         save_figure(figure, out / name)

@@ -54,8 +54,12 @@ def own_test_images(run: Run) -> Labelled:
     data = load_data(config, run.backbone.image_size, resize=run.resize)
     if data.digests["test"].examples != run.summary["dataset"].get("test_sha256"):
         raise UserError(
-            f"The test images of {config.data.dataset} are not those that the run {run.path} was scored on; name the "
-            "directory of the same version with --data-dir."
+            f"The test images of {config.data.dataset} are not those that the run {run.path} was scored on; "
+            + (
+                "restore the files that were added, removed or changed, or name other pictures with --dataset."
+                if _kind_of_own(run) in ("folder", "npz")
+                else "name the directory of the same version with --data-dir."
+            )
         )
     words = run.resize.words(run.backbone.image_size)
     return Labelled(data.test.images, data.test.labels, config.data.dataset, "test", words)

@@ -167,10 +167,12 @@ def _listed(pictures: Any) -> Sequence[Any]:
         return [pictures]
     if hasattr(pictures, "ndim"):
         require_images(pictures)
+        if 0 in pictures.shape[1:]:
+            raise ValueError(f"pictures must have pixels, got {[*pictures.shape]}")
         return np.asarray(pictures)  # type: ignore[return-value]
     found = [np.asarray(one) if hasattr(one, "ndim") else one for one in pictures]
     for number, one in enumerate(found):
-        if isinstance(one, np.ndarray) and (one.dtype != np.uint8 or one.ndim != 3 or one.shape[2] != 3):
+        if isinstance(one, np.ndarray) and (one.dtype != np.uint8 or one.shape[2:] != (3,) or 0 in one.shape):
             raise ValueError(f"picture {number} must be uint8 [height, width, 3], got {one.dtype} {[*one.shape]}")
     return found
 

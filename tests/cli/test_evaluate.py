@@ -45,12 +45,21 @@ def test_own_test_images_and_a_copy_of_them_have_one_score(run, capsys, tmp_path
     divided, whole = scores(capsys, run, "--dataset", copy), scores(capsys, run, "--dataset", copy / "test")
     assert (divided["split"], whole["split"], divided["dataset"]) == ("test", "all", str(copy))
     (copy / "test").rename(copy / "val")
-    validation = scores(capsys, run, "--dataset", copy)
-    assert validation["split"] == "val"
-    for other in (divided, whole, validation):
+    renamed = scores(capsys, run, "--dataset", copy)
+    assert renamed["split"] == "test"  # the pictures are those of the run
+    for other in (divided, whole, renamed):
         assert {k: v for k, v in other.items() if k not in ("dataset", "split")} == {
             k: v for k, v in own.items() if k not in ("dataset", "split")
         }
+
+
+def test_validation_images_are_scored_where_there_are_no_test_images(run, capsys, tmp_path):
+    copy = shutil.copytree(run.parent / "data", tmp_path / "copy")
+    (copy / "test").rename(copy / "val")
+    name = next((copy / "val").iterdir())
+    shutil.copy(next(name.iterdir()), name / "once-more.png")
+    other = scores(capsys, run, "--dataset", copy)
+    assert (other["split"], other["num_test"]) == ("val", 22)
 
 
 def test_classes_are_matched_by_name_whatever_their_order(run, capsys, tmp_path):

@@ -44,7 +44,7 @@ def test_a_folder_is_described_with_counts_warnings_and_a_sheet(folder, tmp_path
     assert shared.startswith("Warning: 1 of 10 test images are identical") and "test/circle/copy.png" in shared
     assert "44 training images of circle, 4 of ring" in imbalanced and "--class-weights balanced" in imbalanced
     assert few.startswith("Warning: Fewer than 10 training images of ring (4);")
-    assert facts["contact sheet"] == "figures-contact-sheet.png"
+    assert facts["contact sheet"] == "figures-contact-sheet.png, training images"
     with Image.open(tmp_path / "figures-contact-sheet.png") as sheet:
         assert sheet.width > 8 * 128 and 3 * 128 < sheet.height < 4 * 128
 

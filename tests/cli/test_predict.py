@@ -21,6 +21,8 @@ from rich.console import Console
 from cifar_jax import load_run
 from cifar_jax.cli.commands import predict as predict_command
 from cifar_jax.cli.console import ConsoleReporter
+from cifar_jax.cli.predictions import print_predictions
+from cifar_jax.runs.predict import Prediction
 
 NAMES = sorted(CLASSES.values())
 
@@ -259,3 +261,13 @@ def test_a_bar_on_the_terminal_leaves_the_rows_alone(run, capsys, many, shown):
     counted = re.findall(r"Predicting.*?(\d+)/298", found.err)
     assert counted[0] == "0" and (counted[-1] == "298") == (shown == "bar"), counted
     assert not any(path in found.err for path in good)
+
+
+def test_a_class_named_like_a_column_has_a_column_of_its_own(capsys):
+    prediction = Prediction("a.png", (("error", 0.75), ("ok", 0.25)), "", np.array([0.75, 0.25], np.float32))
+    print_predictions(lambda _: (one for one in [prediction]), ["error", "ok"], "csv", ConsoleReporter())
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert row == {
+        **{"path": "a.png", "label": "error", "probability": "0.75", "error": ""},
+        **{"class error": "0.75", "ok": "0.25"},
+    }

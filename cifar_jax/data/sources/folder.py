@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,6 +50,9 @@ def list_folder(root: Path, min_classes: int = 2) -> dict[str, Listing]:
     train = listings["train"]
     for split, listing in listings.items():
         _check_classes(split, listing, train)
+    for name in train.files:
+        if name != name.encode(errors="replace").decode():  # figures could not show it
+            raise UserError(f"The name of the folder {name!a} in {train.root} is not readable text; rename it.")
     if len(train.files) < min_classes:
         only = train.root / next(iter(train.files))
         meant = f" Did you mean --dataset {only}?" if len(_folders(only)) >= min_classes else ""
@@ -153,7 +155,9 @@ def _entries(root: Path | str) -> list[os.DirEntry[str]]:
 
 def _is_picture(entry: os.DirEntry[str]) -> bool:
     # No link to a folder, no pipe, which would be waited for; a broken link is a picture that cannot be read.
-    is_file = entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    # A link that leads to itself is an error to DirEntry, and not to os.path.
+    is_file = os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+    is_file = is_file or (entry.is_symlink() and not os.path.exists(entry.path))
     return is_file and entry.name[0] != "." and entry.name.lower().endswith(SUFFIXES)
 
 
@@ -266,9 +270,3 @@ def _some(names: Sequence[str]) -> str:
     """Lists the first few names."""
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
-
-
-def class_counts(labels: np.ndarray, class_names: Sequence[str]) -> dict[str, int]:
-    """Number of examples by class."""
-    found = Counter(labels.tolist())
-    return {name: found[label] for label, name in enumerate(class_names)}

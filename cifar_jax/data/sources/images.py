@@ -4,6 +4,8 @@ import contextlib
 import functools
 import io
 import os
+import re
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ SUFFIXES = (
 )
 _HEIF = ("HEIF",)  # the name under which pillow-heif registers its reader
 _HEIC_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis")}
+_OF_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as an entry of `warnings.filters`
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
 MAX_BYTES = 2**30  # of a file, far more than the pixels below have: what is larger is something else
 MAX_PIXELS = 100_000_000  # a 10000x10000 photograph; more is a mistake or a decompression bomb
@@ -82,8 +85,12 @@ def read_image(path: str | Path, resize: Resize) -> UInt8[np.ndarray, "side side
 def read_bytes(path: str | Path) -> bytes:
     """Reads a file. Raises ImageError if that fails."""
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        # Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise ImageError(path, "cannot be read as an image (it is not a regular file)")
+            if about.st_size > MAX_BYTES:
                 raise ImageError(path, f"has more than {MAX_BYTES:,} bytes, the limit of a picture")
             return file.read()
     except FileNotFoundError:
@@ -117,24 +124,29 @@ def upright_size(content: bytes, name: str | Path) -> tuple[int, int]:
       ImageError: see `decode`.
     """
     with _opened(content, name) as image:
-        # To look for the EXIF data of a PNG file, Pillow decodes it.
-        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-        turned = exif.get(_ORIENTATION) in _ON_ITS_SIDE
+        if image.format == "PNG" and b"eXIf" not in content and b"tiff:Orientation" not in content:
+            return image.size  # to look for the orientation, Pillow would decode the pixels
+        if image.format in ("PNG", "TIFF"):  # rare, and each with places of its own for the orientation
+            return ImageOps.exif_transpose(image).size
+        turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
         return (image.height, image.width) if turned else image.size
 
 
 @contextlib.contextmanager
 def _opened(content: bytes, name: str | Path) -> Iterator[Image.Image]:
     formats = (*FORMATS, *_HEIF) if _can_read_heif() else FORMATS
+    limit = f"the limit of {MAX_PIXELS // 10**6} million"
+    # Pillow warns about large images below our limit. `catch_warnings` is not for threads: this filter stays.
+    if _OF_PILLOW not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_OF_PILLOW[3].pattern)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about large images below our limit
-            with Image.open(io.BytesIO(content), formats=formats) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    pixels = f"{image.width}x{image.height} pixels"
-                    limit = f"the limit of {MAX_PIXELS // 10**6} million"
-                    raise ImageError(name, f"has {pixels}, more than {limit}", "make it smaller")
-                yield image
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            if image.width * image.height > MAX_PIXELS:
+                pixels = f"{image.width}x{image.height} pixels"
+                raise ImageError(name, f"has {pixels}, more than {limit}", "make it smaller")
+            yield image
+    except Image.DecompressionBombError:
+        raise ImageError(name, f"has many more pixels than {limit}", "make it smaller") from None
     except UnidentifiedImageError:
         if content[4:12] in _HEIC_BRANDS and not _can_read_heif():
             reason = "is a HEIC picture, which needs the package pillow-heif"

@@ -8,7 +8,7 @@ from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from cifar_jax.data.dataset import Dataset, Splits
-from cifar_jax.data.pictures import DIGEST_BYTES, Pictures, content_digest
+from cifar_jax.data.pictures import DIGEST_BYTES, Pictures, pixels_digest
 from cifar_jax.data.resize import LARGEST_UPSAMPLED
 from cifar_jax.errors import UserError
 
@@ -32,6 +32,8 @@ def load_npz(path: Path) -> Splits:
     """
     parts = {}
     for split, (images, labels) in _read(path).items():
+        if not images.ndim or not labels.ndim:
+            raise UserError(f"{path} has single numbers in place of {split}_images or {split}_labels; {LAYOUT}.")
         if len(images) != len(labels):
             raise UserError(f"{path} has {len(images):,} {split}_images but {len(labels):,} {split}_labels.")
         part = Dataset(_images(images, f"{split}_images of {path}"), _labels(labels, f"{split}_labels of {path}"))
@@ -95,7 +97,7 @@ def _images(images: np.ndarray, what: str) -> UInt8[np.ndarray, "n h w 3"] | Pic
 
 def _grey_pictures(images: UInt8[np.ndarray, "n h w"], what: str) -> Pictures:
     """Large grey images, of which three channels are made when they are read: a third of the memory."""
-    digests = np.frombuffer(b"".join(content_digest(np.ascontiguousarray(image)) for image in images), np.uint8)
+    digests = np.frombuffer(b"".join(map(pixels_digest, images)), np.uint8)
     height, width = images.shape[1:]
     return Pictures(
         lambda row: Image.fromarray(images[row]).convert("RGB"),

@@ -12,6 +12,7 @@ from helpers import write_pictures_folder
 from PIL import Image
 
 from cifar_jax.data import load_splits
+from cifar_jax.data.pictures import content_digests
 from cifar_jax.data.resize import Resize
 from cifar_jax.data.sources.folder import load_folder
 from cifar_jax.errors import UserError
@@ -99,6 +100,8 @@ def test_pipes_are_not_waited_for_and_broken_links_are_named(tmp_path):
     assert load_folder(tmp_path).notes == ("1 other file ignored",)
     (tmp_path / "cats/link.png").symlink_to(tmp_path / "nowhere.png")
     assert "cats/link.png does not exist" in refusal(tmp_path)
+    (tmp_path / "cats/loop.png").symlink_to("loop.png")
+    assert len(load_folder(tmp_path, skip_unreadable=True).skipped) == 2
 
 
 @pytest.mark.parametrize("name", ["with space", "Möwen", "[a-z]*", "a'b\"c", "100%"])
@@ -176,6 +179,13 @@ def test_listing_reads_no_pixels_and_takes_seconds_for_many_files(tmp_path):
     assert len(splits.train.labels) == 2000 and len({*map(bytes, splits.train.images.digests)}) == 2000
 
 
+def test_the_same_bytes_in_another_shape_are_other_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 96, 192), np.uint8)
+    shapes = (4, 96, 64, 3), (4, 64, 96, 3), (4, 48, 128, 3)
+    digests = {content_digests(pixels.reshape(shape)).tobytes() for shape in shapes}
+    assert len(digests) == 3
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 
@@ -185,6 +195,12 @@ def test_refuses_a_folder_without_class_folders(tmp_path):
     assert "no folders of pictures. It has pictures" in refusal(tmp_path)
     (tmp_path / "cat.png").unlink()
     assert "no folders of pictures. --dataset takes a folder for each class" in refusal(tmp_path)
+
+
+def test_refuses_a_class_whose_name_is_not_text(tmp_path):
+    write_pictures_folder(tmp_path, TWO)
+    os.rename(os.fsencode(tmp_path / "dogs"), os.fsencode(tmp_path) + b"/\xff\xfe")
+    assert "is not readable text; rename it" in refusal(tmp_path)
 
 
 def test_refuses_an_empty_class(tmp_path):

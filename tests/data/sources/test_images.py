@@ -2,14 +2,17 @@
 
 import contextlib
 import io
+import os
 import struct
 import sys
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cifar_jax.data.resize import Resize
 from cifar_jax.data.sources import images
@@ -174,8 +177,8 @@ def saved(format="PNG"):
         (saved()[:20], "cannot be read as an image ("),
         (png_claiming(32, 32), "cannot be read as an image ("),
         (png_claiming(10_001, 10_000), "10001x10000 pixels, more than the limit of 100 million"),
-        (png_claiming(100_000, 100_000), "cannot be read as an image (Image size (10000000000 pixels) exceeds"),
-        (png_claiming(2**31 - 1, 2**31 - 1), "cannot be read as an image (Image size"),
+        (png_claiming(100_000, 100_000), "has many more pixels than the limit of 100 million; make it smaller."),
+        (png_claiming(2**31 - 1, 2**31 - 1), "has many more pixels than the limit"),
         # Pillow would pass it to Ghostscript, which executes it.
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not a readable image"),
     ],
@@ -224,3 +227,35 @@ def test_heic_pictures_need_a_package_that_the_message_names(tmp_path, monkeypat
     message = refusal(path)
     assert "is a HEIC picture, which needs the package pillow-heif" in message and "pip install pillow-heif" in message
     images._can_read_heif.cache_clear()
+
+
+def test_pipes_and_devices_are_no_pictures(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "endless.png"):
+        assert "not a regular file" in refusal(tmp_path / name)
+
+
+def test_decoding_in_threads_leaves_warning_filters_alone(tmp_path):
+    content = io.BytesIO()
+    gradient().save(content, "PNG")
+    images.decode(content.getvalue(), "first")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: images.decode(content.getvalue(), "picture").load(), range(400)))
+    assert warnings.filters == before
+
+
+@pytest.mark.parametrize("place", ["TIFF", "PNG", "PNG with XMP", "JPEG", "WEBP"])
+def test_the_size_that_a_header_says_is_that_of_the_upright_picture(place):
+    exif, content, more = Image.Exif(), io.BytesIO(), {}
+    exif[0x0112] = 6
+    if place == "PNG with XMP":
+        more["pnginfo"] = PngImagePlugin.PngInfo()
+        orientation = '<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+        more["pnginfo"].add_itxt("XML:com.adobe.xmp", orientation)
+    else:
+        more["exif"] = exif
+    gradient(60, 40).save(content, place.split()[0], **more)
+    size = images.upright_size(content.getvalue(), place)
+    assert size == images.decode(content.getvalue(), place).size == (40, 60)

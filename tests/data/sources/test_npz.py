@@ -195,3 +195,8 @@ def test_arrays_are_read_as_they_are(write):
     """Rows keep the order of the file, which TFDS sets do not."""
     splits = load_npz(write(channels=()))
     assert splits.train.labels.tolist() == [0, 1, 2, 3] * 6
+
+
+def test_single_numbers_are_refused(tmp_path):
+    np.savez(tmp_path / "numbers.npz", train_images=np.uint8(3), train_labels=np.uint8(1))
+    assert "single numbers in place of train_images" in refusal(tmp_path / "numbers.npz")
