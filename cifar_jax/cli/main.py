@@ -23,7 +23,7 @@ USAGE = """usage: {program} COMMAND [options]
   train                  train a head on a frozen backbone, as train.py does
   evaluate RUN           score a run on its test images again, or on others
   predict RUN PICTURE... classify pictures: files, folders, a list
-  features SRC...        write the features of a data set or of pictures to a file
+  features SRC...        write the features of a data set or of pictures
   info [TOPIC|DATASET]   show versions, devices, weights, or a data set
   convert SRC DST        convert weights between our format, Keras and PyTorch
   verify-weights FILE    check a weights file, tensor by tensor
