@@ -122,7 +122,8 @@ def load_splits(
     """
     if kind_of(name) == "shapes":
         _check_options(name, label_key, skip_unreadable)
-        return _draw_splits(train_examples or SHAPES_TRAIN, test_examples or SHAPES_TEST, seed)
+        drawn = _draw_splits(train_examples or SHAPES_TRAIN, test_examples or SHAPES_TEST, seed)
+        return _with_test(drawn, test_fraction, stream_key(seed, "test_split"))
     splits = read_splits(name, data_dir, cache_dir, label_key, skip_unreadable)
     splits = _with_test(splits, test_fraction, stream_key(seed, "test_split"))
     for split, part in splits.parts.items():
