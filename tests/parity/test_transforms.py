@@ -219,10 +219,10 @@ def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("photos", [None, "train", "test"] if PHOTOS.is_dir() else [None])
+@pytest.mark.parametrize("photos", [None, "train", "test"] if PHOTOS else [None])
 def test_folder_is_read_as_imagefolder_reads_it(photos: str | None, nested: Path, torch_libs: SimpleNamespace) -> None:
     """The classes, the files in their order, the labels and the pixels are the same."""
-    root = PHOTOS / photos if photos else nested
+    root = Path(PHOTOS) / photos if PHOTOS and photos else nested
     transforms = torch_libs.torchvision.transforms
     transform = transforms.Compose([transforms.Resize(73), transforms.CenterCrop(64)])
     theirs = torch_libs.torchvision.datasets.ImageFolder(str(root), transform)
