@@ -333,7 +333,7 @@ def test_other_test_images_are_not_scored(run, capsys):
         {"hidden": 16},
         {"hidden": [[16]]},
         {"hidden": [0]},
-        {"image_size": 100},
+        {"image_size": 31},
         {"seed": -1},
         {"val_fraction": 1},
         {"shuffle": "no"},
@@ -414,7 +414,7 @@ def test_balanced_subsets_are_balanced(labels, data, seed):
 def test_held_out_images_are_the_rest(labels, fraction, seed):
     num = round(fraction * len(labels))
     if not 0 < num < len(labels):
-        with pytest.raises(UserError, match="leaves images for both training and validation"):
+        with pytest.raises(UserError, match="leaves images on both sides"):
             hold_out(labels, fraction, jax.random.key(seed))
         return
     kept, held = hold_out(labels, fraction, jax.random.key(seed))
