@@ -3,7 +3,7 @@
 Each message says in one or two sentences what is wrong, where, and what to do next.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from types import MappingProxyType
 
@@ -47,3 +47,9 @@ def no_such(what: str, name: str, known: Iterable[str], aliases: Mapping[str, st
     """Returns the error message for an unknown name, with a suggestion and the list of known names."""
     names = list(known)
     return f"There is no {what} {name!r}.{did_you_mean(name, names, aliases)} Choose one of {', '.join(names)}."
+
+
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """Lists the first few of some names for a message, and says how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

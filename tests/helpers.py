@@ -23,6 +23,8 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from PIL import Image
 
 from cifar_jax.cli.main import main
+from cifar_jax.data import load_splits
+from cifar_jax.errors import UserError
 from cifar_jax.models import resnet
 from cifar_jax.models.backbone import FunctionBackbone
 from cifar_jax.models.resnet import ResNetConfig
@@ -409,3 +411,12 @@ def write_pictures_folder(
             noise[..., number % 3] += 190
             Image.fromarray(noise.astype(np.uint8)).save(root / name / f"{i}{suffix}")
     return root
+
+
+def refusal(path: Path, **options: Any) -> str:
+    """The message, one line that names the path, with which a data set is refused; `options` are of `load_splits`."""
+    with pytest.raises(UserError) as caught:
+        load_splits(str(path), **options)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message, message
+    return message

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from cifar_jax.data.sources import shapes
 from cifar_jax.data.sources.folder import list_folder, load_folder
 from cifar_jax.data.sources.npz import load_npz
 from cifar_jax.data.sources.tfds import data_root, known_to_tfds, load_tfds, prepared_in, prepared_names
-from cifar_jax.errors import UserError, did_you_mean
+from cifar_jax.errors import UserError, did_you_mean, some_of
 from cifar_jax.rng import stream_key
 
 # Number of synthetic images by default, the same as in CIFAR-10.
@@ -77,7 +77,7 @@ def check_name(name: str, data_dir: str | None = None) -> None:
         return
     if configs := sorted(one for one in prepared if one.startswith(f"{name}/")):
         raise UserError(
-            f"{name} in {data_root(data_dir)} has the configurations {_some(configs)}; name one of them as --dataset."
+            f"{name} in {data_root(data_dir)} has the configurations {some_of(configs)}; name one of them as --dataset."
         )
     if "/" in name or os.sep in name:
         raise UserError(f"--dataset {name} does not exist. --dataset takes {TAKES}.")
@@ -179,7 +179,7 @@ def _naming_prepared_sets(path: Path) -> Iterator[None]:
     except UserError as error:
         if names := sorted(prepared_names(str(path))):
             raise UserError(
-                f"{path} holds prepared TFDS sets: {_some(names)}; name one, as --dataset {path / names[0]}."
+                f"{path} holds prepared TFDS sets: {some_of(names)}; name one, as --dataset {path / names[0]}."
             ) from error
         raise
 
@@ -187,14 +187,8 @@ def _naming_prepared_sets(path: Path) -> Iterator[None]:
 def _warn_of_empty_classes(splits: Splits) -> None:
     counts = np.bincount(splits.train.labels, minlength=len(splits.class_names))
     if empty := [splits.class_names[label] for label in np.flatnonzero(counts == 0)]:
-        few = f"class {empty[0]}" if len(empty) == 1 else f"the classes {_some(empty)}"
+        few = f"class {empty[0]}" if len(empty) == 1 else f"the classes {some_of(empty)}"
         logger.warning(f"{splits.name} has no training images of {few}.")
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    """Lists the first few names."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _with_test(splits: Splits, fraction: float, key: PRNGKeyArray) -> Splits:

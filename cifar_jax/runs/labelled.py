@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -16,12 +15,11 @@ from cifar_jax.data.load import kind_of, load_splits, read_splits
 from cifar_jax.data.pictures import AnyImages, Images, Resized, sizes_of
 from cifar_jax.data.resize import Resize, size_words
 from cifar_jax.data.splits import load_data
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, some_of
 from cifar_jax.runs.reader import Run
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 5  # names that a message lists
 
 Split: TypeAlias = Literal["test", "val", "all"]
 
@@ -89,8 +87,8 @@ def other_images(run: Run, dataset: str, label_key: str | None = None, skip_unre
         splits.class_names[label] for label in np.unique(part.labels) if splits.class_names[label] not in label_of
     ]:
         raise UserError(
-            f"{dataset} has images of {_few(unknown)}, which the run in {run.path} does not know; it knows "
-            f"{_few(run.class_names)}."
+            f"{dataset} has images of {some_of(unknown)}, which the run in {run.path} does not know; it knows "
+            f"{some_of(run.class_names)}."
         )
     labels = np.array([label_of.get(name, -1) for name in splits.class_names], np.int32)[part.labels]
     _warn_of_training_images(run, part)
@@ -152,8 +150,3 @@ def _as_input(images: AnyImages, resize: Resize, image_size: int) -> tuple[Image
         return images, words
     source: Any = images
     return Resized(source, resize), words
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

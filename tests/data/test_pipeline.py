@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT, TESTS, write_pictures_folder
 from PIL import Image
 
-from cifar_jax.data.pictures import DIGEST_BYTES, Pictures
+from cifar_jax.data.pictures import DIGEST_BYTES, Pictures, resized
 from cifar_jax.data.pipeline import AHEAD, batch_reader, read_batches
 from cifar_jax.data.resize import Resize
 from cifar_jax.data.sources.folder import load_folder
@@ -34,8 +34,6 @@ def counted(num, seconds=0.0, side=8):
 
 
 def images_of(pictures, side=8):
-    from cifar_jax.data.pictures import resized
-
     return resized(pictures, Resize("upsample", side))
 
 

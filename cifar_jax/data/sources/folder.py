@@ -14,7 +14,7 @@ from cifar_jax.data.dataset import Dataset, Splits
 from cifar_jax.data.pictures import DIGEST_BYTES, Pictures, content_digest
 from cifar_jax.data.pipeline import num_threads
 from cifar_jax.data.sources.images import SUFFIXES, ImageError, decode, read_bytes, upright_size
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, some_of
 
 # Names of folders that hold a split, in any case.
 SPLITS = {
@@ -23,7 +23,6 @@ SPLITS = {
     "val": ("val", "valid", "validation", "validation_set"),
 }
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
-SHOWN = 5  # files that a message lists
 LAYOUT = "a folder for each class, as ROOT/CLASS/*.jpg or ROOT/train/CLASS/*.jpg and ROOT/test/CLASS/*.jpg"
 
 logger = logging.getLogger(__name__)
@@ -88,19 +87,19 @@ def load_folder(root: Path, skip_unreadable: bool = False, min_classes: int = 2)
     parts, skipped = {}, list[str]()
     for split, listing in listings.items():
         if missing := sorted(set(class_names) - set(listing.files)):
-            logger.warning(f"{listing.root} has no pictures of {_some(missing)}.")
+            logger.warning(f"{listing.root} has no pictures of {some_of(missing)}.")
         files = [(path, labels[name]) for name in sorted(listing.files) for path in listing.files[name]]
         parts[split], unreadable = fingerprinted(files, skip_unreadable)
         skipped += unreadable
         if empty := [class_names[label] for label in range(len(class_names)) if _lost(label, files, parts[split])]:
-            raise UserError(f"No picture of {_some(empty)} in {listing.root} can be read.")
+            raise UserError(f"No picture of {some_of(empty)} in {listing.root} can be read.")
     ignored = sum(listing.ignored for listing in listings.values())
     notes = []
     if ignored:
         notes.append(f"{ignored:,} other {'file' if ignored == 1 else 'files'} ignored")
     if skipped:
         notes.append(f"{len(skipped):,} unreadable {'file' if len(skipped) == 1 else 'files'} skipped")
-        logger.warning(f"Skipped {len(skipped):,} files that cannot be read: {_some(skipped)}.")
+        logger.warning(f"Skipped {len(skipped):,} files that cannot be read: {some_of(skipped)}.")
     empty_part = parts["train"].take(slice(0, 0))
     name = root.resolve().name or str(root)
     return Splits(
@@ -132,7 +131,7 @@ def _split_dirs(root: Path) -> dict[str, Path]:
     if "train" in found:
         if others := [entry.name for entry in _folders(root) if Path(entry.path) not in found.values()]:
             logger.info(
-                f"{root} is divided into {', '.join(p.name for p in found.values())}; ignoring {_some(others)}."
+                f"{root} is divided into {', '.join(p.name for p in found.values())}; ignoring {some_of(others)}."
             )
         return dict(sorted(found.items(), key=lambda item: list(SPLITS).index(item[0])))
     if found:
@@ -204,13 +203,13 @@ def walk(directory: str) -> Iterator[tuple[str, str, bool]]:
 def _check_classes(split: str, listing: Listing, train: Listing) -> None:
     path, class_names = listing.root, sorted(train.files)
     if empty := [name for name, files in listing.files.items() if not files]:
-        few = f"class {empty[0]!r} has" if len(empty) == 1 else f"classes {_some(empty)} have"
+        few = f"class {empty[0]!r} has" if len(empty) == 1 else f"classes {some_of(empty)} have"
         raise UserError(f"The {few} no pictures in {path}; add some, or remove the folder.")
     if split == "train":
         return
     if unknown := sorted(set(listing.files) - set(class_names)):
         raise UserError(
-            f"{path} has pictures of {_some(unknown)}, but {train.root} has none; the {split} images must have the "
+            f"{path} has pictures of {some_of(unknown)}, but {train.root} has none; the {split} images must have the "
             "classes of the training images."
         )
 
@@ -264,9 +263,3 @@ def fingerprinted(files: Sequence[tuple[str, int]], skip_unreadable: bool) -> tu
     rows = np.arange(len(names))
     skipped = [path for (path, _), found in zip(files, looked, strict=True) if isinstance(found, ImageError)]
     return Dataset(Pictures(read, names, digests, sizes, rows), labels), skipped
-
-
-def _some(names: Sequence[str]) -> str:
-    """Lists the first few names."""
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

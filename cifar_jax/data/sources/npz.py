@@ -8,7 +8,7 @@ from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from cifar_jax.data.dataset import Dataset, Splits
-from cifar_jax.data.pictures import DIGEST_BYTES, Pictures, pixels_digest
+from cifar_jax.data.pictures import Pictures, content_digests
 from cifar_jax.data.resize import LARGEST_UPSAMPLED
 from cifar_jax.errors import UserError
 
@@ -97,12 +97,11 @@ def _images(images: np.ndarray, what: str) -> UInt8[np.ndarray, "n h w 3"] | Pic
 
 def _grey_pictures(images: UInt8[np.ndarray, "n h w"], what: str) -> Pictures:
     """Large grey images, of which three channels are made when they are read: a third of the memory."""
-    digests = np.frombuffer(b"".join(map(pixels_digest, images)), np.uint8)
     height, width = images.shape[1:]
     return Pictures(
         lambda row: Image.fromarray(images[row]).convert("RGB"),
         [f"image {row} of {what}" for row in range(len(images))],
-        digests.reshape(-1, DIGEST_BYTES),
+        content_digests(images),
         np.full((len(images), 2), (width, height), np.int32),
         np.arange(len(images)),
     )

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from helpers import write_pictures_folder
+from helpers import refusal, write_pictures_folder
 from PIL import Image
 
 from cifar_jax.data import load_splits
@@ -26,14 +26,6 @@ def labels_of(part):
 
 def names_of(part, root):
     return [os.path.relpath(name, root) for name in part.images.names]
-
-
-def refusal(root, **options):
-    with pytest.raises(UserError) as caught:
-        load_splits(str(root), **options)
-    message = str(caught.value)
-    assert "\n" not in message and str(root) in message, message
-    return message
 
 
 # ---------------------------------------------------------------------------------------------------------------------

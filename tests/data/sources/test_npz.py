@@ -5,13 +5,13 @@ import zipfile
 
 import numpy as np
 import pytest
+from helpers import refusal
 
 from cifar_jax.data import load_splits
 from cifar_jax.data.dataset import Dataset
 from cifar_jax.data.pictures import Pictures, resized
 from cifar_jax.data.resize import Resize
 from cifar_jax.data.sources.npz import load_npz
-from cifar_jax.errors import UserError
 
 COUNTS = {"train": 24, "val": 8, "test": 12}
 
@@ -39,14 +39,6 @@ def write(tmp_path):
         return tmp_path / "blood.npz"
 
     return write_file
-
-
-def refusal(path, **options):
-    with pytest.raises(UserError) as caught:
-        load_splits(str(path), **options)
-    message = str(caught.value)
-    assert "\n" not in message and str(path) in message, message
-    return message
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
