@@ -160,8 +160,9 @@ def color_jitter(key: PRNGKeyArray, images: Images, amount: float = JITTER) -> I
     Each is torchvision's, which is that of Pillow's `ImageEnhance`: the image is blended with black, with the mean of
     its greys, and with its greys. torchvision draws the order as well.
     """
-    factors = _between(jax.random.uniform(key, (3, len(images), 1, 1, 1)), 1 - amount, 1 + amount)
-    return adjust_colors(images, *factors)
+    # An image's draws are a row of their own, so that rows of padding after them change none of them.
+    factors = _between(jax.random.uniform(key, (len(images), 3, 1, 1, 1)), 1 - amount, 1 + amount)
+    return adjust_colors(images, *jnp.moveaxis(factors, 1, 0))
 
 
 def adjust_colors(

@@ -39,6 +39,13 @@ def test_augmentations_keep_shape_and_dtype_and_change_some_images(images, name)
     assert 10 < differs.sum() <= 64
 
 
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_rows_after_them_change_no_images(images, name):
+    """A batch of 20 is padded to 24 where eight devices share it."""
+    augmented = AUGMENTATIONS[name](KEY, images)
+    np.testing.assert_array_equal(AUGMENTATIONS[name](KEY, images[:-4]), augmented[:-4])
+
+
 def test_flip_returns_the_image_or_its_mirror(images):
     flipped = np.asarray(random_flip(KEY, images))
     pairs = list(zip(flipped, np.asarray(images), strict=True))
