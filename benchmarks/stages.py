@@ -61,7 +61,7 @@ def parts_of(prepared: inference.Prepared) -> Iterator[Part]:
     yield Part("max pool", 1, pool, (), (side, side, width), [])
     side, channels = side // 2, width
     alike: dict[Any, list[Part]] = {}
-    for (stage, block), stride in inference._strides(config).items():
+    for (stage, block), stride in inference.block_strides(config).items():
         narrow, wide, out = width * 2**stage, width * 2 ** (stage + 2), side // stride
         products = [(side**2, channels, narrow), (out**2, 9 * narrow, narrow), (out**2, narrow, wide)]
         if block == 0:

@@ -53,3 +53,8 @@ def some_of(names: Sequence[str], most: int = 5) -> str:
     """Lists the first few of some names for a message, and says how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def extra_missing(what: str, package: str, extra: str) -> UserError:
+    """Returns the error for a package that is not installed, which names the extra of this project that has it."""
+    return UserError(f"{what} needs the package {package}; install it with `pip install 'cifar-jax[{extra}]'`.")

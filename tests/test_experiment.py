@@ -17,7 +17,8 @@ from cifar_jax import load_run, make_extractor, predict_probs
 from cifar_jax.config import TrainConfig, preset
 from cifar_jax.experiment import train
 from cifar_jax.runs.directory import CONTENTS
-from cifar_jax.runs.predict import evaluate_run, predict_files
+from cifar_jax.runs.predict import predict_files
+from cifar_jax.runs.scores import evaluate_run
 
 TINY = {
     "dataset": "shapes",

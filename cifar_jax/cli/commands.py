@@ -102,7 +102,7 @@ def evaluate(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Scores a run again, on its test images or on other labelled pictures."""
     options = parse(EvaluateOptions, arguments, "evaluate")
     from cifar_jax.cli.scores import print_scores
-    from cifar_jax.runs.predict import evaluate_run
+    from cifar_jax.runs.scores import evaluate_run
 
     if options.dataset is None and (options.label_key is not None or options.skip_unreadable):
         given = "--skip-unreadable" if options.label_key is None else f"--label-key {options.label_key}"

@@ -117,12 +117,12 @@ def features_of(prepared: Prepared, images_u8: UInt8[Array, "batch h w 3"]) -> F
     x = preprocess(images_u8, prepared.preprocessing, prepared.image_size).astype(dtype)
     x = _relu(_conv(x, layers["stem"], 2), dtype)
     x = _max_pool(x, config.pool_padding, prepared.platform)
-    for (stage, block), stride in _strides(config).items():
+    for (stage, block), stride in block_strides(config).items():
         x = _block(x, layers[block_name(stage, block)], stride, prepared.platform)
     return jax.lax.stop_gradient(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
 
 
-def _strides(config: ResNetConfig) -> dict[tuple[int, int], int]:
+def block_strides(config: ResNetConfig) -> dict[tuple[int, int], int]:
     """Returns the stride of each block's 3x3 convolution and shortcut, by (stage, block), in order.
 
     If a stage begins with a 1x1 convolution of stride 2, as in Keras's networks, that convolution and its shortcut read

@@ -16,6 +16,7 @@ from cifar_jax.data.pictures import AnyImages, Images, Resized, sizes_of
 from cifar_jax.data.resize import Resize, size_words
 from cifar_jax.data.splits import load_data
 from cifar_jax.errors import UserError, some_of
+from cifar_jax.runs.classifier import Classifier
 from cifar_jax.runs.reader import Run
 
 logger = logging.getLogger(__name__)
@@ -42,35 +43,46 @@ class Labelled(NamedTuple):
     resize_words: str
 
 
-def own_test_images(run: Run) -> Labelled:
+def own_test_images(model: Classifier, dataset: str | None = None) -> Labelled:
     """Loads the test images of a run, resized as they were for it.
+
+    Args:
+      model: the run, or a model that was exported from it.
+      dataset: where the data set is now, if it has moved.
 
     Raises:
       UserError: if they cannot be loaded or are not those that the run was scored on.
     """
-    config = run.config
-    data = load_data(config, run.backbone.image_size, resize=run.resize)
-    if data.digests["test"].examples != run.summary["dataset"].get("test_sha256"):
+    config = model.config if dataset is None else _of(model.config, dataset)
+    if dataset is None and not isinstance(model, Run) and model.data_kind not in ("shapes", "tfds"):
         raise UserError(
-            f"The test images of {config.data.dataset} are not those that the run {run.path} was scored on; "
+            f"{model.path} does not say where the pictures of {config.data.dataset} are; name them, or others, with "
+            "--dataset."
+        )
+    data = load_data(config, model.image_size, resize=model.resize)
+    if data.digests["test"].examples != model.test_sha256:
+        raise UserError(
+            f"The test images of {config.data.dataset} are not those that {_named(model)} was scored on; "
             + (
                 "restore the files that were added, removed or changed, or name other pictures with --dataset."
-                if _kind_of_own(run) in ("folder", "npz")
+                if model.data_kind in ("folder", "npz")
                 else "name the directory of the same version with --data-dir."
             )
         )
-    words = run.resize.words(run.backbone.image_size)
+    words = model.resize.words(model.image_size)
     return Labelled(data.test.images, data.test.labels, config.data.dataset, "test", words)
 
 
-def other_images(run: Run, dataset: str, label_key: str | None = None, skip_unreadable: bool = False) -> Labelled:
+def other_images(
+    model: Classifier, dataset: str, label_key: str | None = None, skip_unreadable: bool = False
+) -> Labelled:
     """Loads a data set to score a run on: its test images, else its validation images, else all of its images.
 
     Its pictures may have any size: they are resized as the run's own, or, where those were upsampled, their centre
     square is reduced to the same side first.
 
     Args:
-      run: the run; its seed, TFDS data directory and cache are used.
+      model: the run, or a model exported from it; its seed, TFDS data directory and cache are used.
       dataset: a folder of pictures, an .npz file, a TFDS set or `shapes`. It may lack classes of the run.
       label_key: name of the label in a TFDS set that has several.
       skip_unreadable: whether to leave out files of a folder that cannot be decoded.
@@ -78,39 +90,39 @@ def other_images(run: Run, dataset: str, label_key: str | None = None, skip_unre
     Raises:
       UserError: if it cannot be loaded, or has images of a class that the run does not know.
     """
-    if (own := _moved_test_images(run, dataset)) is not None:
+    if (own := _moved_test_images(model, dataset)) is not None:
         return own
-    part, split, splits = _scored_part(run, dataset, label_key, skip_unreadable)
+    part, split, splits = _scored_part(model, dataset, label_key, skip_unreadable)
     check(part, len(splits.class_names), f"{dataset}")
-    label_of = {name: label for label, name in enumerate(run.class_names)}
+    label_of = {name: label for label, name in enumerate(model.class_names)}
     if unknown := [
         splits.class_names[label] for label in np.unique(part.labels) if splits.class_names[label] not in label_of
     ]:
         raise UserError(
-            f"{dataset} has images of {some_of(unknown)}, which the run in {run.path} does not know; it knows "
-            f"{some_of(run.class_names)}."
+            f"{dataset} has images of {some_of(unknown)}, which {_named(model)} does not know; it knows "
+            f"{some_of(model.class_names)}."
         )
     labels = np.array([label_of.get(name, -1) for name in splits.class_names], np.int32)[part.labels]
-    _warn_of_training_images(run, part)
-    images, words = _as_input(part.images, run.resize, run.backbone.image_size)
+    _warn_of_training_images(model, part)
+    images, words = _as_input(part.images, model.resize, model.image_size)
     return Labelled(images, labels, dataset, split, words)
 
 
-def _moved_test_images(run: Run, dataset: str) -> Labelled | None:
+def _moved_test_images(model: Classifier, dataset: str) -> Labelled | None:
     """The run's own test images, if a folder or file is that of the run, wherever it lies now."""
-    if kind_of(dataset) not in ("folder", "npz") or kind_of(dataset) != _kind_of_own(run):
+    if kind_of(dataset) not in ("folder", "npz") or kind_of(dataset) != model.data_kind:
         return None
     with contextlib.suppress(UserError):  # which reading it as another data set will tell
-        return own_test_images(replace(run, config=_of(run.config, dataset)))
+        return own_test_images(model, dataset)
     return None
 
 
-def _warn_of_training_images(run: Run, part: Dataset) -> None:
+def _warn_of_training_images(model: Classifier, part: Dataset) -> None:
     """Logs a warning if the run was trained on some of the pictures, as far as its own are still there."""
-    if _kind_of_own(run) not in ("folder", "npz"):
+    if not isinstance(model, Run) or model.data_kind not in ("folder", "npz"):
         return
     with contextlib.suppress(UserError):
-        train = load_data(run.config, run.backbone.image_size, resize=run.resize).train
+        train = load_data(model.config, model.image_size, resize=model.resize).train
         if warning := shared_warning(train, part, "scored"):
             logger.warning(warning)
 
@@ -119,16 +131,14 @@ def _of(config: TrainConfig, dataset: str) -> TrainConfig:
     return replace(config, data=replace(config.data, dataset=dataset))
 
 
-def _kind_of_own(run: Run) -> str:
-    """The kind of the run's data set; that of a folder if it is gone."""
-    try:
-        return kind_of(run.config.data.dataset)
-    except UserError:
-        return "npz" if run.config.data.dataset.endswith(".npz") else "folder"
+def _named(model: Classifier) -> str:
+    return f"the run in {model.path}" if isinstance(model, Run) else f"the model {model.path}"
 
 
-def _scored_part(run: Run, dataset: str, label_key: str | None, skip_unreadable: bool) -> tuple[Dataset, Split, Splits]:
-    config = run.config
+def _scored_part(
+    model: Classifier, dataset: str, label_key: str | None, skip_unreadable: bool
+) -> tuple[Dataset, Split, Splits]:
+    config = model.config
     if kind_of(dataset) == "shapes":
         splits = load_splits(dataset, train_examples=1, seed=config.optim.seed, label_key=label_key)
     else:

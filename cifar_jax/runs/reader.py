@@ -3,16 +3,17 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import PyTree, UInt8
+from jaxtyping import Float32, PyTree, UInt8
 
 from cifar_jax.config import TrainConfig
+from cifar_jax.data.load import Kind, kind_of
 from cifar_jax.data.resize import Resize
 from cifar_jax.errors import UserError
 from cifar_jax.files import sha256_of_file
@@ -26,6 +27,7 @@ from cifar_jax.runs.directory import BACKBONE, CHECKPOINTS, CONFIG, FORMAT_VERSI
 from cifar_jax.train.load_inputs import with_digest
 
 if TYPE_CHECKING:
+    from cifar_jax.data.pictures import Images
     from cifar_jax.runs.predict import Picture, Predictions
     from cifar_jax.runtime.progress import Reporter
 
@@ -95,6 +97,45 @@ class Run:
         from cifar_jax.runs.predict import predict  # it imports this module
 
         return predict(self, pictures, direct, reporter)
+
+    def probabilities(
+        self, images: "Images", batch_size: int | None = None
+    ) -> Iterator[tuple[slice, Float32[np.ndarray, "rows classes"]]]:
+        """Yields rows of images, as `resize` makes them, and their class probabilities; see `Classifier`."""
+        from cifar_jax.runs.predict import run_probabilities  # it imports this module
+
+        return run_probabilities(self, images, batch_size)
+
+    def direct_resize(self) -> Resize:
+        """How a picture becomes the network's input without being reduced to small training images first.
+
+        Raises:
+          UserError: if it is not reduced.
+        """
+        if self.resize.method != "upsample":
+            raise UserError(
+                f"--direct leaves out the reduction to small training images, which the run in {self.path} does not "
+                f"have ({self.resize.words(self.image_size)}); leave it out."
+            )
+        return Resize("upsample", self.image_size)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the network's input."""
+        return self.backbone.image_size
+
+    @property
+    def data_kind(self) -> Kind:
+        """What the data set of the run is; that of a folder or file that is gone, by its name."""
+        try:
+            return kind_of(self.config.data.dataset)
+        except UserError:
+            return "npz" if self.config.data.dataset.endswith(".npz") else "folder"
+
+    @property
+    def test_sha256(self) -> str:
+        """Digest of the test images; empty if it was not recorded."""
+        return str(self.summary["dataset"].get("test_sha256") or "")
 
 
 def load_run(

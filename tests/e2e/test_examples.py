@@ -33,7 +33,8 @@ from cifar_jax.models import resnet
 from cifar_jax.pretrained import UNTRAINED
 from cifar_jax.runs.checkpoint import load_checkpoint
 from cifar_jax.runs.directory import CHECKPOINTS, CONTENTS
-from cifar_jax.runs.predict import evaluate_run, predict_files
+from cifar_jax.runs.predict import predict_files
+from cifar_jax.runs.scores import evaluate_run
 from examples import another_augmentation, another_loss, another_network, another_optimizer, dropout_head
 
 MODES = ("cached", "live", "finetune")

@@ -16,8 +16,8 @@ from helpers import Killed, Silent, command, is_one_error, narrow_networks, summ
 from cifar_jax import FunctionBackbone, TrainConfig, UserError, dense_head, flax_head, load_backbone, load_run
 from cifar_jax.experiment import train
 from cifar_jax.models.head import Head
-from cifar_jax.runs.predict import evaluate_run
 from cifar_jax.runs.resume import is_unfinished
+from cifar_jax.runs.scores import evaluate_run
 from cifar_jax.train.loop import Diverged
 from cifar_jax.train.losses import cross_entropy
 

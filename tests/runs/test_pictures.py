@@ -15,7 +15,8 @@ from cifar_jax import load_run
 from cifar_jax.config import TrainConfig
 from cifar_jax.errors import UserError
 from cifar_jax.experiment import train
-from cifar_jax.runs.predict import evaluate_run, predict_files
+from cifar_jax.runs.predict import predict_files
+from cifar_jax.runs.scores import evaluate_run
 
 COUNTS = {"cats": 30, "dogs": 20}
 MODES = {

@@ -1,0 +1,1 @@
+"""Engines other than XLA that can run the folded network."""
