@@ -13,6 +13,7 @@ The pure core, for import:
   dense_head, flax_head, FunctionBackbone, cross_entropy
   train_heads      many seeds or learning rates on the same features, compiled once
   load_run, TrainConfig
+  export_run       a run -> ONNX, StableHLO and other formats; load_exported reads those two
 
 A name is imported when it is first asked for, so `import cifar_jax` costs nothing, not even JAX.
 """
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cifar_jax.config.train_config import TrainConfig as TrainConfig
     from cifar_jax.errors import RunError as RunError, UserError as UserError
+    from cifar_jax.export.exported import ExportedModel as ExportedModel, load_exported as load_exported
+    from cifar_jax.export.write import export_run as export_run
     from cifar_jax.features.extractor import make_extractor as make_extractor
     from cifar_jax.models.backbone import Backbone as Backbone, FunctionBackbone as FunctionBackbone, extract as extract
     from cifar_jax.models.head import (
@@ -70,6 +73,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "config.train_config": "TrainConfig",
     "errors": "RunError UserError",
+    "export.exported": "ExportedModel load_exported",
+    "export.write": "export_run",
     "features.extractor": "make_extractor",
     "models.backbone": "Backbone FunctionBackbone extract",
     "models.head": "Head dense_head dense_logits flax_head head_logits init_head",

@@ -6,7 +6,6 @@ Modules that only one command needs are imported inside it, so that `--help` doe
 import contextlib
 import json
 import logging
-import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +16,14 @@ from cifar_jax.cli.errors import print_error, reason_for_peers
 from cifar_jax.cli.options import (
     INFO_TOPICS,
     ConvertOptions,
-    EvaluateOptions,
     FeaturesOptions,
     InfoOptions,
-    PredictOptions,
     VerifyOptions,
     parse,
     parse_train,
 )
-from cifar_jax.cli.parsing import program
 from cifar_jax.cli.stdio import read_stdin
-from cifar_jax.errors import RunError, UserError
-from cifar_jax.files import without_nan
+from cifar_jax.errors import UserError
 
 if TYPE_CHECKING:  # these import JAX
     from cifar_jax.config import TrainConfig
@@ -96,85 +91,6 @@ def _log_interruption(config: "TrainConfig", stop: "Interrupted") -> None:
     logger.info(f"Interrupted {where}. Continue with the same command and --resume {instead}--out {out}.")
     for note in getattr(stop, "__notes__", ()):
         logger.info(note)
-
-
-def evaluate(arguments: list[str], reporter: ConsoleReporter) -> int:
-    """Scores a run again, on its test images or on other labelled pictures."""
-    options = parse(EvaluateOptions, arguments, "evaluate")
-    from cifar_jax.cli.scores import print_scores
-    from cifar_jax.runs.scores import evaluate_run
-
-    if options.dataset is None and (options.label_key is not None or options.skip_unreadable):
-        given = "--skip-unreadable" if options.label_key is None else f"--label-key {options.label_key}"
-        raise UserError(f"{given} goes with --dataset; a run's own test images are read as they were for the run.")
-    if options.dataset is not None and not options.dataset.strip():
-        raise UserError(f"--dataset must be a name or a path, got {options.dataset!r}.")
-    _use_compile_cache()
-    scores = evaluate_run(
-        options.run,
-        options.data_dir,
-        options.weights,
-        reporter,
-        options.allow_incomplete,
-        dataset=options.dataset,
-        label_key=options.label_key,
-        skip_unreadable=options.skip_unreadable,
-    )
-    if options.json:
-        print(json.dumps(without_nan(scores)))
-    else:
-        print_scores(scores, reporter)
-    return 0
-
-
-def predict(arguments: list[str], reporter: ConsoleReporter) -> int:
-    """Classifies pictures and prints a row for each.
-
-    Raises:
-      RunError: if any of them cannot be read; the rows of the others are printed all the same.
-    """
-    options = parse(PredictOptions, arguments, "predict")
-    from cifar_jax.cli.predictions import print_predictions
-    from cifar_jax.data.sources.paths import picture_paths
-    from cifar_jax.runs.predict import predict_files
-    from cifar_jax.runs.reader import load_run
-
-    if not options.sources:
-        raise UserError(
-            "predict needs images; give image files, folders or patterns after the run directory, or - for a list on "
-            "standard input."
-        )
-    if options.csv and options.json:
-        raise UserError("--csv and --json ask for two formats; leave one of them out.")
-    if options.top < 1:
-        raise UserError(f"--top must be at least 1, got {options.top}.")
-    _check_order(options)
-    paths = picture_paths(options.sources, read_stdin)
-    _use_compile_cache()
-    run = load_run(options.run, options.weights, allow_incomplete=options.allow_incomplete)
-    failed = print_predictions(
-        lambda shown: predict_files(run, paths, options.direct, options.top, shown),
-        run.class_names,
-        "csv" if options.csv else "json" if options.json else "plain",
-        reporter,
-    )
-    if failed:
-        raise RunError(f"{failed:,} of {len(paths):,} images could not be read; see their rows for the reasons.")
-    return 0
-
-
-def _check_order(options: PredictOptions) -> None:
-    """Raises UserError if the run directory is given after the images."""
-    from cifar_jax.runs.directory import is_run
-
-    runs = [path for path in options.sources if os.path.isdir(path) and is_run(Path(path))]
-    if runs and not is_run(Path(options.run)):
-        images = [options.run, *(path for path in options.sources if path != runs[0])]
-        few = [*images[:3], "..."] if len(images) > 3 else images
-        raise UserError(
-            "The run directory comes before the images: "
-            f"`{program()} predict {' '.join(map(shlex.quote, [runs[0], *few]))}`."
-        )
 
 
 def info(arguments: list[str], reporter: ConsoleReporter) -> int:

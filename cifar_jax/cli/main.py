@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cifar_jax.cli import commands
+from cifar_jax.cli import commands, trained
 from cifar_jax.cli.console import ConsoleReporter
 from cifar_jax.cli.errors import explanation, print_error
 from cifar_jax.cli.parsing import program
@@ -23,6 +23,7 @@ USAGE = """usage: {program} COMMAND [options]
   train                  train a head on a frozen backbone, as train.py does
   evaluate RUN           score a run on its test images again, or on others
   predict RUN PICTURE... classify pictures: files, folders, a list
+  export RUN             take the model away: ONNX, Keras, PyTorch, a web page
   features SRC...        write the features of a data set or of pictures
   info [TOPIC|DATASET]   show versions, devices, weights, or a data set
   convert SRC DST        convert weights between our format, Keras and PyTorch
@@ -33,8 +34,9 @@ USAGE = """usage: {program} COMMAND [options]
 
 COMMANDS = {
     "train": commands.train,
-    "evaluate": commands.evaluate,
-    "predict": commands.predict,
+    "evaluate": trained.evaluate,
+    "predict": trained.predict,
+    "export": trained.export,
     "features": commands.features,
     "info": commands.info,
     "convert": commands.convert,

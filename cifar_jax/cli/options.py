@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeAlias, get_type_hints
 
 import tyro
 
@@ -16,6 +16,8 @@ from cifar_jax.config import DECIDING, PRESETS, TrainConfig, preset, without_mea
 from cifar_jax.config.option_groups import DEFAULTS, GROUP_OF, HINTS, OF_THE_COMMAND
 from cifar_jax.errors import UserError
 from cifar_jax.files import read_json_value
+
+FormatName: TypeAlias = Literal["onnx", "stablehlo", "keras", "pytorch", "hub", "web"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +32,10 @@ class Common:
 
 @dataclass(frozen=True)
 class EvaluateOptions(Common):
-    """Score a run on its test images again, or on other labelled pictures."""
+    """Score a run, or a model that was exported from one, on its test images or on other labelled pictures."""
 
     run: tyro.conf.Positional[str]
-    """the run directory"""
+    """the run directory; or an .onnx file or a StableHLO directory that `export` wrote"""
     dataset: str | None = None
     """other pictures to score it on: a folder (ROOT/CLASS/... or ROOT/{train,test}/CLASS/...), an .npz file, a TFDS set
     or shapes, whose classes are matched by name; all of them, or the test images if the set has some"""
@@ -41,6 +43,8 @@ class EvaluateOptions(Common):
     """name of the label, where the TFDS set of --dataset has several"""
     skip_unreadable: bool = False
     """leave out pictures of --dataset that cannot be read; if omitted, the first one is an error"""
+    batch_size: int | None = None
+    """images at a time; if omitted, 32 for an exported model, and for a run as in training"""
     allow_incomplete: bool = False
     """also score an interrupted, failed or diverged run, with a warning"""
     data_dir: str | None = None
@@ -57,7 +61,7 @@ class PredictOptions(Common):
     """
 
     run: tyro.conf.Positional[str]
-    """the run directory"""
+    """the run directory; or an .onnx file or a StableHLO directory that `export` wrote"""
     sources: tyro.conf.Positional[tuple[str, ...]]
     """PNG, JPEG or other image files of any size, folders of them at any depth, quoted patterns such as
     "photos/**/*.jpg", or - for a list of paths on standard input, one a line or separated by NUL"""
@@ -65,11 +69,34 @@ class PredictOptions(Common):
     """print CSV with a header"""
     top: int = 3
     """number of classes in a row, without --json and --csv"""
+    batch_size: int | None = None
+    """images at a time; if omitted, 32 for an exported model, and for a run by device and image size"""
     direct: bool = False
     """for a run on small images, which pictures are reduced to first: resize them directly to the network's input
     size"""
     allow_incomplete: bool = False
     """also use an interrupted, failed or diverged run, with a warning"""
+    weights: str | None = None
+    """path of the run's backbone weights, if they have moved since the run"""
+
+
+@dataclass(frozen=True)
+class ExportOptions(Common):
+    """Export a trained run for other runtimes: image in, probabilities out, all in one file or directory."""
+
+    run: tyro.conf.Positional[str]
+    """the run directory"""
+    format: FormatName
+    """onnx: a file for ONNX Runtime, OpenVINO and others; stablehlo: a directory for JAX on CPU, GPU or TPU"""
+    out: str
+    """file or directory to write: .onnx for onnx, a directory for stablehlo"""
+    ort_web: str | None = None
+    """web: directory of onnxruntime-web (`dist` of its npm package) to build into the page; if omitted, the page loads
+    it from a CDN"""
+    overwrite: bool = False
+    """replace the file, or a directory that was exported, if it exists"""
+    allow_incomplete: bool = False
+    """also export an interrupted, failed or diverged run, with a warning"""
     weights: str | None = None
     """path of the run's backbone weights, if they have moved since the run"""
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class ExportedModel:
       about: what is known of it; see `export.trained_model.about_of`.
       call: `images -> {"probabilities", "features"}` of one batch.
       pads: whether each batch size is compiled anew, so that the last batch is padded.
+      data_dir: the TFDS data directory, for the images of the run.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class ExportedModel:
     about: Mapping[str, Any]
     call: Callable[[UInt8[np.ndarray, "n side side 3"]], Outputs]
     pads: bool
+    data_dir: str | None = None
 
     def __repr__(self) -> str:
         """A one-line description."""
@@ -115,7 +117,7 @@ class ExportedModel:
         """Options that name and divide the images of the run; the others have their defaults."""
         data = self.about["data"]
         options = {name: data[name] for name in DATA_OPTIONS if data.get(name) is not None}
-        return TrainConfig(dataset=data["dataset"], **options)
+        return TrainConfig(dataset=data["dataset"], data_dir=self.data_dir, **options)
 
     @property
     def data_kind(self) -> Kind:
@@ -142,11 +144,15 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
     return path.suffix.lower() == ONNX or (path / PROGRAM).is_file() or path.is_file()
 
 
-def load_exported(path: str | os.PathLike[str]) -> ExportedModel:
+def load_exported(path: str | os.PathLike[str], data_dir: str | None = None) -> ExportedModel:
     """Loads an exported model: an ONNX file, or a directory with a StableHLO program.
 
     It needs nothing of the run that it was exported from. ONNX runs on ONNX Runtime, on the CPU; StableHLO on JAX's
     default device.
+
+    Args:
+      path: the file or directory.
+      data_dir: the TFDS data directory, for those who score the model on the test images of the run.
 
     Raises:
       UserError: if there is no such model, it was not exported by this project, it is corrupt, its program is too old
@@ -159,7 +165,7 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedModel:
     """
     path = Path(os.path.expanduser(path))
     if (path / PROGRAM).is_file():
-        return _load_stablehlo(path)
+        return replace(_load_stablehlo(path), data_dir=data_dir)
     if path.is_dir():
         raise UserError(f"{path} is no exported model: it has no {PROGRAM}. Name an .onnx file, or such a directory.")
     if not path.is_file():
@@ -169,7 +175,7 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedModel:
             f"{path} is neither a run directory, an .onnx file nor a directory with StableHLO; other formats are for "
             "their own libraries."
         )
-    return _load_onnx(path)
+    return replace(_load_onnx(path), data_dir=data_dir)
 
 
 def _load_onnx(path: Path) -> ExportedModel:

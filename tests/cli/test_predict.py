@@ -19,9 +19,9 @@ from PIL import Image
 from rich.console import Console
 
 from cifar_jax import load_run
-from cifar_jax.cli.commands import predict as predict_command
 from cifar_jax.cli.console import ConsoleReporter
 from cifar_jax.cli.predictions import print_predictions
+from cifar_jax.cli.trained import predict as predict_command
 from cifar_jax.runs.predict import Prediction
 
 NAMES = sorted(CLASSES.values())
