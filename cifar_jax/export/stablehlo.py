@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from safetensors.numpy import save
 
+from cifar_jax.errors import UserError
 from cifar_jax.export.trained_model import TrainedModel
 from cifar_jax.files import write_json
 from cifar_jax.models.backbone import Backbone, extract
@@ -33,12 +34,21 @@ def write_stablehlo(model: TrainedModel, directory: Path) -> dict[str, str]:
     """Writes a classifier into an empty directory. Returns what is worth saying about it.
 
     The program maps weights and `image`, uint8 [N, side, side, 3] with N symbolic, to `probabilities` and `features`.
+
+    Raises:
+      UserError: if the backbone or the head is a function that needs to know the size of the batch.
     """
     weights, function = _as_function(model)
     (batch,) = jax.export.symbolic_shape("N")
     images = jax.ShapeDtypeStruct((batch, model.side, model.side, 3), np.uint8)
     shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in weights.items()}
-    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shapes, images)
+    try:
+        exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shapes, images)
+    except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
+        raise UserError(
+            "The backbone or the head cannot be traced with a batch of any size "
+            f"({str(error).partition(chr(10))[0]}); take its size from images.shape[0], not from len(images)."
+        ) from error
     (directory / PROGRAM).write_bytes(exported.serialize())
     # Not save_file, which makes a file that nobody else may read.
     (directory / WEIGHTS).write_bytes(save(weights, {"cifar_jax": json.dumps(model.about)}))
@@ -52,10 +62,10 @@ def write_stablehlo(model: TrainedModel, directory: Path) -> dict[str, str]:
         "program": PROGRAM,
     }
     write_json(directory / METADATA, model.about | {"stablehlo": about})
-    last = until.isoformat() if until else f"{MONTHS} months after jaxlib {version} was built"
+    last = until.isoformat() if until else f"{MONTHS} months after jaxlib {version} was"
     return {
         "program": f"for {', '.join(PLATFORMS)}; exported by jaxlib {version}",
-        "loads until": f"{last}: JAX promises it for jaxlib built by then; the weights are plain safetensors",
+        "loads with": f"jaxlib built until {last}, JAX promises; {WEIGHTS} outlives it",
     }
 
 

@@ -15,7 +15,7 @@ from cifar_jax.data.resize import Resize
 from cifar_jax.errors import UserError
 from cifar_jax.files import sha256_of_arrays
 from cifar_jax.models.backbone import AnyBackbone, Backbone
-from cifar_jax.models.head import Head, dense_head
+from cifar_jax.models.head import Head, dense_logits
 from cifar_jax.pretrained import registry
 from cifar_jax.runs.reader import Run
 from cifar_jax.version import __version__
@@ -80,7 +80,7 @@ class TrainedModel:
         Raises:
           UserError: if the head is another one, of which `form` cannot be written.
         """
-        if not self.head.name.startswith(dense_head(()).name):
+        if self.head.logits is not dense_logits:
             raise UserError(
                 f"The head {self.head.name!r} is a function, which --format {form} cannot express; use --format "
                 "stablehlo."

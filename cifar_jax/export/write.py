@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 
+from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.export.exported import load_exported
 from cifar_jax.export.onnx_file import write_onnx
@@ -133,7 +136,7 @@ def _size(path: Path) -> int:
 
 
 def _check(run: Run, path: Path) -> dict[str, str]:
-    """Compares what was written with the run, on noise, where what reads it is installed.
+    """Compares what was written with the run, on synthetic images, where what reads it is installed.
 
     Raises:
       RunError: if they differ.
@@ -142,8 +145,7 @@ def _check(run: Run, path: Path) -> dict[str, str]:
         return {"checked": "not at all, as onnxruntime is not installed"}
     in_float32 = replace(run.config.backbone, precision="float32")
     run = replace(run, config=replace(run.config, backbone=in_float32))
-    side = run.resize.side
-    images = np.random.default_rng(0).integers(0, 256, (CHECKED, side, side, 3), np.uint8)
+    images = drawn_images(run)
     found = load_exported(path)(images)["probabilities"]
     expected = np.concatenate([probabilities for _, probabilities in run.probabilities(images)])
     difference = float(np.abs(found - expected).max())
@@ -152,4 +154,9 @@ def _check(run: Run, path: Path) -> dict[str, str]:
             f"What was exported gives other probabilities than the run, by up to {difference:.1e}; nothing was kept. "
             "Please report this."
         )
-    return {"checked": f"largest difference of probabilities {difference:.1e} on {CHECKED} images of noise"}
+    return {"checked": f"largest difference of probabilities {difference:.1e} on {CHECKED} drawn images"}
+
+
+def drawn_images(run: Run, num: int = CHECKED) -> UInt8[np.ndarray, "num side side 3"]:
+    """Draws synthetic images of the size that the run's network takes."""
+    return np.stack([run.resize(Image.fromarray(image)) for image in draw_shapes(num, seed=0)[0]])

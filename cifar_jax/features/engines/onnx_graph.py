@@ -49,19 +49,20 @@ def onnx_graph(
         import onnx
     except ImportError:
         raise extra_missing("An ONNX graph", "onnx", "onnx") from None
-    graph = _Graph(onnx)
+    graph, float32 = _Graph(onnx), onnx.TensorProto.FLOAT
     x = _preprocessed(graph, prepared.preprocessing, prepared.image_size // side)
     ends = _network(graph, prepared, x)
     x = graph.node("GlobalAveragePool", [ends[-1]], "pooling")
     features = graph.node("Flatten", [x], FEATURES)
-    outputs = [onnx.helper.make_tensor_value_info(features, onnx.TensorProto.FLOAT, ["N", prepared.config.features])]
+    outputs = [onnx.helper.make_tensor_value_info(features, float32, ["N", prepared.config.features])]
     if head:
         probabilities = _head(graph, head, features)
         shape = ["N", np.shape(head[-1]["bias"])[0]]
-        outputs.insert(0, onnx.helper.make_tensor_value_info(probabilities, onnx.TensorProto.FLOAT, shape))
-    for number, end in enumerate(ends if stages else (), start=1):
-        graph.nodes.append(onnx.helper.make_node("Identity", [end], [f"stage{number}"], f"stage{number}"))
-        outputs.append(onnx.helper.make_tensor_value_info(f"stage{number}", onnx.TensorProto.FLOAT, None))
+        outputs.insert(0, onnx.helper.make_tensor_value_info(probabilities, float32, shape))
+    for number, end in enumerate(ends if stages else ()):
+        name, channels = f"stage{number + 1}", 4 * prepared.config.width * 2**number
+        shape = ["N", channels, f"{name}_height", f"{name}_width"]
+        outputs.append(onnx.helper.make_tensor_value_info(graph.node("Identity", [end], name), float32, shape))
     image = onnx.helper.make_tensor_value_info(IMAGE, onnx.TensorProto.UINT8, ["N", side, side, 3])
     model = onnx.helper.make_model(
         onnx.helper.make_graph(graph.nodes, "cifar_jax", [image], outputs, graph.tensors),
