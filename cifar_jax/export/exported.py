@@ -27,6 +27,7 @@ from cifar_jax.runs.predict import Picture, Predictions, predict
 
 DEFAULT_BATCH = 32  # images at a time
 ONNX = ".onnx"
+MOST_BYTES = 2**31  # of an ONNX file, which protobuf allows
 
 Outputs = dict[str, Float32[np.ndarray, "n ..."]]
 
@@ -183,8 +184,12 @@ def _load_onnx(path: Path) -> ExportedModel:
     except ImportError:
         raise extra_missing(f"{path}", "onnxruntime", "onnx") from None
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path} is larger than an ONNX file can be (2 GiB); name another file.")
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
         metadata = session.get_modelmeta().custom_metadata_map
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name another file.") from error
     except Exception as error:  # its own exceptions have no common base

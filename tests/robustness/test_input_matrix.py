@@ -15,6 +15,7 @@ from PIL import Image
 from cifar_jax.cli.options import (
     ConvertOptions,
     EvaluateOptions,
+    ExportOptions,
     FeaturesOptions,
     InfoOptions,
     PredictOptions,
@@ -97,14 +98,22 @@ OTHERS = {
         ["RUN"],
         COMMON
         | {"allow_incomplete": NO_FLAG, "weights": WEIGHTS, "skip_unreadable": [*NO_FLAG, None]}
-        | {"dataset": ["", "no-such-set", "nowhere/pictures"], "label_key": ["", "label"]},
+        | {"dataset": ["", "no-such-set", "nowhere/pictures"], "label_key": ["", "label"]}
+        | {"batch_size": [*NO_COUNT, "1025"]},
     ),
     "predict": (
         PredictOptions,
         ["RUN", "IMAGE"],
         COMMON
         | {"direct": NO_FLAG, "allow_incomplete": NO_FLAG, "weights": WEIGHTS}
-        | {"csv": NO_FLAG, "top": ["0", "-1", "x", "1.5", ""]},
+        | {"csv": NO_FLAG, "top": ["0", "-1", "x", "1.5", ""], "batch_size": [*NO_COUNT, "1025"]},
+    ),
+    "export": (
+        ExportOptions,
+        ["RUN", "--format", "onnx", "--out", "NEW.onnx"],
+        COMMON
+        | {"overwrite": NO_FLAG, "allow_incomplete": NO_FLAG, "weights": WEIGHTS}
+        | {"format": ["tflite", "", "ONNX"], "ort_web": ["", "dist"]},
     ),
     "info": (
         InfoOptions,
@@ -186,6 +195,7 @@ def test_options_of_other_commands(tmp_path, capsys, finished, verb, name, value
         "WEIGHTS": finished / "backbone.safetensors",
         "NEW.h5": tmp_path / "new.h5",
         "NEW.npz": tmp_path / "new.npz",
+        "NEW.onnx": tmp_path / "new.onnx",
     }
     _, arguments, _ = OTHERS[verb]
     before = files_below(tmp_path)
@@ -256,6 +266,9 @@ INPUTS = {
     "run": ["evaluate", "FILE"],
     "scored.safetensors": ["evaluate", "RUN", "--weights", "FILE"],
     "run ": ["predict", "FILE", "IMAGE"],
+    "predicts.onnx": ["predict", "FILE", "IMAGE"],
+    "scored.onnx": ["evaluate", "FILE"],
+    "exported": ["export", "FILE", "--format", "onnx", "--out", "NEW.onnx"],
     "used.h5": ["predict", "RUN", "IMAGE", "--weights", "FILE"],
     "picture.jpg": ["features", "FILE", "--weights", "WEIGHTS", "--image-size", "32", "--out", "NEW.npz"],
     "extracted.pth": ["features", "IMAGE", "--weights", "FILE", "--out", "NEW.npz"],
@@ -274,7 +287,7 @@ def test_files_that_are_read(tmp_path, capsys, finished, name, kind):
     picture = tmp_path.with_name(f"{tmp_path.name}.png")
     Image.new("RGB", (8, 8), "red").save(picture)
     places = {"FILE": file, "RUN": finished, "IMAGE": picture, "WEIGHTS": finished / "backbone.safetensors"}
-    new = {f"NEW{suffix}": tmp_path / f"new{suffix}" for suffix in ("", ".npz", ".safetensors")}
+    new = {f"NEW{suffix}": tmp_path / f"new{suffix}" for suffix in ("", ".npz", ".onnx", ".safetensors")}
     before = files_below(tmp_path)
     result = command(capsys, *((places | new).get(argument, argument) for argument in INPUTS[name]))
     is_one_error(result, 2, str(file))
@@ -289,6 +302,8 @@ PLACES = {
     "out": ["train", *TINY, "--out", "FILE"],
     "trace": ["train", *TINY, "--profile", "FILE", "--out", "NEW"],
     "features.npz": ["features", "IMAGE", "--weights", "WEIGHTS", "--image-size", "32", "--out", "FILE"],
+    "model.onnx": ["export", "RUN", "--format", "onnx", "--out", "FILE"],
+    "model": ["export", "RUN", "--format", "stablehlo", "--out", "FILE"],
     "converted.safetensors": ["convert", "WEIGHTS", "FILE"],
 }
 
@@ -306,7 +321,7 @@ def test_places(tmp_path, capsys, finished, name, kind):
     of_cifar = shutil.copytree(finished, tmp_path.with_name(f"{tmp_path.name}.run"))
     config = json.loads((of_cifar / "config.json").read_text()) | {"preset": "cifar10", "dataset": "cifar10"}
     (of_cifar / "config.json").write_text(json.dumps(config))
-    places = {"FILE": file, "RUN OF CIFAR": of_cifar, "IMAGE": picture, "NEW": tmp_path / "new"}
+    places = {"FILE": file, "RUN": finished, "RUN OF CIFAR": of_cifar, "IMAGE": picture, "NEW": tmp_path / "new"}
     places["WEIGHTS"] = finished / "backbone.safetensors"
     before = files_below(tmp_path)
     result = command(capsys, *(places.get(argument, argument) for argument in PLACES[name]))
