@@ -17,13 +17,15 @@ from PIL import Image
 from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.export.exported import load_exported
+from cifar_jax.export.keras_model import write_keras
 from cifar_jax.export.onnx_file import write_onnx
+from cifar_jax.export.pytorch import write_pytorch
 from cifar_jax.export.stablehlo import METADATA, write_stablehlo
 from cifar_jax.export.trained_model import FORMAT, TrainedModel, trained_model
 from cifar_jax.files import check_target, read_json_value, replacing
 from cifar_jax.runs.reader import Run
 
-FormatName: TypeAlias = Literal["onnx", "stablehlo"]
+FormatName: TypeAlias = Literal["onnx", "stablehlo", "keras", "pytorch"]
 CHECKED = 4  # images on which an export is compared with the run
 TOLERANCE = 1e-5  # largest difference of probabilities between the run and its export
 
@@ -45,6 +47,8 @@ class Format(NamedTuple):
 FORMATS: dict[str, Format] = {
     "onnx": Format(write_onnx, ".onnx", reads_back=True),
     "stablehlo": Format(write_stablehlo, "", reads_back=True),
+    "keras": Format(write_keras, ".keras"),
+    "pytorch": Format(write_pytorch, ""),
 }
 
 
