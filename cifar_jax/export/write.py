@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -17,10 +18,11 @@ from cifar_jax.export.exported import load_exported
 from cifar_jax.export.onnx_file import write_onnx
 from cifar_jax.export.stablehlo import METADATA, write_stablehlo
 from cifar_jax.export.trained_model import FORMAT, TrainedModel, trained_model
+from cifar_jax.export.web import write_web
 from cifar_jax.files import check_target, read_json_value, replacing
 from cifar_jax.runs.reader import Run
 
-FormatName: TypeAlias = Literal["onnx", "stablehlo"]
+FormatName: TypeAlias = Literal["onnx", "stablehlo", "web"]
 CHECKED = 4  # images on which an export is compared with the run
 TOLERANCE = 1e-5  # largest difference of probabilities between the run and its export
 
@@ -42,10 +44,13 @@ class Format(NamedTuple):
 FORMATS: dict[str, Format] = {
     "onnx": Format(write_onnx, ".onnx", reads_back=True),
     "stablehlo": Format(write_stablehlo, "", reads_back=True),
+    "web": Format(write_web, ".html"),
 }
 
 
-def export_run(run: Run, form: FormatName, out: str | Path, *, overwrite: bool = False) -> dict[str, str]:
+def export_run(
+    run: Run, form: FormatName, out: str | Path, *, overwrite: bool = False, ort_web: str | None = None
+) -> dict[str, str]:
     """Exports a run: image in, probabilities out, in float32. The file or directory appears whole or not at all.
 
     What this project can read is loaded again and compared with the run on a few images.
@@ -55,6 +60,7 @@ def export_run(run: Run, form: FormatName, out: str | Path, *, overwrite: bool =
       form: the format, a key of `FORMATS`.
       out: the file or directory to write.
       overwrite: whether to replace an existing file, or a directory that was exported.
+      ort_web: of `web`: a copy of onnxruntime-web to build into the page, see `web.read_ort_web`.
 
     Returns:
       Descriptions of what was written, by name.
@@ -66,9 +72,10 @@ def export_run(run: Run, form: FormatName, out: str | Path, *, overwrite: bool =
     path, wanted = Path(os.path.expanduser(out)), FORMATS[form]
     check_out(path, form, overwrite)
     model = trained_model(run)
+    write = partial(write_web, ort_web=ort_web) if form == "web" else wanted.write
     try:
         with replacing(path) if wanted.suffix else _replacing_directory(path) as temporary:
-            about = wanted.write(model, temporary)
+            about = write(model, temporary)
             size = _size(temporary)
             checked = _check(run, temporary) if wanted.reads_back else {}
     except OSError as error:
