@@ -159,8 +159,8 @@ def _network_words(model: TrainedModel) -> str:
 def _input_words(model: TrainedModel) -> str:
     side, shorter = model.side, model.resize.shorter
     if model.resize.method == "eval-transform":
-        return f"The centre of the picture, {side} × {side} pixels, after its shorter side is resized to {shorter}"
-    return f"The largest centred square of the picture, reduced to {side} × {side} pixels"
+        return f"The centre of the picture, {side} by {side} pixels, after its shorter side is resized to {shorter}"
+    return f"The largest centred square of the picture, reduced to {side} by {side} pixels"
 
 
 def _runtime_words(runtime: OrtWeb | None, cdn: str) -> str:
