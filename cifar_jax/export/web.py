@@ -151,9 +151,9 @@ def accuracy_words(scores: Mapping[str, Any]) -> str:
 
 def _network_words(model: TrainedModel) -> str:
     backbone, network = model.about["backbone"], network_name(model.resnet("web").config)
-    licence = f", licence {backbone['licence']}" if backbone["licence"] else ""
-    trained = "all layers" if backbone["trained_layers"] == "all" else "only its head"
-    return f"{network} with the weights {backbone['weights']}{licence}, of which {trained} was trained on these classes"
+    licence = f" ({backbone['licence']})" if backbone["licence"] else ""
+    trained = "all layers were" if backbone["trained_layers"] == "all" else "only the head was"
+    return f"{network}, weights {backbone['weights']}{licence}; {trained} trained on these classes"
 
 
 def _input_words(model: TrainedModel) -> str:

@@ -70,6 +70,8 @@ def export_run(
       RunError: if it cannot be written, or does not give the probabilities of the run.
     """
     path, wanted = Path(os.path.expanduser(out)), FORMATS[form]
+    if ort_web is not None and form != "web":
+        raise UserError(f"--ort-web is for --format web, not --format {form}; leave it out.")
     check_out(path, form, overwrite)
     model = trained_model(run)
     write = partial(write_web, ort_web=ort_web) if form == "web" else wanted.write

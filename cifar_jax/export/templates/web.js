@@ -16,7 +16,7 @@ function bytesOf(id) {
   const element = document.getElementById(id);
   const text = element.textContent;
   element.remove();
-  const bytes = new Uint8Array((text.length / 4) * 3 - (text.match(/=*$/)[0].length));
+  const bytes = new Uint8Array((text.length / 4) * 3 - text.match(/=*$/)[0].length);
   const step = 2 ** 18; // characters at a time, a multiple of four; a string of them all would be as large as the model
   for (let at = 0, out = 0; at < text.length; at += step) {
     const part = atob(text.slice(at, at + step));
@@ -134,7 +134,6 @@ function card(file) {
 
 function showResult(element, { best, seconds, pixels, width, height }) {
   find(".answer", element).textContent = best[0].name;
-  find(".sure", element).textContent = percent(best[0].probability);
   const bars = find(".bars", element);
   for (const { name, probability } of best.slice(0, SHOWN)) {
     const bar = find("#bar").content.cloneNode(true).firstElementChild;
@@ -153,7 +152,7 @@ function showResult(element, { best, seconds, pixels, width, height }) {
     image.data[4 * i + 3] = 255;
   }
   seen.getContext("2d").putImageData(image, 0, 0);
-  find(".facts", element).textContent = `${width} × ${height} pixels, classified in ${seconds.toFixed(2)} s`;
+  find(".facts", element).textContent = `Classified in ${seconds.toFixed(2)} s from ${width} × ${height}.`;
   element.dataset.state = "done";
   return `${find(".file", element).textContent}: ${best[0].name}, ${percent(best[0].probability)}`;
 }
