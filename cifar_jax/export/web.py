@@ -91,12 +91,13 @@ def write_web(model: TrainedModel, path: Path, ort_web: str | Path | None = None
       UserError: if `ort_web` is not such a copy, the package onnx is not installed, or the backbone or the head is a
         function.
     """
+    model.resnet("web"), model.dense_layers("web")  # to name this format in messages, not that of the file inside
     runtime = None if ort_web is None else read_ort_web(ort_web)
     content, _ = onnx_bytes(model)
     html = page_of(model, content, runtime, cdn).encode("utf-8", "replace")  # names of folders may be no Unicode
     path.write_bytes(html)
-    rest = (len(html) - len(_base64(content))) / 1e6
-    return {"runtime": _runtime_words(runtime, cdn), "page": f"{rest:,.1f} MB without the model; open it in a browser"}
+    rest = (len(html) - 4 * -(-len(content) // 3)) / 1e6  # base64 makes four characters of three bytes
+    return {"runtime": _runtime_words(runtime, cdn), "page": f"{rest:,.2f} MB without the model; open it in a browser"}
 
 
 def page_of(model: TrainedModel, content: bytes, runtime: OrtWeb | None, cdn: str = CDN) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import tiny_run
+from helpers import FIELDS, tiny_run
 
 from cifar_jax import load_run
 from cifar_jax.errors import UserError
@@ -122,6 +122,11 @@ def test_refuses_another_directory(break_it, reason: str, model: TrainedModel, o
         write_web(model, tmp_path / "page.html", ort_web)
     assert reason in str(refused.value) and str(ort_web) in str(refused.value)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_refuses_a_function(model: TrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'fields' is a function, which --format web cannot express"):
+        write_web(replace(model, backbone=FIELDS), tmp_path / "page.html")
 
 
 def test_reads_the_package_or_its_dist(ort_web: Path) -> None:

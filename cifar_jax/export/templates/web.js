@@ -152,7 +152,7 @@ function showResult(element, { best, seconds, pixels, width, height }) {
     image.data[4 * i + 3] = 255;
   }
   seen.getContext("2d").putImageData(image, 0, 0);
-  find(".facts", element).textContent = `Classified in ${seconds.toFixed(2)} s from ${width} × ${height}.`;
+  find(".facts", element).textContent = `Classified in ${seconds.toFixed(2)}\u00a0s from ${width}\u00a0×\u00a0${height}.`;
   element.dataset.state = "done";
   return `${find(".file", element).textContent}: ${best[0].name}, ${percent(best[0].probability)}`;
 }
