@@ -2,6 +2,7 @@
 # make test          the tests of every folder of the package, in minutes
 # make test-robustness   kills, full disks, broken files and downloads, several processes, the examples, in minutes more
 # make test-readme   types every command of the documents, in minutes
+# make test-browser  drops photos onto an exported web page in Chromium, in minutes
 # make lint          ruff and mypy
 # make coverage      the tests again, and which lines of the library they run
 # make torture       kills runs a hundred times and goes on with them, in a quarter of an hour
@@ -19,23 +20,34 @@ BIN = $(VENV)/bin
 TOGETHER = -n 2 --dist worksteal
 # Tests that are slow or of rare faults.
 ELSEWHERE = tests/robustness tests/e2e
+# Tests that need nothing but Python, and have no target of their own.
+HERE = not browser and not parity and not readme
+# onnxruntime-web, of the version in the code, unless CIFAR_JAX_ORT_WEB names a copy.
+ORT_WEB = onnxruntime-web@$(shell sed -n 's/^ORT_VERSION = "\(.*\)"$$/\1/p' cifar_jax/export/web.py)
+CIFAR_JAX_ORT_WEB ?= $(INSTALLED_ORT_WEB)
+INSTALLED_ORT_WEB = $(abspath $(VENV))/npm/$(ORT_WEB)/node_modules/onnxruntime-web/dist
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-robustness test-readme lint coverage torture parity parity-all mutations bench tpu-report demo-weights clean
+.PHONY: demo test test-robustness test-readme test-browser lint coverage torture parity parity-all mutations bench tpu-report demo-weights clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python train.py --preset demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not parity and not readme and not slow" $(TOGETHER) $(ELSEWHERE:%=--ignore=%)
+	$(BIN)/python -m pytest -m "$(HERE) and not slow" $(TOGETHER) $(ELSEWHERE:%=--ignore=%)
 
 test-robustness: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not parity and not readme" $(TOGETHER) $(ELSEWHERE)
-	$(BIN)/python -m pytest -m "slow and not parity and not readme" $(TOGETHER) $(ELSEWHERE:%=--ignore=%)
+	$(BIN)/python -m pytest -m "$(HERE)" $(TOGETHER) $(ELSEWHERE)
+	$(BIN)/python -m pytest -m "slow and $(HERE)" $(TOGETHER) $(ELSEWHERE:%=--ignore=%)
 
 # The commands of a file build on each other, so files go to one process each.
 test-readme: $(VENV)/.dev
 	$(BIN)/python -m pytest -m readme -n 2 --dist loadfile --durations=0 --durations-min=1 tests/readme
+
+# Needs Debian's packages chromium and chromium-driver, or the same from elsewhere. $CIFAR_JAX_PHOTOS names a folder of
+# photos; without it they are drawn.
+test-browser: $(VENV)/.browser $(CIFAR_JAX_ORT_WEB)
+	CIFAR_JAX_ORT_WEB=$(CIFAR_JAX_ORT_WEB) $(BIN)/python -m pytest -m browser --durations=5 tests/browser
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -43,7 +55,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 coverage: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not parity and not readme" $(TOGETHER) --cov=cifar_jax --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -m "$(HERE)" $(TOGETHER) --cov=cifar_jax --cov-report=term-missing:skip-covered
 
 torture: $(VENV)/.dev
 	$(BIN)/python -m tests.robustness.torture --kills 100
@@ -78,6 +90,13 @@ $(VENV)/.runtime: requirements.txt
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
 	touch $@
+
+$(VENV)/.browser: $(VENV)/.dev requirements-browser.txt
+	$(PIP) -r requirements-browser.txt
+	touch $@
+
+$(INSTALLED_ORT_WEB):
+	npm install --silent --prefix $(VENV)/npm/$(ORT_WEB) $(ORT_WEB)
 
 $(VENV)-tpu/.tpu: BIN = $(VENV)-tpu/bin
 $(VENV)-tpu/.tpu: requirements.txt requirements-tpu.txt

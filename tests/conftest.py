@@ -16,7 +16,11 @@ from cifar_jax.data.sources.tfds import find_prepared
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-REQUIRED = [name for name in ("CIFAR_JAX_REQUIRE_DATA", "CIFAR_JAX_REQUIRE_PARITY") if os.environ.get(name)]
+REQUIRED = [
+    name
+    for name in ("CIFAR_JAX_REQUIRE_DATA", "CIFAR_JAX_REQUIRE_PARITY", "CIFAR_JAX_REQUIRE_BROWSER")
+    if os.environ.get(name)
+]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -22,10 +23,11 @@ from cifar_jax.export.onnx_file import write_onnx
 from cifar_jax.export.pytorch import write_pytorch
 from cifar_jax.export.stablehlo import METADATA, write_stablehlo
 from cifar_jax.export.trained_model import FORMAT, TrainedModel, trained_model
+from cifar_jax.export.web import write_web
 from cifar_jax.files import check_target, read_json_value, replacing
 from cifar_jax.runs.reader import Run
 
-FormatName: TypeAlias = Literal["onnx", "stablehlo", "keras", "pytorch"]
+FormatName: TypeAlias = Literal["onnx", "stablehlo", "keras", "pytorch", "web"]
 CHECKED = 4  # images on which an export is compared with the run
 TOLERANCE = 1e-5  # largest difference of probabilities between the run and its export
 
@@ -49,10 +51,13 @@ FORMATS: dict[str, Format] = {
     "stablehlo": Format(write_stablehlo, "", reads_back=True),
     "keras": Format(write_keras, ".keras"),
     "pytorch": Format(write_pytorch, ""),
+    "web": Format(write_web, ".html"),
 }
 
 
-def export_run(run: Run, form: FormatName, out: str | Path, *, overwrite: bool = False) -> dict[str, str]:
+def export_run(
+    run: Run, form: FormatName, out: str | Path, *, overwrite: bool = False, ort_web: str | None = None
+) -> dict[str, str]:
     """Exports a run: image in, probabilities out, in float32. The file or directory appears whole or not at all.
 
     What this project can read is loaded again and compared with the run on a few images.
@@ -62,6 +67,7 @@ def export_run(run: Run, form: FormatName, out: str | Path, *, overwrite: bool =
       form: the format, a key of `FORMATS`.
       out: the file or directory to write.
       overwrite: whether to replace an existing file, or a directory that was exported.
+      ort_web: of `web`: a copy of onnxruntime-web to build into the page, see `web.read_ort_web`.
 
     Returns:
       Descriptions of what was written, by name.
@@ -71,11 +77,14 @@ def export_run(run: Run, form: FormatName, out: str | Path, *, overwrite: bool =
       RunError: if it cannot be written, or does not give the probabilities of the run.
     """
     path, wanted = Path(os.path.expanduser(out)), FORMATS[form]
+    if ort_web is not None and form != "web":
+        raise UserError(f"--ort-web is for --format web, not --format {form}; leave it out.")
     check_out(path, form, overwrite)
     model = trained_model(run)
+    write = partial(write_web, ort_web=ort_web) if form == "web" else wanted.write
     try:
         with replacing(path) if wanted.suffix else _replacing_directory(path) as temporary:
-            about = wanted.write(model, temporary)
+            about = write(model, temporary)
             size = _size(temporary)
             checked = _check(run, temporary) if wanted.reads_back else {}
     except OSError as error:
