@@ -14,6 +14,7 @@ import numpy as np
 
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.export.exported import load_exported
+from cifar_jax.export.hub import write_hub
 from cifar_jax.export.keras_model import write_keras
 from cifar_jax.export.onnx_file import write_onnx
 from cifar_jax.export.pytorch import write_pytorch
@@ -22,7 +23,7 @@ from cifar_jax.export.trained_model import FORMAT, TrainedModel, trained_model
 from cifar_jax.files import check_target, read_json_value, replacing
 from cifar_jax.runs.reader import Run
 
-FormatName: TypeAlias = Literal["onnx", "stablehlo", "keras", "pytorch"]
+FormatName: TypeAlias = Literal["onnx", "stablehlo", "keras", "pytorch", "hub"]
 CHECKED = 4  # images on which an export is compared with the run
 TOLERANCE = 1e-5  # largest difference of probabilities between the run and its export
 
@@ -46,6 +47,7 @@ FORMATS: dict[str, Format] = {
     "stablehlo": Format(write_stablehlo, "", reads_back=True),
     "keras": Format(write_keras, ".keras"),
     "pytorch": Format(write_pytorch, ""),
+    "hub": Format(write_hub, ""),
 }
 
 
