@@ -108,14 +108,16 @@ def data(model: TrainedModel) -> dict[str, Any]:
         train.append(subset)
     if options.test_examples is not None:
         test.append(subset)
-    elif kind != "shapes" and not hub_id:
-        test.append(f"the data set's own or, where it has none, {100 * options.test_fraction:g} % of its images")
-    splits = [("training images", ": ".join(train))]
+    elif kind != "shapes" and options.train_examples is None:
+        total = summary["num_train"] + summary["num_test"] + (summary["num_val"] if options.val_fraction else 0)
+        is_share = summary["num_test"] == round(options.test_fraction * total)
+        test.append(f"{100 * options.test_fraction:g} % of all images" if is_share else "those of the data set")
+    splits = [("training images", ", ".join(train))]
     if summary.get("val_split") == "held_out":
         fraction = options.val_fraction
         share = f"{100 * fraction:g} % of the training images" if fraction else "the data set's own validation images"
-        splits.append(("held-out images", f"{count(summary['num_val'])}: {share}, to choose the epoch"))
-    splits.append(("test images", ": ".join(test)))
+        splits.append(("held-out images", f"{count(summary['num_val'])}, {share}, to choose the epoch"))
+    splits.append(("test images", ", ".join(test)))
     if skipped := len(dataset.get("skipped") or ()):
         splits.append(("left out", f"{count(skipped)} files that could not be read"))
     name = f"{dataset['name']} {dataset.get('version') or ''}".strip()

@@ -28,11 +28,11 @@ def write_hub(model: TrainedModel, directory: Path) -> dict[str, str]:
     for figure in figures:
         shutil.copyfile(model.run.path / figure.file, directory / figure.file)
     named = ", ".join(figure.file for figure in figures)
-    shows = " (with pictures of the data set)" * any("predictions" in figure.file for figure in figures)
+    shows = any("predictions" in figure.file for figure in figures)
     return described | {
         "card": f"{CARD}, license: {license_of(model)}",
-        "figures": f"{named}{shows}" if figures else "none",
-        "publish": "read the card, then hf upload USER/NAME DIRECTORY",
+        "figures": (named or "none") + " (this one shows pictures of the data set)" * shows,
+        "publish": "hf upload USER/NAME DIRECTORY, once you have read the card",
     }
 
 
@@ -45,6 +45,6 @@ def figures_of(model: TrainedModel) -> list[Figure]:
     figures = (
         Figure("curves.png", f"Loss and accuracy of training and {watched} images by epoch"),
         Figure(f"{prefix}confusion.png", f"Confusion matrix of the {scored} images"),
-        Figure(f"{prefix}predictions.png", f"Some {scored} images, with what the model says of them"),
+        Figure(f"{prefix}predictions.png", f"Some {scored} images and the predictions of the model"),
     )
     return [figure for figure in figures if (model.run.path / figure.file).is_file()]

@@ -27,6 +27,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.export.pytorch import write_pytorch
 from cifar_jax.export.trained_model import trained_model
 from cifar_jax.export.write import export_run
+from cifar_jax.models.preprocess import CAFFE
 from cifar_jax.pretrained import registry
 from cifar_jax.runs.directory import CONFIG, SUMMARY
 
@@ -78,7 +79,7 @@ def pictures_run(tmp_path_factory):
     root = tmp_path_factory.mktemp("pictures")
     folder, out = root / "cifar10", root / "run"
     write_pictures_folder(folder / "train", {"cats": 24, "dogs": 20})
-    write_pictures_folder(folder / "test", {"cats": 5, "dogs": 6}, seed=1)
+    write_pictures_folder(folder / "test", {"cats": 5, "dogs": 7}, seed=1)
     options = ["--val-fraction", "0.25", "--weights", "random-w16", "--image-size", "32", "--hidden", "8", "6"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         narrow_networks(patch)
@@ -213,15 +214,15 @@ def test_the_table_has_the_scores_of_each_class(exported, run_path):
 def test_a_run_with_held_out_images_reports_the_test_images(pictures_run, tmp_path):
     card, summary = card_of(pictures_run, tmp_path / "hub"), summary_of(pictures_run)
     (result,) = card.data.eval_results
-    assert summary["val_split"] == "held_out" and summary["num_val"] == 11 == summary["num_test"]
+    assert summary["val_split"] == "held_out" and (summary["num_val"], summary["num_test"]) == (11, 12)
     assert result.metric_value == summary["test_accuracy"] and result.dataset_split == "test"
     low, high = summary["test_accuracy_interval_95"]
     text = text_of(card)
-    assert f"Accuracy: **{100 * summary['test_accuracy']:.1f} %** on 11 test images, with a 95 % interval of" in text
+    assert f"Accuracy: **{100 * summary['test_accuracy']:.1f} %** on 12 test images, with a 95 % interval of" in text
     assert f"{100 * low:.1f} % to {100 * high:.1f} %" in text
     assert f"Epoch {summary['selected_epoch']} of 2 was chosen for its accuracy on 11 other images" in text
-    assert "**held-out images**: 11: 25 % of the training images, to choose the epoch" in text
-    assert [row[1:3] for row in tables(card)] == [["18", "5"], ["15", "6"]]
+    assert "**held-out images**: 11, 25 % of the training images, to choose the epoch" in text
+    assert [row[1:3] for row in tables(card)] == [["18", "5"], ["15", "7"]]
     assert (tmp_path / "hub" / "test_confusion.png").read_bytes() == (pictures_run / "test_confusion.png").read_bytes()
     assert "val_" not in card.content
 
@@ -235,8 +236,14 @@ def test_a_folder_is_no_data_set_of_the_hub_whatever_its_name_is(pictures_run, t
     )
     text = text_of(card)
     assert "**data set**: cifar10, a folder of pictures" in text
+    assert "**test images**: 12, those of the data set" in text
     assert "shorter side is resized to 37 pixels (bilinear, with antialiasing), and the centre of 32x32" in text
     assert "dense layers of 8 and 6 units with ReLU, a dense layer of 2 units and softmax" in text
+
+
+def test_a_share_of_the_images_to_test_on_is_said_to_be_one(pictures_run, tmp_path):
+    path = edited(pictures_run, tmp_path, {"test_fraction": 0.2}, num_train=33, num_val=11, num_test=11)
+    assert "**test images**: 11, 20 % of all images" in card_of(path, tmp_path / "hub").text
 
 
 @pytest.mark.parametrize(("name", "hub_id"), [("cifar10", "uoft-cs/cifar10"), ("cifar100", "uoft-cs/cifar100")])
@@ -310,6 +317,69 @@ def test_classes_of_a_large_set_are_folded_away(run_path, tmp_path):
     card = ModelCard.load(tmp_path / "many" / "README.md")
     assert [row[0] for row in tables(card)] == many and "<details>" in card.text
     assert "classifies pictures into 25 classes. " in card.text
+
+
+@pytest.mark.parametrize(
+    ("options", "parts", "says"),
+    [
+        ({"mode": "live"}, {}, ["Only its head was trained", "**SHA-256**", "with the frozen backbone in every step"]),
+        (
+            {"mode": "finetune"},
+            {},
+            ["All its layers were trained", "**trained layers**: all\n", "SHA-256 after training"],
+        ),
+        (
+            {"mode": "finetune", "freeze_stages": 2, "bn_statistics": "frozen"},
+            {},
+            ["random weights, which the stem and the first 2 stages keep.", "**BatchNorm**: the pretrained statistics"],
+        ),
+        (
+            {
+                "mode": "live",
+                "momentum": 0.9,
+                "nesterov": True,
+                "weight_decay": 1e-4,
+                "label_smoothing": 0.1,
+                "augment": ["flip"],
+            },
+            {},
+            [
+                "**optimizer**: SGD, momentum 0.9 (Nesterov)\n",
+                "**weight decay**: 0.0001, of kernels",
+                "**loss**: cross-entropy, label smoothing 0.1\n",
+                "**augmentation**: flip\n",
+            ],
+        ),
+        ({"schedule": "cosine", "warmup_epochs": 0.5}, {}, ["with cosine decay to zero after 0.5 epochs of warmup"]),
+        (
+            {},
+            {"tx": "lion", "loss_fn": "focal_loss", "augment": "mixup"},
+            ["a function, lion\n", "a function, focal_loss\n", "a function, mixup\n"],
+        ),
+    ],
+)
+def test_the_training_is_told_by_its_options(run_path, tmp_path, options, parts, says):
+    text = card_of(edited(run_path, tmp_path, options, parts=parts), tmp_path / "hub").text
+    for part in says:
+        assert part in text
+    assert ("**learning rate**" in text) == ("tx" not in parts)
+
+
+def test_a_learning_rate_that_was_lowered_is_told_with_its_epoch(run_path, tmp_path):
+    rates = [
+        {"from_epoch": 1, "from_step": 1, "learning_rate": 0.01},
+        {"from_epoch": 2, "from_step": 1, "learning_rate": 0.001, "backbone_learning_rate": 1e-5},
+    ]
+    card = card_of(edited(run_path, tmp_path, {"schedule": "constant"}, learning_rates=rates), tmp_path / "hub")
+    assert "**learning rate**: 0.01; from epoch 2 0.001, of the backbone 1e-05\n" in card.text
+
+
+def test_a_network_that_takes_bgr_is_described_as_the_exported_one_that_takes_rgb(run_path, tmp_path):
+    run = load_run(run_path)
+    export_run(replace(run, backbone=run.backbone.replace(preprocessing=CAFFE)), "hub", tmp_path / "hub")
+    text = ModelCard.load(tmp_path / "hub" / "README.md").text
+    assert "The mean of each channel is subtracted: 123.68, 116.779, 103.939.\n" in text
+    assert "divided by" not in text.partition("## Preprocessing")[2].partition("## Training")[0]
 
 
 @pytest.mark.parametrize("status", ["interrupted", "diverged", "failed"])
