@@ -82,17 +82,19 @@ class PredictOptions(Common):
 
 @dataclass(frozen=True)
 class ExportOptions(Common):
-    """Export a trained run for other runtimes: image in, probabilities out, all in one file or directory."""
+    """Export a trained run for other runtimes: image in, probabilities out, in one file or directory."""
 
     run: tyro.conf.Positional[str]
     """the run directory"""
     format: FormatName
-    """onnx: a file for ONNX Runtime, OpenVINO and others; stablehlo: a directory for JAX on CPU, GPU or TPU"""
+    """onnx: a file for ONNX Runtime, OpenVINO and others; stablehlo: a directory for JAX on CPU, GPU or TPU; keras: a
+    .keras file; pytorch: a directory with weights and module; hub: the same with a model card, for the Hugging Face hub;
+    web: a page that classifies photos in the browser"""
     out: str
-    """file or directory to write: .onnx for onnx, a directory for stablehlo"""
+    """file to write (.onnx, .keras, .html for web), or directory"""
     ort_web: str | None = None
-    """web: directory of onnxruntime-web (`dist` of its npm package) to build into the page; if omitted, the page loads
-    it from a CDN"""
+    """web: directory of onnxruntime-web (dist of its npm package) to build into the page; if omitted, the page loads it
+    from a CDN"""
     overwrite: bool = False
     """replace the file, or a directory that was exported, if it exists"""
     allow_incomplete: bool = False

@@ -131,15 +131,17 @@ def export(arguments: list[str], reporter: ConsoleReporter) -> int:
     from cifar_jax.runs.reader import load_run
 
     if options.ort_web is not None and options.format != "web":
-        raise UserError(f"--ort-web {options.ort_web} goes with --format web; leave it out.")
+        raise UserError(f"--ort-web is for --format web, not --format {options.format}; leave it out.")
     check_out(Path(os.path.expanduser(options.out)), options.format, options.overwrite)
     _use_compile_cache()
     run = load_run(options.run, options.weights, allow_incomplete=options.allow_incomplete)
-    about = export_run(run, options.format, options.out, overwrite=options.overwrite)
+    about = export_run(run, options.format, options.out, overwrite=options.overwrite, ort_web=options.ort_web)
     if options.json:
         print(json.dumps(about))
-    else:
-        reporter.header(about)
+        return 0
+    if options.format in ("onnx", "stablehlo"):
+        about["try"] = f"{program()} predict {shlex.quote(options.out)} PICTURE..."
+    reporter.header(about)
     return 0
 
 

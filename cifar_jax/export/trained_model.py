@@ -37,6 +37,7 @@ class TrainedModel:
       head_params: parameters of the trained head.
       resize: how a picture of any size becomes the input, on the host.
       about: facts that every format carries, as JSON values: see `about_of`.
+      run: the run that it comes from, whose directory has figures, and whose options and summary are described.
     """
 
     backbone: AnyBackbone
@@ -44,6 +45,7 @@ class TrainedModel:
     head_params: PyTree
     resize: Resize
     about: dict[str, Any]
+    run: Run
 
     @property
     def class_names(self) -> list[str]:
@@ -92,7 +94,7 @@ class TrainedModel:
 
 def trained_model(run: Run) -> TrainedModel:
     """Describes a loaded run for export; everything computes in float32, whatever the run did."""
-    return TrainedModel(run.backbone, run.head, jax.device_get(run.head_params), run.resize, about_of(run))
+    return TrainedModel(run.backbone, run.head, jax.device_get(run.head_params), run.resize, about_of(run), run)
 
 
 def about_of(run: Run) -> dict[str, Any]:
@@ -125,8 +127,12 @@ def about_of(run: Run) -> dict[str, Any]:
 
 def _backbone_of(run: Run) -> dict[str, Any]:
     """Name and licence of the weights that the run started from, and variant and digest of its backbone."""
-    weights, about = run.config.backbone.weights, run.summary.get("backbone", {})
-    known = registry.entries().get(registry.ALIASES.get(weights, weights))
+    about, entries = run.summary.get("backbone", {}), registry.entries()
+    weights = "" if "backbone" in run.summary.get("parts", {}) else run.config.backbone.weights
+    file = Path(run.backbone.source)
+    known = entries.get(registry.ALIASES.get(weights, weights))
+    if known is None and file.is_file():
+        known, _ = registry.entry_of_file(file, entries)
     trained = {"sha256": str(about.get("sha256", "")), "variant": str(about.get("variant", ""))}
     layers = "all" if run.config.optim.mode == "finetune" else "head"
     name = known.name if known else Path(weights).name

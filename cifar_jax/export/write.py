@@ -18,6 +18,7 @@ from PIL import Image
 from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.export.exported import load_exported
+from cifar_jax.export.hub import write_hub
 from cifar_jax.export.keras_model import write_keras
 from cifar_jax.export.onnx_file import write_onnx
 from cifar_jax.export.pytorch import write_pytorch
@@ -27,7 +28,7 @@ from cifar_jax.export.web import write_web
 from cifar_jax.files import check_target, read_json_value, replacing
 from cifar_jax.runs.reader import Run
 
-FormatName: TypeAlias = Literal["onnx", "stablehlo", "keras", "pytorch", "web"]
+FormatName: TypeAlias = Literal["onnx", "stablehlo", "keras", "pytorch", "hub", "web"]
 CHECKED = 4  # images on which an export is compared with the run
 TOLERANCE = 1e-5  # largest difference of probabilities between the run and its export
 
@@ -51,6 +52,7 @@ FORMATS: dict[str, Format] = {
     "stablehlo": Format(write_stablehlo, "", reads_back=True),
     "keras": Format(write_keras, ".keras"),
     "pytorch": Format(write_pytorch, ""),
+    "hub": Format(write_hub, ""),
     "web": Format(write_web, ".html"),
 }
 
