@@ -88,7 +88,7 @@ class ExportOptions(Common):
     """the run directory"""
     format: FormatName
     """onnx: a file for ONNX Runtime, OpenVINO and others; stablehlo: a directory for JAX on CPU, GPU or TPU; keras: a
-    .keras file; pytorch: a directory with weights and module; hub: the same with a model card, for the Hugging Face hub;
+    .keras file; pytorch: a directory of weights and a module; hub: the same and a model card, for the Hugging Face hub;
     web: a page that classifies photos in the browser"""
     out: str
     """file to write (.onnx, .keras, .html for web), or directory"""
