@@ -39,7 +39,13 @@ NOT_TYPED = {
     "python -m cifar_jax": "the name of the command; test_module_is_the_command types one",
     "cifar-jax COMMAND --help": PLACEHOLDER,
     "cifar-jax verify-weights FILE --against keras": "needs Keras; tests/parity has it",
+    "cifar-jax export runs/pets --format keras --out pets.keras": "needs Keras; tests/parity has it",
+    "python model.py photo.jpg": "needs PyTorch; tests/parity has it",
+    "python -m benchmarks.exports RUN...": PLACEHOLDER,
+    "make test-browser": IN_CI,
 }
+# Words of Python blocks that need what `make parity` installs; tests/parity/test_export.py runs them.
+OF_PARITY = ("import keras", "from model import")
 
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "samples.png", "curves.png", "predictions.png")
 RUN_FILES += ("confusion.png", "checkpoints")
@@ -125,6 +131,10 @@ _PROMISES: dict[str, Callable[[Typed, Path], bool]] = {
     r" info pets": lambda typed, directory: "cats" in typed.out and (directory / "pets-contact-sheet.png").exists(),
     r" predict runs/pets": _pets_on_holiday,
     r" evaluate runs/pets": lambda typed, _: "% on 24 images" in typed.out,
+    r" predict pets\.onnx holiday": lambda typed, _: len(typed.out.splitlines()) == 3 and "cats" in typed.out,
+    r" predict pets\.onnx photo\.jpg": lambda typed, _: "cats" in typed.out,
+    r" evaluate pets\.onnx": lambda typed, _: "% on " in typed.out,
+    r" export .*--format (onnx|stablehlo)": lambda typed, _: "largest difference of probabilities" in typed.out,
     r" features cifar10": _data_set_features,
     r" features photo\.jpg": lambda _, directory: np.load(directory / "photo.npy").shape == (1, 512),
     r" verify-weights": lambda typed, _: "conv1_conv" in typed.out,

@@ -2,8 +2,11 @@
 
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from cifar_jax.data.resize import Resize
 from readme.catalogue import DOCUMENTS, IN_CI, NOT_TYPED
 from readme.documents import Command, blocks, commands, steps
 from readme.supplies import ROOT
@@ -66,3 +69,16 @@ def test_links_of_documents_lead_somewhere():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
             assert target.startswith("https://") or (path.parent / target).exists(), (path, target)
+
+
+def test_the_resize_shown_is_that_of_runs():
+    (shown,) = [
+        block.text for block in blocks((ROOT / "docs" / "export.md").read_text()) if "def resized" in block.text
+    ]
+    names = {}
+    exec(shown, names)
+    rng = np.random.default_rng(0)
+    for width, height in ((500, 375), (99, 301), (64, 64), (77, 1000)):
+        photo = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        ours = Resize("eval-transform", 64, 73, "bilinear")(photo)
+        np.testing.assert_array_equal(np.asarray(names["resized"](photo, 73, 64)), ours)
