@@ -82,7 +82,7 @@ def _keras() -> Iterator[Any]:
     with root_handlers_kept():
         try:
             import keras
-        except ImportError as error:
+        except (ImportError, ValueError) as error:  # ValueError: there is no such backend
             raise UserError(
                 f"Keras cannot be imported with KERAS_BACKEND={os.environ.get('KERAS_BACKEND')} ({error}); install "
                 "that backend, or set KERAS_BACKEND=jax."

@@ -6,7 +6,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float32
 
-from cifar_jax.features.engines.onnx_graph import rgb_order
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.preprocess import Preprocessing
 
@@ -20,11 +19,11 @@ def in_rgb(backbone: Backbone) -> Backbone:
     has no classifier of its own.
     """
     given = backbone.preprocessing
-    order = rgb_order(given)
+    if given.channels == "rgb":
+        return backbone.replace(top=None)
     variables = flatten_dict(backbone.variables)
-    variables[STEM] = np.ascontiguousarray(np.asarray(variables[STEM])[:, :, order])
-    (m1, m2, m3), (s1, s2, s3) = given.mean[order], given.std[order]
-    preprocessing = replace(given, channels="rgb", mean=(m1, m2, m3), std=(s1, s2, s3))
+    variables[STEM] = np.ascontiguousarray(np.asarray(variables[STEM])[:, :, ::-1])
+    preprocessing = replace(given, channels="rgb", mean=given.mean[::-1], std=given.std[::-1])
     return backbone.replace(variables=unflatten_dict(variables), preprocessing=preprocessing, top=None)
 
 
