@@ -30,7 +30,9 @@ from cifar_jax.runtime.logs import root_handlers_kept
 
 IMAGE, FEATURES, PROBABILITIES = "image", "avg_pool", "probabilities"  # names of layers
 ABOUT = "cifar_jax.json"  # a member of the file, which is a zip archive
-CHECKED, TOLERANCE = 4, 1e-5  # images on which the file is compared with the network, and the largest difference
+CHECKED = 4  # images on which the file is compared with the network
+# Largest difference of probabilities, and of features in relation to the largest one: they add up rounding errors.
+TOLERANCE, OF_FEATURES = 1e-5, 1e-4
 # On JAX, Keras would compile a random draw for each shape of a kernel whenever it loads the file, for 20 seconds, only
 # to replace it by the weights.
 INITIALIZER = "zeros"
@@ -56,7 +58,7 @@ def write_keras(model: TrainedModel, path: Path) -> dict[str, str]:
         network = _network(keras, backbone, model.side, head)
         _fill(network, backbone, head)
         network.save(path)
-        with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
+        with zipfile.ZipFile(path, "a") as file:
             about = model.about | {"preprocessing": asdict(backbone.preprocessing)}
             file.writestr(ABOUT, json.dumps(about, indent=2, allow_nan=False))
         checked = _check(keras, model, path)
@@ -126,8 +128,7 @@ class _Layers:
         """A bottleneck block; the first of a stage has a projected shortcut."""
 
         def conv(x: Any, role: str, width: int, size: int, stride: int) -> Any:
-            norm = role.replace("conv", "bn").removeprefix("bn_") if role != "conv_proj" else "bn_proj"
-            names = (NAMES.block[one].format(label) for one in (role, norm))
+            names = (NAMES.block[one].format(label) for one in (role, role.replace("conv", "bn")))
             return self.conv(x, width, size, stride, *names)
 
         first, second = (stride, 1) if self.config.stride_in_1x1 else (1, stride)
@@ -139,7 +140,7 @@ class _Layers:
 
 
 def _network(keras: Any, backbone: Backbone, side: int, head: Sequence[DenseLayer]) -> Any:
-    """Builds the classifier as a functional model with random weights."""
+    """Builds the classifier as a functional model whose weights are still missing."""
     config, layers = backbone.config, _Layers(keras, backbone.config)
     mean, std = pixel_statistics(backbone.preprocessing)
     statistics = {"mean": mean.tolist(), "variance": np.square(np.float64(std)).tolist()}
@@ -190,7 +191,7 @@ def _check(keras: Any, model: TrainedModel, path: Path) -> str:
     expected_features, expected = _outputs(model, images)
     difference = float(np.abs(probabilities - expected).max())
     of_features = float(np.abs(features - expected_features).max() / np.abs(expected_features).max())
-    if not max(difference, of_features) <= TOLERANCE:
+    if not (difference <= TOLERANCE and of_features <= OF_FEATURES):
         raise RunError(
             f"What was exported gives other results than the run: probabilities by up to {difference:.1e}, features by "
             f"{of_features:.1e} of the largest; nothing was kept. Please report this."
