@@ -94,7 +94,7 @@ def test_exported_directory_is_replaced_only_if_asked(exported, keras_like):
 @pytest.mark.parametrize("form", ["keras", "pytorch"])
 def test_functions_are_refused_and_nothing_is_left(form, tmp_path):
     run, out = drawn_run(TORCH_LIKE, side=32), tmp_path / ("model.keras" if form == "keras" else "model")
-    of_head = Head(dense_head().init, dense_head().logits, "mine")
+    of_head = Head(dense_head().init, lambda params, x, **_: x, "mine")
     backbone = replace(run, backbone=FIELDS, resize=Resize("upsample", 32))
     for changed, what in ((replace(run, head=of_head), "head 'mine'"), (backbone, "backbone 'fields'")):
         with pytest.raises(UserError, match=f"The {what} is a function, which --format {form} cannot express"):
