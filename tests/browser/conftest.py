@@ -62,7 +62,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(root: Path, *options: str) -> Run:
-    """Trains a run in `root`."""
+    """Trains a run in `root`. Fixtures that do it ask for Chromium first, without which it would be in vain."""
     with pytest.MonkeyPatch.context() as patch:
         without_pictures(patch)
         patch.setenv("CIFAR_JAX_CACHE", str(root / "cache"))
@@ -71,7 +71,7 @@ def trained(root: Path, *options: str) -> Run:
 
 
 @pytest.fixture(scope="session")
-def photo_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def photo_run(driver: Any, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run on photos of 64 pixels with the weights of the demo, whose pictures are resized and cropped."""
     size = ("--weights", "demo", "--image-size", "64", "--resize", "eval-transform")
     epochs = ("--epochs", "10", "--hidden", "16", "--no-progress")
@@ -79,7 +79,7 @@ def photo_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="session")
-def shapes_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def shapes_run(driver: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run on drawn squares of 32 pixels, which are upsampled to 64 inside the network, ten classes."""
     with pytest.MonkeyPatch.context() as patch:
         narrow_networks(patch)

@@ -6,6 +6,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
@@ -77,9 +78,12 @@ def test_altered(
     content = (directory / name).read_bytes()
     (directory / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     page = make_page(shapes_model, ort_web=None, cdn=address).loaded()
-    failure = page.one("#failure").text
-    assert failure.startswith(f"{address}{name} is not the file that this page was made with (checksum mismatch)")
-    assert page.give(picture)[0].error == failure
+    host = urlsplit(address).netloc
+    assert page.one("#failure").text == (
+        f"{name} from {host} is not the file that this page was made with (checksum mismatch), so it is not run. "
+        "Export the page again with the runtime built in."
+    )
+    assert page.give(picture)[0].error == "Not classified, as the model cannot be run; the reason is above."
 
 
 @pytest.mark.parametrize("absent", ["file", "server"])
@@ -90,4 +94,5 @@ def test_unreachable(
     (directory / WASM).unlink()
     page = make_page(shapes_model, ort_web=None, cdn=address if absent == "file" else "http://127.0.0.1:9/").loaded()
     failure = page.one("#failure").text
-    assert "cannot be reached, and this page needs it to run the model. Connect to the internet" in failure
+    assert "cannot be reached, from which this page fetches what runs the model (ort" in failure
+    assert "Connect to the internet and load the page again" in failure

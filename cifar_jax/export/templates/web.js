@@ -39,12 +39,13 @@ async function fetched({ name, integrity }) {
     // For a file that is not the right one and for no answer at all, a browser raises the same error.
   }
   const answers = await fetch(url, { method: "HEAD", credentials: "omit" }).then(({ ok }) => ok, () => false);
+  const { host } = new URL(url);
   throw new Failure(
     answers
-      ? `${url} is not the file that this page was made with (checksum mismatch), so it is not run. Make the page ` +
-        "again with the runtime built in."
-      : `${url} cannot be reached, and this page needs it to run the model. Connect to the internet and load the page ` +
-        "again, or make the page again with the runtime built in.",
+      ? `${name} from ${host} is not the file that this page was made with (checksum mismatch), so it is not run. ` +
+        "Export the page again with the runtime built in."
+      : `${host} cannot be reached, from which this page fetches what runs the model (${name}). Connect to the ` +
+        "internet and load the page again, or export it again with the runtime built in.",
   );
 }
 
@@ -158,7 +159,12 @@ function showResult(element, { best, seconds, pixels, width, height }) {
 }
 
 function showFailure(element, error) {
-  const text = error instanceof Failure ? error.message : `This picture cannot be classified (${error.message}).`;
+  const text =
+    document.body.dataset.model === "failed"
+      ? "Not classified, as the model cannot be run; the reason is above."
+      : error instanceof Failure
+        ? error.message
+        : `This picture cannot be classified (${error.message}).`;
   find(".error", element).textContent = text;
   element.dataset.state = "failed";
   return text;
