@@ -24,6 +24,7 @@ from cifar_jax.export.stablehlo import promised_until
 from cifar_jax.export.trained_model import trained_model
 from cifar_jax.export.write import drawn_images
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 SUFFIX = {"onnx": ".onnx", "stablehlo": ""}
 FORMATS = list(SUFFIX)
 

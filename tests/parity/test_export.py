@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from helpers import TESTS, files_below
+from helpers import ROOT, TESTS, files_below
 from PIL import Image
+from readme.catalogue import OF_PARITY
+from readme.documents import blocks
 from untrained_runs import CLASSES, KERAS_LIKE, TORCH_LIKE, drawn_images, drawn_run, run_with
 
 from cifar_jax import load_backbone
@@ -160,6 +163,30 @@ def test_probabilities_are_those_of_the_run(name, consumer, runs, results, work,
     assert difference <= TOLERANCE
 
 
+def test_python_of_the_documents_runs_as_it_stands(runs, work):
+    """On exports of the names that docs/export.md gives them."""
+    pets = drawn_run(TORCH_LIKE, 64)
+    export_run(pets, "keras", work / "pets.keras")
+    export_run(pets, "pytorch", work / "pets-pytorch")
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    programs = [block.text for block in blocks(page) if any(word in block.text for word in OF_PARITY)]
+    assert len(programs) == 2
+    declared = f"import sys; sys.path.insert(0, {str(TESTS)!r})\nimport torch\n"
+    declared += "from parity.torch_networks import declare_operators\nlibrary = declare_operators(torch)\n"
+    shown = "\nassert probabilities.shape == (1, 3)\nassert 'cifar_jax' not in sys.modules\n"
+    environment = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    for text in programs:
+        program = (declared if "from model" in text else "import sys\n") + text + shown
+        done = subprocess.run(
+            [sys.executable, "-I", "-W", "ignore", "-c", program],
+            cwd=work,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_pytorch_reads_photos_as_the_run_does(name, runs, results, work):
     for path in ("photo.jpg", "photo.png"):
@@ -193,9 +220,9 @@ def test_keras_file_has_the_names_of_keras_applications_and_the_facts(name, runs
 
 def test_file_that_differs_from_the_run_is_not_kept(runs, work, tmp_path):
     run = runs["torch-unpadded"]
-    doubled = run.head._replace(logits=lambda params, features, **_: 2 * run.head(params, features))
+    no_numbers = jax.tree.map(lambda leaf: leaf * np.nan, run.head_params)
     with pytest.raises(RunError, match=r"probabilities by up to .*; nothing was kept\. Please report this\.$"):
-        export_run(replace(run, head=doubled), "keras", tmp_path / "model.keras")
+        export_run(replace(run, head_params=no_numbers), "keras", tmp_path / "model.keras")
     assert files_below(tmp_path) == []
 
 
