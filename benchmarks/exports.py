@@ -58,12 +58,18 @@ answer = lambda images: np.asarray(run(weights, images)["probabilities"])
     "PyTorch": (
         "pytorch",
         """
+import importlib.util, pathlib, re
 import torch as library
 try:
     import torchvision
-except RuntimeError:  # built for another PyTorch: its operators, which are not used here, must be declared
+except RuntimeError:  # built for another PyTorch: its operators, none of which is used here, must be declared
+    for name in [name for name in sys.modules if name.startswith("torchvision")]:
+        del sys.modules[name]
     declared = library.library.Library("torchvision", "DEF")
-    declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    root = pathlib.Path(importlib.util.find_spec("torchvision").submodule_search_locations[0])
+    sources = "".join(file.read_text() for file in root.rglob("*.py"))
+    for name in set(re.findall(r"torchvision::(\\w+)", sources)):
+        declared.define(name + "(Tensor x) -> Tensor")
 sys.path.insert(0, path)
 from model import load
 model = load(path)
@@ -140,7 +146,9 @@ def measure(run: Run, images: np.ndarray, libraries: list[str]) -> Any:
             script = ASK.format(library=code.replace("KERAS\n", "").replace("\nKERAS", KERAS), timed=10)
             command = [sys.executable, "-c", script, str(out), str(root / "images.npy"), str(root / "found.npy")]
             clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-            done = subprocess.run(command, cwd=root, env=clean, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=root, env=clean, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr[-2000:])
             found = json.loads(done.stdout.splitlines()[-1])
             probabilities = np.load(root / "found.npy")
             difference = np.abs(probabilities - expected).max()
