@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, UInt8
 
 from cifar_jax.errors import RunError, UserError, extra_missing
 from cifar_jax.export.rgb import in_rgb, pixel_statistics
-from cifar_jax.export.trained_model import DenseLayer, TrainedModel
+from cifar_jax.export.trained_model import CHECKED, TOLERANCE, DenseLayer, TrainedModel, drawn_images
 from cifar_jax.models.backbone import Backbone
 from cifar_jax.models.folded import features_of, prepare
 from cifar_jax.models.resnet import ResNetConfig
@@ -30,9 +30,7 @@ from cifar_jax.runtime.logs import root_handlers_kept
 
 IMAGE, FEATURES, PROBABILITIES = "image", "avg_pool", "probabilities"  # names of layers
 ABOUT = "cifar_jax.json"  # a member of the file, which is a zip archive
-CHECKED = 4  # images on which the file is compared with the network
-# Largest difference of probabilities, and of features in relation to the largest one: they add up rounding errors.
-TOLERANCE, OF_FEATURES = 1e-5, 1e-4
+OF_FEATURES = 1e-4  # largest difference of features in relation to the largest one, by rounding
 # On JAX, Keras would compile a random draw for each shape of a kernel whenever it loads the file, for 20 seconds, only
 # to replace it by the weights.
 INITIALIZER = "zeros"
@@ -179,12 +177,12 @@ def _fill(network: Any, backbone: Backbone, head: Sequence[DenseLayer]) -> None:
 
 
 def _check(keras: Any, model: TrainedModel, path: Path) -> str:
-    """Compares a written file with the network on noise.
+    """Compares a written file with the network on synthetic images.
 
     Raises:
       RunError: if they differ.
     """
-    images = np.random.default_rng(0).integers(0, 256, (CHECKED, model.side, model.side, 3), np.uint8)
+    images = drawn_images(model.resize)
     loaded = keras.saving.load_model(path)
     outputs = keras.Model(loaded.input, [loaded.get_layer(FEATURES).output, loaded.output])
     features, probabilities = map(np.asarray, outputs.predict_on_batch(images))
@@ -196,7 +194,7 @@ def _check(keras: Any, model: TrainedModel, path: Path) -> str:
             f"What was exported gives other results than the run: probabilities by up to {difference:.1e}, features by "
             f"{of_features:.1e} of the largest; nothing was kept. Please report this."
         )
-    return f"largest difference of probabilities {difference:.1e} on {CHECKED} images of noise"
+    return f"largest difference of probabilities {difference:.1e} on {CHECKED} drawn images"
 
 
 def _outputs(model: TrainedModel, images: UInt8[np.ndarray, "n side side 3"]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float32, PyTree
+from jaxtyping import Float32, PyTree, UInt8
+from PIL import Image
 
 from cifar_jax.data.resize import Resize
+from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.errors import UserError
 from cifar_jax.files import sha256_of_arrays
 from cifar_jax.models.backbone import AnyBackbone, Backbone
@@ -23,6 +25,10 @@ from cifar_jax.version import __version__
 FORMAT = "cifar_jax export 1"
 # Options that choose and divide the images of a run, so that an exported model can be scored on the same ones.
 DATA_OPTIONS = ("label_key", "train_examples", "test_examples", "val_fraction", "test_fraction", "seed")
+
+CHECKED = 4  # images on which what was written is compared with the run
+# Largest difference of a probability: rounding makes some 1e-6, up to 2e-5 where a head is steep, and a mistake far more.
+TOLERANCE = 1e-3
 
 DenseLayer = dict[str, Float32[np.ndarray, "..."]]  # {"kernel": [in, out], "bias": [out]}
 
@@ -90,6 +96,11 @@ class TrainedModel:
         return tuple(
             {name: np.asarray(value, np.float32) for name, value in layer.items()} for layer in self.head_params
         )
+
+
+def drawn_images(resize: Resize, num: int = CHECKED) -> UInt8[np.ndarray, "num side side 3"]:
+    """Draws synthetic images of the size that a run's network takes."""
+    return np.stack([resize(Image.fromarray(image)) for image in draw_shapes(num, seed=0)[0]])
 
 
 def trained_model(run: Run) -> TrainedModel:

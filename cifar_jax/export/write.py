@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
 
-from cifar_jax.data.sources.shapes import draw_shapes
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.export.exported import load_exported
 from cifar_jax.export.hub import write_hub
@@ -23,14 +20,12 @@ from cifar_jax.export.keras_model import write_keras
 from cifar_jax.export.onnx_file import write_onnx
 from cifar_jax.export.pytorch import write_pytorch
 from cifar_jax.export.stablehlo import METADATA, write_stablehlo
-from cifar_jax.export.trained_model import FORMAT, TrainedModel, trained_model
+from cifar_jax.export.trained_model import CHECKED, FORMAT, TOLERANCE, TrainedModel, drawn_images, trained_model
 from cifar_jax.export.web import write_web
 from cifar_jax.files import check_target, read_json_value, replacing
 from cifar_jax.runs.reader import Run
 
 FormatName: TypeAlias = Literal["onnx", "stablehlo", "keras", "pytorch", "hub", "web"]
-CHECKED = 4  # images on which an export is compared with the run
-TOLERANCE = 1e-5  # largest difference of probabilities between the run and its export
 
 
 class Format(NamedTuple):
@@ -160,7 +155,7 @@ def _check(run: Run, path: Path) -> dict[str, str]:
         return {"checked": "not at all, as onnxruntime is not installed"}
     in_float32 = replace(run.config.backbone, precision="float32")
     run = replace(run, config=replace(run.config, backbone=in_float32))
-    images = drawn_images(run)
+    images = drawn_images(run.resize)
     found = load_exported(path)(images)["probabilities"]
     expected = np.concatenate([probabilities for _, probabilities in run.probabilities(images)])
     difference = float(np.abs(found - expected).max())
@@ -170,8 +165,3 @@ def _check(run: Run, path: Path) -> dict[str, str]:
             "Please report this."
         )
     return {"checked": f"largest difference of probabilities {difference:.1e} on {CHECKED} drawn images"}
-
-
-def drawn_images(run: Run, num: int = CHECKED) -> UInt8[np.ndarray, "num side side 3"]:
-    """Draws synthetic images of the size that the run's network takes."""
-    return np.stack([run.resize(Image.fromarray(image)) for image in draw_shapes(num, seed=0)[0]])

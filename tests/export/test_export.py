@@ -21,8 +21,7 @@ from cifar_jax import FunctionBackbone, TrainConfig, UserError, export_run, flax
 from cifar_jax.errors import RunError
 from cifar_jax.experiment import train
 from cifar_jax.export.stablehlo import promised_until
-from cifar_jax.export.trained_model import trained_model
-from cifar_jax.export.write import drawn_images
+from cifar_jax.export.trained_model import drawn_images, trained_model
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SUFFIX = {"onnx": ".onnx", "stablehlo": ""}
@@ -66,7 +65,7 @@ def test_exports_give_the_probabilities_of_the_run(run, form, tmp_path):
     out = tmp_path / f"model{SUFFIX[form]}"
     about = export_run(run, form, out)
     assert float(about["checked"].split()[4]) < 1e-6
-    model, images = load_exported(out), drawn_images(run, 5)
+    model, images = load_exported(out), drawn_images(run.resize, 5)
     expected = probabilities_of(run, images)
     for size in (None, 2, 5):
         found = model(images, size)
@@ -102,12 +101,12 @@ np.savez(sys.argv[3], probabilities=probabilities, class_names=class_names)
 @pytest.mark.parametrize(("form", "script"), [("onnx", ONNX_ALONE), ("stablehlo", STABLEHLO_ALONE)])
 def test_their_own_libraries_load_them_without_this_project(photos, exported, form, script, tmp_path):
     run = load_run(photos)
-    np.save(tmp_path / "images.npy", drawn_images(run, 5))
+    np.save(tmp_path / "images.npy", drawn_images(run.resize, 5))
     arguments = [exported[form], tmp_path / "images.npy", tmp_path / "found.npz"]
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-I", "-c", script + SAVED, *arguments], cwd=tmp_path, env=clean, check=True)
     found = np.load(tmp_path / "found.npz")
-    np.testing.assert_allclose(found["probabilities"], probabilities_of(run, drawn_images(run, 5)), atol=1e-5)
+    np.testing.assert_allclose(found["probabilities"], probabilities_of(run, drawn_images(run.resize, 5)), atol=1e-5)
     assert tuple(found["class_names"]) == run.class_names
 
 
@@ -157,7 +156,7 @@ def test_functions_are_for_stablehlo_alone(tmp_path, narrow):
     config = TrainConfig(**SMALL_JOB | {"epochs": 1}, out=str(tmp_path / "run"))
     run = load_run(train(config, backbone=backbone, head=head), backbone=backbone, head=head)
     export_run(run, "stablehlo", tmp_path / "model")
-    images = drawn_images(run, 5)
+    images = drawn_images(run.resize, 5)
     found = load_exported(tmp_path / "model")(images)
     np.testing.assert_allclose(found["probabilities"], probabilities_of(run, images), atol=1e-6)
     with pytest.raises(UserError, match="'means' is a function, which --format onnx cannot express; use --format st"):
