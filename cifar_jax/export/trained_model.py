@@ -27,7 +27,7 @@ FORMAT = "cifar_jax export 1"
 DATA_OPTIONS = ("label_key", "train_examples", "test_examples", "val_fraction", "test_fraction", "seed")
 
 CHECKED = 4  # images on which what was written is compared with the run
-# Largest difference of a probability: rounding makes some 1e-6, up to 2e-5 where a head is steep, and a mistake far more.
+# Largest difference of a probability: rounding makes some 1e-6, 2e-5 where a head is steep, and a mistake far more.
 TOLERANCE = 1e-3
 
 DenseLayer = dict[str, Float32[np.ndarray, "..."]]  # {"kernel": [in, out], "bias": [out]}
