@@ -57,4 +57,7 @@ def some_of(names: Sequence[str], most: int = 5) -> str:
 
 def extra_missing(what: str, package: str, extra: str) -> UserError:
     """Returns the error for a package that is not installed, which names the extra of this project that has it."""
-    return UserError(f"{what} needs the package {package}; install it with `pip install 'cifar-jax[{extra}]'`.")
+    return UserError(
+        f"{what} needs the package {package}; install it with `pip install 'cifar-jax[{extra}]'`, in a checkout "
+        f"`pip install '.[{extra}]'`."
+    )

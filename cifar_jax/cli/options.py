@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import tyro
 
@@ -15,9 +15,8 @@ from cifar_jax.cli.parsing import REGISTRY, program
 from cifar_jax.config import DECIDING, PRESETS, TrainConfig, preset, without_meaningless
 from cifar_jax.config.option_groups import DEFAULTS, GROUP_OF, HINTS, OF_THE_COMMAND
 from cifar_jax.errors import UserError
+from cifar_jax.export.format_names import FormatName
 from cifar_jax.files import read_json_value
-
-FormatName: TypeAlias = Literal["onnx", "stablehlo", "keras", "pytorch", "hub", "web"]
 
 
 @dataclass(frozen=True, kw_only=True)

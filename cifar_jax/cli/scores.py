@@ -13,8 +13,9 @@ def print_scores(scores: Mapping[str, Any], reporter: ConsoleReporter) -> None:
     """Prints what `evaluate_run` returns, proportions in percent, and a table of the classes that have images."""
     num, counts = scores["num_test"], scores["test_class_count"]
     low, high = (percent(bound, num).removesuffix(" %") for bound in scores["test_accuracy_interval_95"])
+    which = "model" if "model" in scores else "run"
     rows = {
-        "run": scores["run"],
+        which: scores[which],
         "images": f"{_WORDS[scores['split']].format(f'{num:,}')} of {scores['dataset']}",
         "resize": scores["resize"],
         "accuracy": f"{percent(scores['test_accuracy'], num)} on {num:,} images, 95 % interval {low} to {high} %",

@@ -127,12 +127,15 @@ def _check_order(options: PredictOptions) -> None:
 def export(arguments: list[str], reporter: ConsoleReporter) -> int:
     """Exports a run to a format that other runtimes read."""
     options = parse(ExportOptions, arguments, "export")
-    from cifar_jax.export.write import check_out, export_run
+    from cifar_jax.export.exported import is_exported
+    from cifar_jax.export.target import check_out
+    from cifar_jax.export.write import FORMATS, export_run, out_path
     from cifar_jax.runs.reader import load_run
 
-    if options.ort_web is not None and options.format != "web":
-        raise UserError(f"--ort-web is for --format web, not --format {options.format}; leave it out.")
-    check_out(Path(os.path.expanduser(options.out)), options.format, options.overwrite)
+    if is_exported(options.run):
+        raise UserError(f"{options.run} is not a run directory. Models are exported from the run that `train` wrote.")
+    # Before the run is loaded.
+    check_out(out_path(options.out), options.format, FORMATS[options.format].suffix, options.overwrite)
     _use_compile_cache()
     run = load_run(options.run, options.weights, allow_incomplete=options.allow_incomplete)
     about = export_run(run, options.format, options.out, overwrite=options.overwrite, ort_web=options.ort_web)

@@ -4,7 +4,10 @@ A directory of three files: `model.stablehlo`, a function of the weights and a b
 its folded kernels and biases by name, which any reader opens and which outlive the program; `metadata.json`.
 """
 
+import contextlib
+import hashlib
 import json
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -43,30 +46,43 @@ def write_stablehlo(model: TrainedModel, directory: Path) -> dict[str, str]:
     images = jax.ShapeDtypeStruct((batch, model.side, model.side, 3), np.uint8)
     shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in weights.items()}
     try:
-        exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shapes, images)
+        with _without_source_paths():
+            exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shapes, images)
     except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
         raise UserError(
             "The backbone or the head cannot be traced with a batch of any size "
             f"({str(error).partition(chr(10))[0]}); take its size from images.shape[0], not from len(images)."
         ) from error
-    (directory / PROGRAM).write_bytes(exported.serialize())
     # Not save_file, which makes a file that nobody else may read.
-    (directory / WEIGHTS).write_bytes(save(weights, {"cifar_jax": json.dumps(model.about)}))
+    content = {PROGRAM: bytes(exported.serialize()), WEIGHTS: save(weights, {"cifar_jax": json.dumps(model.about)})}
+    for name, written in content.items():
+        (directory / name).write_bytes(written)
     version = jaxlib.version.__version__
     until = promised_until(version)
     about: dict[str, Any] = {
         "jaxlib": version,
         "loads_until": until and until.isoformat(),
         "platforms": list(PLATFORMS),
-        "weights": WEIGHTS,
-        "program": PROGRAM,
+        "sha256": {name: hashlib.sha256(written).hexdigest() for name, written in content.items()},
     }
     write_json(directory / METADATA, model.about | {"stablehlo": about})
-    last = until.isoformat() if until else f"{MONTHS} months after jaxlib {version} was"
+    last = f"until {until}" if until else f"for {MONTHS} months after the build of jaxlib {version}"
     return {
         "program": f"for {', '.join(PLATFORMS)}; exported by jaxlib {version}",
-        "loads with": f"jaxlib built until {last}, JAX promises; {WEIGHTS} outlives it",
+        "loads": f"{last}, as JAX promises; {WEIGHTS} can be read at any time",
     }
+
+
+@contextlib.contextmanager
+def _without_source_paths() -> Iterator[None]:
+    """Keeps the paths of source files on this machine out of programs that are lowered in the block."""
+    name = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, name)
+    jax.config.update(name, ".*")
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def promised_until(version: str) -> date | None:

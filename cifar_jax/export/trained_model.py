@@ -24,7 +24,10 @@ from cifar_jax.version import __version__
 
 FORMAT = "cifar_jax export 1"
 # Options that choose and divide the images of a run, so that an exported model can be scored on the same ones.
-DATA_OPTIONS = ("label_key", "train_examples", "test_examples", "val_fraction", "test_fraction", "seed")
+DATA_OPTIONS = (
+    *("label_key", "skip_unreadable", "train_examples", "test_examples", "val_fraction", "test_fraction"),
+    "seed",
+)
 
 CHECKED = 4  # images on which what was written is compared with the run
 # Largest difference of a probability: rounding makes some 1e-6, 2e-5 where a head is steep, and a mistake far more.
@@ -113,7 +116,8 @@ def about_of(run: Run) -> dict[str, Any]:
 
     They are `format`, `cifar_jax` (the version), `class_names`, `input`, `resize`, `image_size`, of a ResNet
     `preprocessing` and `network`, `backbone` (weights, licence, SHA-256), `data` (name and the options that divided it,
-    SHA-256 of the test images), `scores` of the run, and `run_sha256`, the digest of what was trained.
+    SHA-256 of the test images), `status` (complete, or how the run ended), `loss` and `scores` of the run, and
+    `run_sha256`, the digest of what was trained.
     """
     side, summary = run.resize.side, run.summary
     network = (
@@ -131,6 +135,8 @@ def about_of(run: Run) -> dict[str, Any]:
         **network,
         "backbone": _backbone_of(run),
         "data": _data_of(run),
+        "status": str(summary.get("status", "")),
+        "loss": run.loss,
         "scores": _scores(summary),
         "run_sha256": _run_sha256(run),
     }
@@ -152,7 +158,8 @@ def _backbone_of(run: Run) -> dict[str, Any]:
 
 def _data_of(run: Run) -> dict[str, Any]:
     data, kind = run.config.data, run.data_kind
-    name = data.dataset if kind in ("shapes", "tfds") else Path(data.dataset).name
+    # A path becomes the name that the set has in the summary.
+    name = data.dataset if kind in ("shapes", "tfds") else str(run.summary["dataset"].get("name", ""))
     options = {option: getattr(data, option) for option in DATA_OPTIONS if option != "seed"}
     more = {"seed": run.config.optim.seed, "test_sha256": run.test_sha256}
     return {"dataset": name, "kind": kind} | options | more

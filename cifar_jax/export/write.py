@@ -1,31 +1,28 @@
-"""Export of a trained run to one of the formats that other runtimes read, checked by reading it back."""
+"""Export of a trained run to one of the formats that other runtimes read."""
 
-import contextlib
 import importlib.util
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
-from cifar_jax.errors import RunError, UserError
-from cifar_jax.export.exported import load_exported
+from cifar_jax.errors import RunError, UserError, no_such
+from cifar_jax.export.exported import read_exported
+from cifar_jax.export.format_names import FormatName
 from cifar_jax.export.hub import write_hub
 from cifar_jax.export.keras_model import write_keras
 from cifar_jax.export.onnx_file import write_onnx
 from cifar_jax.export.pytorch import write_pytorch
-from cifar_jax.export.stablehlo import METADATA, write_stablehlo
-from cifar_jax.export.trained_model import CHECKED, FORMAT, TOLERANCE, TrainedModel, drawn_images, trained_model
+from cifar_jax.export.stablehlo import write_stablehlo
+from cifar_jax.export.target import check_out, replacing_directory
+from cifar_jax.export.trained_model import CHECKED, TOLERANCE, TrainedModel, drawn_images, trained_model
 from cifar_jax.export.web import write_web
-from cifar_jax.files import check_target, read_json_value, replacing
+from cifar_jax.files import replacing
 from cifar_jax.runs.reader import Run
-
-FormatName: TypeAlias = Literal["onnx", "stablehlo", "keras", "pytorch", "hub", "web"]
 
 
 class Format(NamedTuple):
@@ -57,13 +54,13 @@ def export_run(
 ) -> dict[str, str]:
     """Exports a run: image in, probabilities out, in float32. The file or directory appears whole or not at all.
 
-    What this project can read is loaded again and compared with the run on a few images.
+    ONNX, StableHLO and Keras are loaded again and compared with the run on a few images.
 
     Args:
       run: from `load_run`.
       form: the format, a key of `FORMATS`.
       out: the file or directory to write.
-      overwrite: whether to replace an existing file, or a directory that was exported.
+      overwrite: whether to replace an existing file, or a directory that was exported and not changed since.
       ort_web: of `web`: a copy of onnxruntime-web to build into the page, see `web.read_ort_web`.
 
     Returns:
@@ -73,14 +70,16 @@ def export_run(
       UserError: if `out` is unsuitable, a package is not installed, or the format cannot express the run.
       RunError: if it cannot be written, or does not give the probabilities of the run.
     """
-    path, wanted = Path(os.path.expanduser(out)), FORMATS[form]
+    if form not in FORMATS:
+        raise UserError(no_such("format", form, FORMATS))
     if ort_web is not None and form != "web":
         raise UserError(f"--ort-web is for --format web, not --format {form}; leave it out.")
-    check_out(path, form, overwrite)
+    path, wanted = out_path(out), FORMATS[form]
+    check_out(path, form, wanted.suffix, overwrite)
     model = trained_model(run)
     write = partial(write_web, ort_web=ort_web) if form == "web" else wanted.write
     try:
-        with replacing(path) if wanted.suffix else _replacing_directory(path) as temporary:
+        with replacing(path) if wanted.suffix else replacing_directory(path) as temporary:
             about = write(model, temporary)
             size = _size(temporary)
             checked = _check(run, temporary) if wanted.reads_back else {}
@@ -88,56 +87,13 @@ def export_run(
         reason = error.strerror or error
         raise RunError(f"{path} cannot be written ({reason}); free disk space or choose another --out.") from error
     classes = f"{len(model.class_names):,} classes"
-    shown = {"format": form, "out": f"{path}, {size / 1e6:,.1f} MB", "input": model.about["input"]}
+    shown = {"format": form, "out": f"{out}, {size / 1e6:,.1f} MB", "input": model.about["input"]}
     return shown | {"output": f"probabilities of {classes}"} | about | checked
 
 
-def check_out(path: Path, form: FormatName, overwrite: bool) -> None:
-    """Checks before any work is done that an export can be written.
-
-    Raises:
-      UserError: if the ending is another format's, there is already something, or the directory is read-only.
-    """
-    suffix = FORMATS[form].suffix
-    if suffix:
-        if path.suffix != suffix:
-            raise UserError(f"--out must end in {suffix} for --format {form}, got {path}.")
-        check_target(path, overwrite)
-        return
-    if path.suffix in {one.suffix for one in FORMATS.values()} - {""}:
-        raise UserError(f"--out is a directory for --format {form}; leave out the ending {path.suffix} of {path}.")
-    if not os.path.lexists(path):
-        check_target(path, overwrite)
-    elif not overwrite:
-        raise UserError(f"{path} already exists. Pass --overwrite to replace it.")
-    elif path.is_symlink() or not _was_exported(path):
-        raise UserError(f"{path} is not a directory that `export` wrote, so it is not replaced. Choose another --out.")
-
-
-def _was_exported(path: Path) -> bool:
-    for name in (METADATA, "config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if read_json_value(path / name).get("format") == FORMAT:
-                return True
-    return False
-
-
-@contextlib.contextmanager
-def _replacing_directory(path: Path) -> Iterator[Path]:
-    """Writes a directory atomically: yields a temporary one beside it, and renames that if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            old = temporary.with_name(f"{temporary.name}.old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def out_path(out: str | Path) -> Path:
+    """The absolute path of an export, as `.` and `..` have no names beside which to write."""
+    return Path(os.path.abspath(os.path.expanduser(out)))
 
 
 def _size(path: Path) -> int:
@@ -156,9 +112,10 @@ def _check(run: Run, path: Path) -> dict[str, str]:
     in_float32 = replace(run.config.backbone, precision="float32")
     run = replace(run, config=replace(run.config, backbone=in_float32))
     images = drawn_images(run.resize)
-    found = load_exported(path)(images)["probabilities"]
     expected = np.concatenate([probabilities for _, probabilities in run.probabilities(images)])
-    difference = float(np.abs(found - expected).max())
+    if not np.isfinite(expected).all():
+        raise RunError(f"The run in {run.path} gives probabilities that are not finite; nothing was exported.")
+    difference = float(np.abs(read_exported(path)(images)["probabilities"] - expected).max())
     if not difference <= TOLERANCE:
         raise RunError(
             f"What was exported gives other probabilities than the run, by up to {difference:.1e}; nothing was kept. "

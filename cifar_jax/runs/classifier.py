@@ -47,6 +47,11 @@ class Classifier(Protocol):
         ...
 
     @property
+    def loss(self) -> str:
+        """The loss that the run was trained and scored with."""
+        ...
+
+    @property
     def test_sha256(self) -> str:
         """Digest of the test images of the run."""
         ...

@@ -54,7 +54,8 @@ def own_test_images(model: Classifier, dataset: str | None = None) -> Labelled:
       UserError: if they cannot be loaded or are not those that the run was scored on.
     """
     config = model.config if dataset is None else _of(model.config, dataset)
-    if dataset is None and not isinstance(model, Run) and model.data_kind not in ("shapes", "tfds"):
+    is_named = model.data_kind in ("shapes", "tfds") and kind_of(config.data.dataset) == model.data_kind
+    if dataset is None and not isinstance(model, Run) and not is_named:
         raise UserError(
             f"{model.path} does not say where the pictures of {config.data.dataset} are; name them, or others, with "
             "--dataset."
@@ -110,7 +111,7 @@ def other_images(
 
 def _moved_test_images(model: Classifier, dataset: str) -> Labelled | None:
     """The run's own test images, if a folder or file is that of the run, wherever it lies now."""
-    if kind_of(dataset) not in ("folder", "npz") or kind_of(dataset) != model.data_kind:
+    if kind_of(dataset) not in ("folder", "npz", "tfds-directory") or kind_of(dataset) != model.data_kind:
         return None
     with contextlib.suppress(UserError):  # which reading it as another data set will tell
         return own_test_images(model, dataset)
@@ -119,7 +120,13 @@ def _moved_test_images(model: Classifier, dataset: str) -> Labelled | None:
 
 def _warn_of_training_images(model: Classifier, part: Dataset) -> None:
     """Logs a warning if the run was trained on some of the pictures, as far as its own are still there."""
-    if not isinstance(model, Run) or model.data_kind not in ("folder", "npz"):
+    if model.data_kind not in ("folder", "npz", "tfds-directory"):
+        return
+    if not isinstance(model, Run):
+        logger.warning(
+            f"{model.path} does not say which pictures it was trained on; if some of these are among them, they are "
+            "scored too well."
+        )
         return
     with contextlib.suppress(UserError):
         train = load_data(model.config, model.image_size, resize=model.resize).train

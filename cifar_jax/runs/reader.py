@@ -133,6 +133,15 @@ class Run:
             return "npz" if self.config.data.dataset.endswith(".npz") else "folder"
 
     @property
+    def loss(self) -> str:
+        """The loss of its scores: the name of a function, or cross-entropy and what changes it."""
+        optim = self.config.optim
+        changed = [f"label smoothing {optim.label_smoothing:g}"] if optim.label_smoothing else []
+        changed += ["balanced class weights"] if optim.class_weights != "none" else []
+        name = self.summary.get("parts", {}).get("loss_fn")
+        return str(name) if name else ", ".join(["cross-entropy", *changed])
+
+    @property
     def test_sha256(self) -> str:
         """Digest of the test images; empty if it was not recorded."""
         return str(self.summary["dataset"].get("test_sha256") or "")

@@ -89,7 +89,7 @@ def evaluate_run(
     eval_step = make_eval_step(head_forward(run.head), loss_fn)
     score = jax.jit(lambda params, batch: eval_step(params, {}, {}, batch))
     result = evaluate(score, {"head": run.head_params}, features, data.labels)
-    return _scores(run.path, run.class_names, data, result)
+    return {"run": str(run.path)} | _scores(run.class_names, data, result)
 
 
 def evaluate_model(
@@ -102,11 +102,13 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Scores any classifier by its probabilities: on the test images of its run, or on other labelled pictures.
 
-    The loss is their cross-entropy. See `evaluate_run` for the arguments and the result.
+    The loss is their cross-entropy. See `evaluate_run` for the arguments and the result, whose `model` is the path.
 
     Raises:
       UserError: if the data cannot be loaded, are not what the run was scored on, or have unknown classes.
     """
+    if model.loss != "cross-entropy":
+        logger.warning(f"{model.path} was trained with the loss {model.loss}; the loss here is cross-entropy.")
     data = own_test_images(model) if dataset is None else other_images(model, dataset, label_key, skip_unreadable)
     logits = np.empty((len(data.labels), len(model.class_names)), np.float32)
     with (reporter or Silent()).progress("Predicting test images", len(data.labels), compiles=True) as bar:
@@ -117,7 +119,7 @@ def evaluate_model(
             bar(rows.stop)
     eval_step = make_eval_step(_as_they_are, cross_entropy)
     result = evaluate(jax.jit(lambda params, batch: eval_step(params, {}, {}, batch)), {}, logits, data.labels)
-    return _scores(model.path, model.class_names, data, result)
+    return {"model": str(model.path)} | _scores(model.class_names, data, result)
 
 
 def _as_they_are(
@@ -127,11 +129,10 @@ def _as_they_are(
     return inputs, batch_stats
 
 
-def _scores(path: Path, class_names: Sequence[str], data: Labelled, result: EvalResult) -> dict[str, Any]:
+def _scores(class_names: Sequence[str], data: Labelled, result: EvalResult) -> dict[str, Any]:
     low, high = wilson_interval(result.accuracy, result.num)
     counts = result.confusion.sum(axis=1)
     return {
-        "run": str(path),
         "dataset": data.name,
         "split": data.split,
         "resize": data.resize_words,

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
-from helpers import FIELDS, SMALL_JOB, command, files_below, full_disk, is_one_error, is_tyros_error, tiny_run
+from helpers import FIELDS, ROOT, SMALL_JOB, command, files_below, full_disk, is_one_error, is_tyros_error, tiny_run
 from photos import photo_run
 
 from cifar_jax import FunctionBackbone, TrainConfig, UserError, export_run, flax_head, load_exported, load_run
 from cifar_jax.errors import RunError
 from cifar_jax.experiment import train
+from cifar_jax.export import write
 from cifar_jax.export.stablehlo import promised_until
 from cifar_jax.export.trained_model import drawn_images, trained_model
 
@@ -118,7 +119,10 @@ def test_the_facts_travel_along_and_no_path_does(photos, exported):
     assert metadata == beside == json.loads(json.dumps(trained_model(run).about))
     assert (metadata["class_names"], metadata["resize"]) == (list(run.class_names), run.resize.to_json())
     assert metadata["scores"]["accuracy"] == run.summary["val_accuracy"] and metadata["scores"]["num"] == 21
-    assert metadata["data"]["dataset"] == "data" and str(photos.parent) not in json.dumps(metadata)
+    assert metadata["data"]["dataset"] == "data" and metadata["status"] == "complete"
+    program = (exported["stablehlo"] / "model.stablehlo").read_bytes()
+    for path in (str(photos.parent), str(ROOT), sys.prefix):
+        assert path not in json.dumps(metadata) and path.encode() not in program
     assert about["platforms"] == ["cpu", "cuda", "tpu"] and about["jaxlib"] == jax.lib.__version__
     weights = trained_model(replace(run, head_params=jax.tree.map(lambda leaf: leaf + 1, run.head_params)))
     assert weights.about["run_sha256"] != metadata["run_sha256"]
@@ -184,8 +188,9 @@ def test_predict_and_evaluate_take_exports(photos, exported, form, capsys):
             capsys, "evaluate", exported[form], "--dataset", photos.parent / "data", "--json", "--batch-size", "4"
         ).out
     )
+    assert own.pop("run") == str(photos)
     assert moved == own | {
-        "run": str(exported[form]),
+        "model": str(exported[form]),
         "dataset": str(photos.parent / "data"),
         "test_loss": pytest.approx(own["test_loss"], rel=1e-4),
     }
@@ -241,10 +246,65 @@ def test_foreign_files_are_refused(exported, capsys, tmp_path):
     onnx.save(model, tmp_path / "foreign.onnx")
     is_one_error(command(capsys, "predict", tmp_path / "foreign.onnx", "a.png"), 2, "does not say what it is")
     (tmp_path / "model.keras").write_bytes(b"PK")
-    is_one_error(command(capsys, "predict", tmp_path / "model.keras", "a.png"), 2, "neither a run directory, an .onnx")
+    is_one_error(
+        command(capsys, "predict", tmp_path / "model.keras", "a.png"),
+        2,
+        "is not an .onnx file or a",
+    )
     is_one_error(command(capsys, "predict", tmp_path / "gone.onnx", "a.png"), 2, "gone.onnx does not exist")
-    with pytest.raises(UserError, match=r"has no model\.stablehlo"):
+    with pytest.raises(UserError, match="other formats are for their own libraries"):
         load_exported(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"class_names": "abc"},
+        {"class_names": ["a", "a", "b"]},
+        {"class_names": ["a", "b"]},
+        {"resize": {"method": "crop", "side": 32}},
+        {"resize": {"method": "eval-transform", "side": 32, "shorter": 0}},
+        {"resize": {"method": "eval-transform", "side": 64, "shorter": 73}},
+        {"resize": {"method": "upsample", "side": "32"}},
+        {"image_size": None},
+        {"data": {}},
+    ],
+    ids=str,
+)
+def test_facts_that_do_not_fit_the_graph_are_refused(exported, capsys, tmp_path, changes):
+    model = onnx.load(exported["onnx"])
+    facts = {one.key: one.value for one in model.metadata_props} | {k: json.dumps(v) for k, v in changes.items()}
+    onnx.helper.set_model_props(model, facts)
+    onnx.save(model, tmp_path / "model.onnx")
+    is_one_error(command(capsys, "predict", tmp_path / "model.onnx", "a.png"), 2, "does not say what it is")
+
+
+def test_a_path_in_the_place_of_a_name_is_not_read(exported, capsys, tmp_path, photos):
+    model = onnx.load(exported["onnx"])
+    data = {"kind": "tfds", "dataset": str(photos.parent / "data"), "test_sha256": ""}
+    facts = {one.key: one.value for one in model.metadata_props} | {"data": json.dumps(data)}
+    onnx.helper.set_model_props(model, facts)
+    onnx.save(model, tmp_path / "model.onnx")
+    is_one_error(command(capsys, "evaluate", tmp_path / "model.onnx"), 2, "does not say where the pictures of")
+
+
+def test_pictures_that_may_be_of_the_training_are_warned_of(exported, photos, capsys):
+    train = photos.parent / "data" / "train"
+    found = command(capsys, "evaluate", exported["onnx"], "--dataset", train, "--json")
+    assert found.code == 0 and "does not say which pictures it was trained on" in found.err
+
+
+def test_weights_with_a_wrong_bit_are_refused(exported, capsys, tmp_path):
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in exported["stablehlo"].iterdir():
+        content = bytearray(file.read_bytes())
+        if file.name == "weights.safetensors":
+            content[-9] ^= 64
+        (copy / file.name).write_bytes(content)
+    is_one_error(command(capsys, "predict", copy, "a.png"), 2, "checksum mismatch in weights.safetensors")
+    (copy / "weights.safetensors").unlink()
+    is_one_error(command(capsys, "predict", copy, "a.png"), 2, "lacks weights.safetensors")
 
 
 def test_images_of_another_size_are_refused(exported):
@@ -261,23 +321,47 @@ def test_bad_targets_are_refused_before_any_work(photos, capsys, tmp_path):
     def export(form, out, *more):
         return command(capsys, "export", photos, "--format", form, "--out", tmp_path / out, *more)
 
-    is_one_error(export("onnx", "model"), 2, "--out must end in .onnx for --format onnx")
+    is_one_error(export("onnx", "model"), 2, "--out must be a file name that ends in .onnx")
     is_one_error(export("stablehlo", "model.onnx"), 2, "--out is a directory for --format stablehlo")
     is_one_error(export("onnx", "no/model.onnx"), 2, "Create", "or choose another path")
     (tmp_path / "here.onnx").write_text("mine")
     is_one_error(export("onnx", "here.onnx"), 2, "already exists. Pass --overwrite")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    is_one_error(export("stablehlo", "mine"), 2, "already exists. Pass --overwrite")
+    is_one_error(export("stablehlo", "mine"), 2, "is not a directory that `export` wrote")
     is_one_error(export("stablehlo", "mine", "--overwrite"), 2, "is not a directory that `export` wrote")
     is_tyros_error(export("tflite", "model.tflite"), "onnx")
     assert files_below(tmp_path) == ["here.onnx", "mine", "mine/thesis.txt"]
+    for target in (".onnx", "model.onnx/"):
+        assert export("onnx", target).code in (0, 2)
+    (tmp_path / "model.onnx").unlink(missing_ok=True)
+    (tmp_path / "model").mkdir()  # empty, as one makes it first
     assert export("stablehlo", "model").code == 0 and export("stablehlo", "model", "--overwrite").code == 0
+    is_one_error(export("stablehlo", "model"), 2, "already exists. Pass --overwrite")
     assert export("onnx", "here.onnx", "--overwrite").code == 0
     assert [name for name in files_below(tmp_path) if "/" not in name] == ["here.onnx", "mine", "model"]
     is_one_error(
         command(capsys, "export", tmp_path, "--format", "onnx", "--out", tmp_path / "m.onnx"), 2, "config.json"
     )
+
+
+def test_what_somebody_added_or_changed_is_not_replaced(photos, tmp_path, monkeypatch):
+    run, out = load_run(photos), tmp_path / "model"
+    export_run(run, "pytorch", out)
+    sums = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=out, capture_output=True, text=True)
+    assert sums.returncode == 0 and sums.stdout.count("OK") == 3
+    (out / "notes.txt").write_text("mine")
+    with (out / "model.py").open("a") as file:
+        file.write("# mine too")
+    (out / ".git").mkdir()
+    with pytest.raises(UserError, match=r"has changed since it was exported \(\.git, model\.py, notes\.txt\)"):
+        export_run(run, "pytorch", out, overwrite=True)
+    (out / "notes.txt").unlink()
+    (out / ".git").rmdir()
+    (out / "model.py").write_bytes((Path(write.__file__).parent / "templates" / "model.py").read_bytes())
+    monkeypatch.chdir(out)
+    export_run(run, "pytorch", ".", overwrite=True)
+    assert files_below(tmp_path) == ["model", *(f"model/{name}" for name in sorted(os.listdir(out)))]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -292,7 +376,7 @@ def test_a_full_disk_leaves_nothing(photos, form, capsys, tmp_path):
 def test_an_export_that_is_not_the_run_is_not_kept(photos, form, tmp_path):
     run = load_run(photos)
     without_numbers = jax.tree.map(lambda leaf: leaf * np.nan, run.head_params)
-    with pytest.raises(RunError, match="other probabilities than the run, by up to nan; nothing was kept"):
+    with pytest.raises(RunError, match="gives probabilities that are not finite; nothing was exported"):
         export_run(replace(run, head_params=without_numbers), form, tmp_path / f"model{SUFFIX[form]}")
     assert files_below(tmp_path) == []
 
@@ -308,6 +392,12 @@ def test_incomplete_runs_need_a_flag(photos, capsys, tmp_path):
     arguments = ("export", copy, "--format", "onnx", "--out", tmp_path / "m.onnx")
     is_one_error(command(capsys, *arguments), 2, "incomplete", "--allow-incomplete")
     assert command(capsys, *arguments, "--allow-incomplete").code == 0
+    picture = next((photos.parent / "data" / "test").rglob("*.png"))
+    found = command(capsys, "predict", tmp_path / "m.onnx", picture)
+    assert found.code == 0 and "was exported from an incomplete run (interrupted)" in found.err
+    is_one_error(command(capsys, "export", tmp_path / "m.onnx", "--format", "hub", "--out", "x"), 2, "run directory")
+    with pytest.raises(UserError, match="no format 'tflite'"):
+        export_run(load_run(photos), "tflite", tmp_path / "x")
 
 
 def test_a_missing_runtime_is_named_and_the_export_is_written(photos, monkeypatch, tmp_path):
