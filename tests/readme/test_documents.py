@@ -71,14 +71,17 @@ def test_links_of_documents_lead_somewhere():
             assert target.startswith("https://") or (path.parent / target).exists(), (path, target)
 
 
-def test_the_resize_shown_is_that_of_runs():
-    (shown,) = [
-        block.text for block in blocks((ROOT / "docs" / "export.md").read_text()) if "def resized" in block.text
-    ]
+@pytest.mark.parametrize(
+    "resize",
+    [Resize("eval-transform", 64, 73, "bilinear"), Resize("eval-transform", 50, 57, "lanczos"), Resize()],
+    ids=str,
+)
+def test_the_resize_shown_is_that_of_runs(resize):
+    page = (ROOT / "docs" / "export.md").read_text()
+    (shown,) = [block.text for block in blocks(page) if "def image_of" in block.text]
     names = {}
     exec(shown, names)
     rng = np.random.default_rng(0)
     for width, height in ((500, 375), (99, 301), (64, 64), (77, 1000)):
         photo = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        ours = Resize("eval-transform", 64, 73, "bilinear")(photo)
-        np.testing.assert_array_equal(np.asarray(names["resized"](photo, 73, 64)), ours)
+        np.testing.assert_array_equal(np.asarray(names["image_of"](photo, **resize.to_json())), resize(photo))
