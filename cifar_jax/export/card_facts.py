@@ -1,4 +1,4 @@
-"""Facts about a trained classifier in words, for its model card."""
+"""Facts about a trained classifier in words, for its model card and its web page."""
 
 import re
 from typing import Any
@@ -20,7 +20,12 @@ KINDS = {
 
 # A directory of the hub's own download cache says which model it holds.
 CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")
+# What `pretrain` writes into the variant of its weights.
+PRETRAINED = re.compile(r"pretrained on ([^;]+)")
 PASSED = "weights that were passed to the program"
+
+ENDED = {"interrupted": "was interrupted", "diverged": "diverged"}  # by status; else it failed
+WITH = "with cifar-jax, a codebase for transfer learning in JAX"
 
 Rows = list[tuple[str, str]]  # of a table with two columns
 
@@ -67,10 +72,10 @@ def origin(model: TrainedModel) -> str:
     """A sentence that says which weights the classifier was made from, and which of its layers were trained."""
     frozen, weights = model.run.config.finetune.freeze_stages, _weights(model)
     if model.run.config.optim.mode != "finetune":
-        return f"Only its head was trained, with cifar-jax, in JAX; its backbone keeps {weights}."
+        return f"Only its head was trained, {WITH}; its backbone keeps {weights}."
     if frozen:
-        return f"It was trained with cifar-jax, in JAX, from {weights}, which {_kept(frozen)} keep."
-    return f"All its layers were trained, with cifar-jax, in JAX, from {weights}."
+        return f"It was trained {WITH}, from {weights}, which {_kept(frozen)} keep."
+    return f"All its layers were trained, {WITH}, from {weights}."
 
 
 def _kept(stages: int) -> str:
@@ -80,6 +85,32 @@ def _kept(stages: int) -> str:
 def _weights(model: TrainedModel) -> str:
     name = base_model_of(model) or model.about["backbone"]["weights"]
     return "random weights" if is_random(model) else f"the pretrained weights {name}" if name else PASSED
+
+
+def pretrained_on(model: TrainedModel) -> str:
+    """The images that the weights of the backbone come from; empty if that is not known."""
+    if stated := PRETRAINED.search(model.about["backbone"]["variant"]):
+        return stated[1]
+    known = _known(model)
+    return "ImageNet" if known and known.url else ""
+
+
+def _known(model: TrainedModel) -> registry.Entry | None:
+    """The registry's entry for the weights of the backbone."""
+    about = model.about["backbone"]
+    return registry.entries().get(about["weights"]) if about["licence"] else None
+
+
+def incomplete(model: TrainedModel) -> str:
+    """A sentence that says how the training of an incomplete run ended; empty if the run is complete."""
+    summary = model.run.summary
+    status = summary.get("status", "complete")
+    if status == "complete":
+        return ""
+    return (
+        f"Training {ENDED.get(status, 'failed')} after {summary['epochs']} of {model.run.config.optim.epochs} epochs; "
+        f"these are the weights of epoch {summary['selected_epoch']}."
+    )
 
 
 def selection(model: TrainedModel) -> str:
@@ -99,7 +130,7 @@ def selection(model: TrainedModel) -> str:
 
 
 def data(model: TrainedModel) -> dict[str, Any]:
-    """Name and origin of the data set, and how many images of it had which use."""
+    """Name, kind and origin of the data set, and how many images of it had which use."""
     summary, options, hub_id = model.run.summary, model.run.config.data, hub_id_of(model)
     dataset, kind = summary["dataset"], model.about["data"]["kind"]
     subset = "a random subset, balanced over the classes"
@@ -121,7 +152,7 @@ def data(model: TrainedModel) -> dict[str, Any]:
     if skipped := len(dataset.get("skipped") or ()):
         splits.append(("left out", f"{count(skipped)} files that could not be read"))
     name = f"{dataset['name']} {dataset.get('version') or ''}".strip()
-    return {"name": name, "hub_id": hub_id, "source": KINDS[kind], "splits": splits}
+    return {"name": name, "kind": kind, "hub_id": hub_id, "source": KINDS[kind], "splits": splits}
 
 
 def resized(model: TrainedModel) -> str:
@@ -214,9 +245,9 @@ def _rates(model: TrainedModel) -> str:
 
 
 def backbone(model: TrainedModel) -> Rows:
-    """Network of the backbone, and name, origin, license and digest of the weights that it started from."""
+    """Network of the backbone, and name, origin, licence and digest of the weights that it started from."""
     about, base = model.about["backbone"], base_model_of(model)
-    known = registry.entries().get(about["weights"]) if about["licence"] else None
+    known = _known(model)
     tuned = about["trained_layers"] == "all"
     rows = [("network", network_name(model.resnet("hub").config))]
     if is_random(model):
@@ -226,7 +257,7 @@ def backbone(model: TrainedModel) -> Rows:
         place = f", https://huggingface.co/{base}" if base else place
         rows += [
             ("weights", (base or about["weights"] or PASSED) + place),
-            ("license", about["licence"] or "not known"),
+            ("licence", about["licence"] or "not known"),
         ]
         rows.append(("variant", about["variant"]))
     return [*rows, ("SHA-256 after training" if tuned else "SHA-256", f"{about['sha256'][:16]}…")]

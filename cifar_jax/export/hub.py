@@ -18,21 +18,18 @@ def write_hub(model: TrainedModel, directory: Path) -> dict[str, str]:
     Raises:
       UserError: if a package is not installed, or the backbone or the head is a function.
     """
-    # Refuses what --format pytorch does, by the name of this format.
-    model.resnet("hub")
-    model.dense_layers("hub")
     figures = figures_of(model)
-    card = model_card(model, figures)
+    card = model_card(model, figures)  # first, as it names this format in what it refuses
     described = write_pytorch(model, directory)
     card.save(directory / CARD)
     for figure in figures:
         shutil.copyfile(model.run.path / figure.file, directory / figure.file)
     named = ", ".join(figure.file for figure in figures)
-    shows = any("predictions" in figure.file for figure in figures)
+    shows = any(figure.shows_images for figure in figures)
     return described | {
-        "card": f"{CARD}, license: {license_of(model)}",
-        "figures": (named or "none") + " (this one shows pictures of the data set)" * shows,
-        "publish": "hf upload USER/NAME DIRECTORY, once you have read the card",
+        "card": f"{CARD}, licence: {license_of(model)}",
+        "figures": (named or "none") + " (this one shows images of the data set)" * shows,
+        "publish": "run `hf upload USER/NAME .` in the directory, once you have completed the card",
     }
 
 
@@ -45,6 +42,6 @@ def figures_of(model: TrainedModel) -> list[Figure]:
     figures = (
         Figure("curves.png", f"Loss and accuracy of training and {watched} images by epoch"),
         Figure(f"{prefix}confusion.png", f"Confusion matrix of the {scored} images"),
-        Figure(f"{prefix}predictions.png", f"Some {scored} images and the predictions of the model"),
+        Figure(f"{prefix}predictions.png", f"Some {scored} images and the predictions of the model", True),
     )
     return [figure for figure in figures if (model.run.path / figure.file).is_file()]

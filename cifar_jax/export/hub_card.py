@@ -24,10 +24,11 @@ SPECIAL = re.compile(r"[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
 class Figure(NamedTuple):
-    """A figure of the card: its file beside the card, and the caption."""
+    """A figure of the card: its file beside the card, the caption, and whether it shows images of the data set."""
 
     file: str
     caption: str
+    shows_images: bool = False
 
 
 def model_card(model: TrainedModel, figures: Sequence[Figure]) -> "ModelCard":
@@ -93,7 +94,7 @@ def metadata_of(model: TrainedModel) -> "ModelCardData":
 
 
 def license_of(model: TrainedModel) -> str:
-    """The hub's identifier of the license of the pretrained weights; `unknown` if it is not known."""
+    """The hub's identifier of the licence of the backbone's weights; `unknown` if it is not known."""
     return LICENSES.get(model.about["backbone"]["licence"], UNKNOWN)
 
 
@@ -111,14 +112,13 @@ def context_of(model: TrainedModel) -> dict[str, Any]:
     return {
         "about": model.about,
         "summary": summary,
-        "epochs": model.run.config.optim.epochs,
+        "incomplete": card_facts.incomplete(model),
         "scores": scores,
         "network": network_name(model.resnet("hub").config),
         "rows": rows,
         "by_class": bool(by_class),
         "is_long": len(names) > FEW,
         "names": "" if len(names) > FEW else f": {', '.join(names)}",
-        "ended": {"interrupted": "was interrupted", "diverged": "diverged"}.get(summary["status"], "failed"),
         "origin": card_facts.origin(model),
         "split": scores["split"].replace("_", "-"),
         "balanced": summary.get(f"{part}_balanced_accuracy"),
@@ -131,6 +131,7 @@ def context_of(model: TrainedModel) -> dict[str, Any]:
         "backbone": card_facts.backbone(model),
         "license": license_of(model),
         "is_random": card_facts.is_random(model),
+        "pretrained_on": card_facts.pretrained_on(model),
         "versions": ", ".join(f"{name} {version}" for name, version in summary.get("packages", {}).items()),
     }
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cifar_jax.errors import UserError
+from cifar_jax.export.card_facts import incomplete
 from cifar_jax.export.onnx_file import onnx_bytes
 from cifar_jax.export.trained_model import TrainedModel
 from cifar_jax.models.resnet import network_name
@@ -91,17 +92,18 @@ def write_web(model: TrainedModel, path: Path, ort_web: str | Path | None = None
       UserError: if `ort_web` is not such a copy, the package onnx is not installed, or the backbone or the head is a
         function.
     """
-    model.resnet("web"), model.dense_layers("web")  # to name this format in messages, not that of the file inside
+    network = _network_words(model)  # first, as it names this format in what it refuses, not the ONNX inside
     runtime = None if ort_web is None else read_ort_web(ort_web)
     content, _ = onnx_bytes(model)
-    html = page_of(model, content, runtime, cdn).encode("utf-8", "replace")  # names of folders may be no Unicode
+    page = page_of(model, content, network, runtime, cdn)
+    html = page.encode("utf-8", "replace")  # names of folders may be no Unicode
     path.write_bytes(html)
     rest = (len(html) - 4 * -(-len(content) // 3)) / 1e6  # base64 makes four characters of three bytes
     return {"runtime": _runtime_words(runtime, cdn), "page": f"{rest:,.2f} MB without the model; open it in a browser"}
 
 
-def page_of(model: TrainedModel, content: bytes, runtime: OrtWeb | None, cdn: str = CDN) -> str:
-    """Returns the HTML of a page that runs the ONNX model `content`; see `write_web`."""
+def page_of(model: TrainedModel, content: bytes, network: str, runtime: OrtWeb | None, cdn: str) -> str:
+    """Returns the HTML of a page that runs the ONNX model `content`, described as `network`; see `write_web`."""
     about, templates = model.about, TEMPLATES.loader
     assert templates is not None
     source = {name: templates.get_source(TEMPLATES, name)[0] for name in ("web.css", "resize.js", "web.js")}
@@ -129,8 +131,9 @@ def page_of(model: TrainedModel, content: bytes, runtime: OrtWeb | None, cdn: st
         few=len(model.class_names) <= FEW,
         side=model.side,
         data_set=about["data"]["dataset"],
+        incomplete=incomplete(model),
         accuracy=accuracy_words(about["scores"]),
-        network=_network_words(model),
+        network=network,
         input=_input_words(model),
         runtime=_runtime_words(runtime, cdn),
         version=about["cifar_jax"],
@@ -142,7 +145,7 @@ def accuracy_words(scores: Mapping[str, Any]) -> str:
     """Describes the accuracy of a run with its interval; empty if it was not measured."""
     if scores.get("accuracy") is None:
         return ""
-    images = "test images" if scores["split"] == "test" else "images held out from training"
+    images = "test images" if scores["split"] == "test" else "held-out images, which chose the epoch"
     found = f"{100 * scores['accuracy']:.1f} % of {scores['num']:,} {images}"
     if not scores.get("accuracy_interval_95"):
         return found
@@ -152,9 +155,13 @@ def accuracy_words(scores: Mapping[str, Any]) -> str:
 
 def _network_words(model: TrainedModel) -> str:
     backbone, network = model.about["backbone"], network_name(model.resnet("web").config)
+    layers = len(model.dense_layers("web"))
+    head = "one dense layer" if layers == 1 else f"{layers} dense layers"
     licence = f" ({backbone['licence']})" if backbone["licence"] else ""
     trained = "all layers were" if backbone["trained_layers"] == "all" else "only the head was"
-    return f"{network}, weights {backbone['weights']}{licence}; {trained} trained on these classes"
+    return (
+        f"{network}, weights {backbone['weights']}{licence}, and a head of {head}; {trained} trained on these classes"
+    )
 
 
 def _input_words(model: TrainedModel) -> str:

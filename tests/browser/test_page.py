@@ -109,6 +109,33 @@ def test_keyboard(shapes_model: TrainedModel, make_page: Callable[..., Any], dri
     assert driver.switch_to.active_element.get_attribute("id") == "file"
 
 
+def test_clear(shapes_model: TrainedModel, make_page: Callable[..., Any], driver: Any, picture: Path) -> None:
+    from selenium.webdriver import ActionChains, Keys
+
+    page = make_page(shapes_model).loaded()
+    clear = page.one("#clear")
+    assert not clear.is_displayed()
+    ActionChains(driver).send_keys(Keys.TAB).perform()
+    assert driver.switch_to.active_element == page.one("#file")
+    for key in (Keys.ENTER, Keys.SPACE):
+        assert page.give(picture)[0].name and clear.is_displayed()
+        ActionChains(driver).send_keys(Keys.TAB).perform()
+        assert driver.switch_to.active_element == clear and clear.accessible_name == "Clear"
+        assert clear.value_of_css_property("outline-style") == "solid"
+        ActionChains(driver).send_keys(key).perform()
+        page.wait(lambda: not clear.is_displayed())
+        assert not driver.find_elements("css selector", ".card")
+        assert page.one("#live").get_property("textContent") == "The results are cleared."
+        assert driver.switch_to.active_element == page.one("#file")
+    # What is still to be classified is cleared with the rest, and is not announced.
+    cleared = HAND_OVER + "document.querySelector('#clear').click();"
+    driver.execute_script(cleared, list(picture.read_bytes()), "cleared.png", "drop")
+    time.sleep(1)
+    assert not driver.find_elements("css selector", ".card")
+    assert page.one("#live").get_property("textContent") == "The results are cleared."
+    assert "a picture.png" in page.give(picture)[0].text and page.console() == []
+
+
 def test_screen_readers(
     shapes_model: TrainedModel, make_page: Callable[..., Any], picture: Path, tmp_path: Path
 ) -> None:
@@ -200,7 +227,7 @@ def test_narrow_and_legible(
     ground = page.one("body").value_of_css_property("background-color")
     assert (luminance(ground) > 0.5) == (scheme == "light")
     surface = page.one(".card").value_of_css_property("background-color")
-    on_surface = [".card .error", ".card .facts", ".card .answer", ".bars .percent", ".drop u", ".drop .ways"]
+    on_surface = [".card .error", ".card .facts", ".card .answer", ".bars .percent", ".drop u", ".drop .ways", "#clear"]
     on_ground = [".lead", ".private", "dt", "dd", "footer"]
     for selectors, behind in ((on_surface, surface), (on_ground, ground)):
         for selector in selectors:

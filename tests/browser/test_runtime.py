@@ -81,7 +81,7 @@ def test_altered(
     host = urlsplit(address).netloc
     assert page.one("#failure").text == (
         f"{name} from {host} is not the file that this page was made with (checksum mismatch), so it is not run. "
-        "Export the page again with the runtime built in."
+        "Export the page again with the runtime built in (--ort-web DIR)."
     )
     assert page.give(picture)[0].error == "Not classified, as the model cannot be run; the reason is above."
 
@@ -95,4 +95,4 @@ def test_unreachable(
     page = make_page(shapes_model, ort_web=None, cdn=address if absent == "file" else "http://127.0.0.1:9/").loaded()
     failure = page.one("#failure").text
     assert "cannot be reached, from which this page fetches what runs the model (ort" in failure
-    assert "Connect to the internet and load the page again" in failure
+    assert "Connect to the internet and load the page again" in failure and failure.endswith("(--ort-web DIR).")

@@ -92,14 +92,17 @@ def test_the_license_is_that_of_the_weights(run_path, tmp_path, weights):
     card = card_of(edited(run_path, tmp_path, {"weights": weights}), tmp_path / "hub")
     known = registry.entries()[registry.ALIASES.get(weights, weights)]
     assert card.data.license == known.licence.lower() and card.data.license in LICENSES
-    assert f"**license**: {known.licence}" in card.text and "Fill in" not in card.text
+    assert f"**licence**: {known.licence}" in card.text and "Fill in" not in card.text
+    assert f"`{known.licence.lower()}`, is the licence of the backbone's weights" in card.text
+    assert "license" not in card.text.replace("`license`", "")
     assert (known.url or "part of cifar-jax") in card.text
+    assert ("Its backbone was pretrained on ImageNet: " in card.text) == bool(known.url)
 
 
 @pytest.mark.parametrize(
     ("weights", "parts", "says"),
     [
-        ("random-w16", {}, "It was trained from random weights, so the license is yours to choose."),
+        ("random-w16", {}, "It was trained from random weights, so the licence is yours to choose."),
         ("/models/own.safetensors", {}, "is not known to cifar-jax: look where you got them."),
         # A backbone passed to `train` is not the one that the option names.
         ("keras-resnet50", {"backbone": "Backbone"}, "is not known to cifar-jax: look where you got them."),
@@ -109,6 +112,32 @@ def test_an_unknown_license_is_for_the_user_to_fill_in(run_path, tmp_path, weigh
     card = card_of(edited(run_path, tmp_path, {"weights": weights}, parts=parts), tmp_path / "hub")
     assert card.data.license == "unknown" and card.data.base_model is None
     assert "**Fill in `license` at the top of this file before you publish" in card.text and says in card.text
+    unknown = "On which images its backbone was pretrained is not known to cifar-jax"
+    assert (unknown in card.text) == (not weights.startswith("random")) and "pretrained on ImageNet" not in card.text
+
+
+def test_the_card_says_what_the_backbone_was_pretrained_on(run_path, tmp_path):
+    variant = "torch-like; pretrained on cifar100_subset 1.0.0"
+    about = summary_of(run_path)["backbone"] | {"variant": variant}
+    card = card_of(edited(run_path, tmp_path, {"weights": "demo"}, backbone=about), tmp_path / "hub")
+    assert "Its backbone was pretrained on cifar100_subset 1.0.0: " in card.text
+
+
+OF_FOLDERS = "where the training images come from, and the right to use them and to publish what was trained on them."
+
+
+def test_what_only_the_publisher_knows_is_left_to_complete(run_path, pictures, tmp_path):
+    mark = "> **To be completed by the publisher**: "
+    use = f"## Intended use\n\n{mark}which pictures the model is meant for"
+    shapes, folder = card_of(run_path, tmp_path / "shapes").text, card_of(pictures, tmp_path / "folder").text
+    assert use in shapes and shapes.count(mark) == 1  # of images that cifar-jax draws, no more is to be known
+    assert "`predictions.png` shows images of the data set.\n" in shapes
+    assert use in folder and f"{mark}{OF_FOLDERS}\n" in folder and folder.count(mark) == 2
+    assert "`test_predictions.png` shows images of the data set: delete it, and the lines above" in folder
+    public = card_of(edited(run_path, tmp_path, {"dataset": "cifar10"}, {"name": "cifar10"}), tmp_path / "public").text
+    assert f"{mark}the terms of the training images" in public and OF_FOLDERS not in public
+    for text in (shapes, folder, public):
+        assert "cifar-jax, a codebase for transfer learning in JAX" in text
 
 
 def test_weights_of_the_hubs_cache_name_the_base_model(run_path, tmp_path):
@@ -148,7 +177,10 @@ def test_classes_of_a_large_set_are_folded_away(run_path, tmp_path):
         (
             {"mode": "finetune", "freeze_stages": 2, "bn_statistics": "frozen"},
             {},
-            ["random weights, which the stem and the first 2 stages keep.", "**BatchNorm**: the pretrained statistics"],
+            [
+                "JAX, from random weights, which the stem and the first 2 stages keep.",
+                "**BatchNorm**: the pretrained statistics",
+            ],
         ),
         (
             {
@@ -206,7 +238,10 @@ def test_an_incomplete_run_says_so(run_path, tmp_path, status):
     path = edited(run_path, tmp_path, {"epochs": 5}, status=status, val_accuracy=0.25, **lost)
     card = card_of(path, tmp_path / "hub", allow_incomplete=True)
     verb = {"interrupted": "was interrupted", "diverged": "diverged", "failed": "failed"}[status]
-    assert f"Training {verb} after 2 of 5 epochs; these are the weights of epoch 2." in card.text
+    assert (
+        f"> **The run is incomplete.** Training {verb} after 2 of 5 epochs; these are the weights of epoch 2."
+        in card.text
+    )
     assert "Accuracy: **25.0 %** on 20 test images.\n" in card.text
     assert card.data.eval_results[0].metric_value == 0.25
     assert {len(row) for row in tables(card)} == {2}

@@ -117,7 +117,9 @@ def test_the_model_is_that_of_the_pytorch_format(exported, run_path, tmp_path):
     assert same == ["config.json", "model.py", "model.safetensors"]
     for name in same:
         assert (path / name).read_bytes() == (tmp_path / name).read_bytes()
-    assert said["card"] == "README.md, license: unknown" and "predictions.png" in said["figures"]
+    assert said["card"] == "README.md, licence: unknown"
+    assert said["figures"].endswith("predictions.png (this one shows images of the data set)")
+    assert said["publish"].startswith("run `hf upload USER/NAME .` in the directory")
 
 
 def test_the_figures_that_the_card_shows_are_there(exported):

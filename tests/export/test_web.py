@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import FIELDS, tiny_run
 
-from cifar_jax import load_run
+from cifar_jax import Head, load_run
 from cifar_jax.errors import UserError
 from cifar_jax.export.trained_model import TrainedModel, trained_model
 from cifar_jax.export.web import CDN, MODULE, ORT_PINS, ORT_VERSION, WASM, accuracy_words, read_ort_web, write_web
@@ -69,7 +69,7 @@ def test_fetches_what_is_not_built_in(model: TrainedModel, tmp_path: Path) -> No
     runtime = json.loads(element(html, "page"))["runtime"]
     assert runtime["base"] == CDN
     assert {one["name"]: one["integrity"] for one in runtime["files"].values()} == ORT_PINS
-    assert 'id="wasm"' not in html
+    assert 'id="wasm"' not in html and html.count("(--ort-web DIR).") == 2
     assert len(html) - len(element(html, "model")) < 40_000
 
 
@@ -107,6 +107,15 @@ def test_many_classes_are_folded_away(model: TrainedModel, tmp_path: Path) -> No
     assert "<details>" not in written(model, tmp_path / "few.html")
 
 
+def test_an_incomplete_run_says_so(model: TrainedModel, tmp_path: Path) -> None:
+    summary = model.run.summary | {"status": "interrupted", "epochs": 3, "selected_epoch": 3}
+    options = replace(model.run.config, optim=replace(model.run.config.optim, epochs=5))
+    html = written(replace(model, run=replace(model.run, summary=summary, config=options)), tmp_path / "page.html")
+    sentence = "Training was interrupted after 3 of 5 epochs; these are the weights of epoch 3."
+    assert f'<dt>Incomplete</dt>\n<dd id="incomplete">{sentence}</dd>' in html
+    assert "Incomplete" not in written(model, tmp_path / "complete.html")
+
+
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
@@ -125,8 +134,11 @@ def test_refuses_another_directory(break_it, reason: str, model: TrainedModel, o
 
 
 def test_refuses_a_function(model: TrainedModel, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'fields' is a function, which --format web cannot express"):
-        write_web(replace(model, backbone=FIELDS), tmp_path / "page.html")
+    of_head = replace(model, head=Head(model.head.init, lambda params, x, **_: x, "mine"))
+    for changed, name in ((replace(model, backbone=FIELDS), "fields"), (of_head, "mine")):
+        with pytest.raises(UserError, match=f"'{name}' is a function, which --format web cannot express"):
+            write_web(changed, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_reads_the_package_or_its_dist(ort_web: Path) -> None:
@@ -153,7 +165,7 @@ def test_export_of_a_run(tmp_path_factory: pytest.TempPathFactory, ort_web: Path
         ({"split": "test", "num": 10, "accuracy": 0.5}, "50.0 % of 10 test images"),
         (
             {"split": "held_out", "num": 2000, "accuracy": 0.5, "accuracy_interval_95": [0.25, 0.75]},
-            "50.0 % of 2,000 images held out from training (95 % interval 25.0 to 75.0 %)",
+            "50.0 % of 2,000 held-out images, which chose the epoch (95 % interval 25.0 to 75.0 %)",
         ),
     ],
 )

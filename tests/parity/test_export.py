@@ -5,6 +5,7 @@ They give the probabilities of the run, for every kind of network.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,6 @@ import jax
 import numpy as np
 import pytest
 from helpers import ROOT, TESTS, files_below
-from PIL import Image
 from readme.catalogue import OF_PARITY
 from readme.documents import blocks
 from untrained_runs import CLASSES, KERAS_LIKE, TORCH_LIKE, drawn_images, drawn_run, run_with
@@ -30,6 +30,7 @@ from cifar_jax.export.write import export_run
 from cifar_jax.models.resnet import ResNetConfig
 from cifar_jax.pretrained.names.keras import FAMILIES
 from cifar_jax.runs.reader import Run
+from parity.kinds_of_photo import PHOTOS
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
@@ -84,6 +85,15 @@ for name in sys.argv[3:]:
         assert torch.equal(model(images.float()), model(images))
         assert torch.allclose(model.logits(images).softmax(-1), model(images))
         assert model.features(images).shape == (len(images), model.config["head"][0])
+        side = images.shape[-1]
+        for run in (model, model.logits, model.features):
+            for wrong in (images.repeat(1, 1, 2, 2), images[:, :1], images[0]):
+                try:
+                    run(wrong)
+                except ValueError as error:
+                    assert str(error) == f"images must be [N, 3, {side}, {side}], got {list(wrong.shape)}", error
+                else:
+                    raise AssertionError(wrong.shape)
     for path in Path().glob("photo.*"):
         found[f"{name} {path}"] = module.read_photo(path, model.config["resize"]).permute(1, 2, 0).numpy()
 np.savez(sys.argv[2], **found)
@@ -132,16 +142,13 @@ def probabilities_of(run: Run, images: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def runs(work: Path) -> dict[str, Run]:
-    """The runs, exported, with their images, and two photos of odd sizes beside them, one of them on its side."""
+    """The runs, exported, with their images, and photos of odd sizes beside them, one of each kind."""
     made = {name: make() for name, make in RUNS.items()}
     for name, run in made.items():
         np.save(work / f"{name}.npy", drawn_images(9, run.resize.side))
         export(run, name, work)
-    noise = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(noise).resize((301, 200), Image.Resampling.BICUBIC).save(work / "photo.jpg", exif=exif)
-    Image.fromarray(noise).resize((98, 151), Image.Resampling.BICUBIC).save(work / "photo.png")
+    for kind, save in PHOTOS.items():
+        save(work / f"photo.{kind}")
     return made
 
 
@@ -187,17 +194,41 @@ def test_python_of_the_documents_runs_as_it_stands(runs, work):
         assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_pytorch_reads_photos_as_the_run_does(name, runs, results, work):
-    for path in ("photo.jpg", "photo.png"):
-        np.testing.assert_array_equal(results["torch"][0][f"{name} {path}"], read_image(work / path, runs[name].resize))
+@pytest.mark.parametrize("kind", PHOTOS)
+def test_pytorch_reads_photos_as_the_run_does(kind, runs, results, work):
+    for name, run in runs.items():
+        expected = read_image(work / f"photo.{kind}", run.resize)
+        assert expected.std() > 10  # neither black nor white
+        np.testing.assert_array_equal(results["torch"][0][f"{name} photo.{kind}"], expected)
 
 
 def test_pytorch_prints_the_top_classes_of_photos(runs, results, work):
-    paths = [work / "photo.jpg", work / "photo.png"]
+    paths = sorted(work.glob("photo.*"))
     predicted = list(runs.values())[-1].predict(paths)
     for line, path, name in zip(results["torch"][1].splitlines(), paths, predicted.class_names, strict=True):
         assert line.startswith(f"{path.name}  {name} ") and line.count("%") == 3
+
+
+def test_pytorch_says_what_it_is_given_and_what_it_cannot_read(runs, work, tmp_path):
+    declared = f"import sys; sys.path.insert(0, {str(TESTS)!r})\nimport runpy, torch\n"
+    declared += "from parity.torch_networks import declare_operators\nlibrary = declare_operators(torch)\n"
+    program = declared + f"runpy.run_path({str(work / 'torch-unpadded' / 'model.py')!r}, run_name='__main__')"
+
+    def run(*photos: str) -> tuple[int, str, str]:
+        command = [sys.executable, "-I", "-W", "ignore", "-c", program, *photos]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    status, out, error = run()
+    assert (status, out) == (2, "") and error.startswith("usage: ") and "PHOTO" in error
+    (tmp_path / "notes.txt").write_text("no photo")
+    (tmp_path / "cut.png").write_bytes((work / "photo.png").read_bytes()[:500])
+    shutil.copy(work / "photo.png", tmp_path)
+    status, out, error = run("missing.jpg", "notes.txt", "cut.png", "photo.png")
+    missing, unknown, cut = error.splitlines()
+    assert status == 1 and missing == "missing.jpg cannot be read as a photo: No such file or directory"
+    assert unknown.startswith("notes.txt cannot be read") and cut.startswith("cut.png cannot be read")
+    assert out.startswith("photo.png  ") and out.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", RUNS)

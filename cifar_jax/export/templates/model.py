@@ -3,12 +3,14 @@
 Written by cifar_jax, which it does not need; it needs torch, torchvision and safetensors.
 """
 
+import argparse
 import json
 import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -43,6 +45,9 @@ class Classifier(nn.Module):
 
     def features(self, images):
         """Pooled features, [N, features]."""
+        side = self.config["side"]
+        if images.shape[1:] != (3, side, side):  # the convolutions would take other sizes, and mislead
+            raise ValueError(f"images must be [N, 3, {side}, {side}], got {list(images.shape)}")
         x = (images.to(self.mean) - self.mean) / self.std  # of the module's dtype, on its device
         x = nn.functional.interpolate(x, scale_factor=self.factor, mode="nearest") if self.factor > 1 else x
         x = self.maxpool(self.bn1(self.conv1(x)).relu())
@@ -67,8 +72,17 @@ def load(directory=Path(__file__).parent):
 
 
 def read_photo(path, resize):
-    """Reads a photo as uint8 [3, side, side], by the rule `resize` of config.json."""
-    image, side = ImageOps.exif_transpose(Image.open(path)).convert("RGB"), resize["side"]
+    """Reads a photo as uint8 [3, side, side], white behind transparent parts, by the rule `resize` of config.json."""
+    with Image.open(path) as file:
+        image, side = ImageOps.exif_transpose(file), resize["side"]
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit greys, which Pillow would clip at 255
+        grey = np.asarray(image, np.float64)
+        grey = grey / 257 if image.mode != "F" or grey.max() > 255 else grey
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
     if resize["method"] == "eval-transform":
         image = transforms.resize(image, resize["shorter"], transforms.InterpolationMode(resize["interpolation"]))
         return transforms.pil_to_tensor(transforms.center_crop(image, side))
@@ -79,9 +93,19 @@ def read_photo(path, resize):
 
 
 if __name__ == "__main__":
-    model = load()
-    with torch.inference_mode():
-        for path in sys.argv[1:]:
-            best = model(read_photo(path, model.config["resize"])[None])[0].topk(min(3, model.config["head"][-1]))
-            names = [model.config["class_names"][label] for label in best.indices]
-            print(path, *(f"{name} {value:.1%}" for name, value in zip(names, best.values, strict=True)), sep="  ")
+    parser = argparse.ArgumentParser(description="Prints the top classes of photos.")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO")
+    photos, model, status = parser.parse_args().photos, load(), 0
+    for path in photos:
+        try:
+            photo = read_photo(path, model.config["resize"])
+        except Exception as error:  # Pillow raises all kinds of them on corrupt files
+            status = 1
+            print(f"{path} cannot be read as a photo: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            continue
+        with torch.inference_mode():
+            best = model(photo[None])[0].topk(min(3, model.config["head"][-1]))
+        names = [model.config["class_names"][label] for label in best.indices]
+        print(path, *(f"{name} {value:.1%}" for name, value in zip(names, best.values, strict=True)), sep="  ")
+    if status:
+        sys.exit(status)

@@ -43,9 +43,9 @@ async function fetched({ name, integrity }) {
   throw new Failure(
     answers
       ? `${name} from ${host} is not the file that this page was made with (checksum mismatch), so it is not run. ` +
-        "Export the page again with the runtime built in."
+        "Export the page again with the runtime built in (--ort-web DIR)."
       : `${host} cannot be reached, from which this page fetches what runs the model (${name}). Connect to the ` +
-        "internet and load the page again, or export it again with the runtime built in.",
+        "internet and load the page again, or export it again with the runtime built in (--ort-web DIR).",
   );
 }
 
@@ -182,10 +182,12 @@ function take(files) {
   for (const [file, element] of cards) {
     last = last.then(async () => {
       await new Promise((resolve) => setTimeout(resolve)); // for the page to be painted meanwhile
-      live.textContent = await classify(file).then(
+      if (!element.isConnected) return; // cleared
+      const said = await classify(file).then(
         (result) => showResult(element, result),
         (error) => showFailure(element, error),
       );
+      if (element.isConnected) live.textContent = said;
     });
   }
 }
@@ -209,6 +211,18 @@ addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dragging");
   take([...event.dataTransfer.files]);
+});
+
+find("#clear").addEventListener("click", () => {
+  for (const image of document.querySelectorAll(".card figure img")) {
+    const { src } = image;
+    image.removeAttribute("src"); // which may still be loading
+    URL.revokeObjectURL(src);
+  }
+  find("#results").replaceChildren();
+  document.body.classList.remove("has-results");
+  find("#live").textContent = "The results are cleared.";
+  input.focus(); // else it would be lost with the button
 });
 
 model.then(
