@@ -234,7 +234,10 @@ def written_below(directory):
 @pytest.mark.parametrize(
     ("typed", "parts"),
     [
-        (["trian"], ["There is no command 'trian'. Did you mean train?", "train, evaluate, predict, features, info"]),
+        (
+            ["trian"],
+            ["There is no command 'trian'. Did you mean train?", "train, evaluate, predict, export, features, info"],
+        ),
         (["help", "Evaluate"], ["There is no command 'Evaluate'. Did you mean evaluate?"]),
         (["--epochs", "3"], ["There is no command '--epochs'"]),
         ([""], ["There is no command ''"]),

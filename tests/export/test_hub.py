@@ -129,7 +129,7 @@ def test_the_figures_that_the_card_shows_are_there(exported):
     for name in shown:
         Image.open(path / name).verify()
     files = {file.name for file in path.iterdir()}
-    assert files == {*shown, "README.md", "config.json", "model.py", "model.safetensors"}
+    assert files == {*shown, "README.md", "SHA256SUMS", "config.json", "model.py", "model.safetensors"}
 
 
 def test_a_run_without_figures_has_a_card_without_them(run_path, tmp_path):
@@ -166,11 +166,14 @@ def test_special_characters_in_names_are_shown_as_they_are(run_path, tmp_path):
 def test_a_directory_that_was_exported_is_replaced_and_no_other(run_path, tmp_path):
     run, out = load_run(run_path), tmp_path / "hub"
     export_run(run, "hub", out)
-    (out / "old.txt").write_text("old")
     with pytest.raises(UserError, match="already exists"):
         export_run(run, "hub", out)
     export_run(run, "hub", out, overwrite=True)
-    assert not (out / "old.txt").exists() and (out / "README.md").exists()
+    card = (out / "README.md").read_text(encoding="utf-8")
+    (out / "README.md").write_text(f"{card}\nTaken by myself.\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"has changed since it was exported \(README\.md\)"):
+        export_run(run, "hub", out, overwrite=True)
+    assert "Taken by myself." in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_without_the_hubs_library_it_says_what_to_install(run_path, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ def test_keras_without_its_backend_is_one_sentence(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model", "model.h5", "model.onnx"])
 def test_other_endings_are_refused(run, name, tmp_path):
-    with pytest.raises(UserError, match=r"--out must end in \.keras for --format keras"):
+    with pytest.raises(UserError, match=r"must be a file name that ends in \.keras for --format keras"):
         export_run(run, "keras", tmp_path / name)
 
 

@@ -33,8 +33,8 @@ def exported(keras_like, tmp_path_factory):
     return path
 
 
-def test_directory_has_three_files_that_others_may_read(exported):
-    assert files_below(exported) == ["config.json", "model.py", "model.safetensors"]
+def test_directory_has_files_that_others_may_read(exported):
+    assert files_below(exported) == ["SHA256SUMS", "config.json", "model.py", "model.safetensors"]
     assert {(exported / name).stat().st_mode & 0o444 for name in files_below(exported)} == {0o444}
 
 

@@ -152,7 +152,7 @@ def test_export_of_a_run(tmp_path_factory: pytest.TempPathFactory, ort_web: Path
     about = export_run(run, "web", out, ort_web=str(ort_web))
     assert about["runtime"] == "onnxruntime-web 9.8.7-dev.1, built into this page, which needs no network"
     assert out.read_text("utf-8").startswith("<!doctype html>")
-    with pytest.raises(UserError, match=r"must end in \.html"):
+    with pytest.raises(UserError, match=r"ends in \.html"):
         export_run(run, "web", tmp_path / "page.htm")
     with pytest.raises(UserError, match="--ort-web is for --format web"):
         export_run(run, "onnx", tmp_path / "model.onnx", ort_web=str(ort_web))

@@ -53,6 +53,12 @@ def test_blocks_are_of_the_kinds_that_are_typed_or_shown(path):
     assert {block.language for block in blocks(path.read_text())} <= {"", "sh", "python"}
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_left_to_be_written(path):
+    prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"^[A-Z]{3,}$|TODO|FIXME", prose, re.MULTILINE)
+
+
 def test_the_list_of_what_is_not_typed_names_what_stands_in_the_documents():
     assert sorted(set(NOT_TYPED) - {command.bare for command in ALL}) == []
 

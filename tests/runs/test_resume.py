@@ -22,8 +22,8 @@ from cifar_jax.experiment import train
 from cifar_jax.files import write_json
 from cifar_jax.runs.checkpoint import Position, list_checkpoints, position_of
 from cifar_jax.runs.directory import CHECKPOINTS, SUMMARY
-from cifar_jax.runs.predict import evaluate_run
 from cifar_jax.runs.resume import selected_epoch
+from cifar_jax.runs.scores import evaluate_run
 from cifar_jax.runtime.progress import EpochRow
 from cifar_jax.train.loop import Diverged
 
