@@ -157,7 +157,8 @@ class ExportedModel:
 def is_exported(path: str | os.PathLike[str]) -> bool:
     """Whether a path is meant as an exported model rather than as a run: a file, a directory that `export` wrote."""
     path = Path(os.path.expanduser(path))
-    return path.is_file() or (not path.exists() and path.suffix.lower() == ONNX) or was_exported(path)
+    # Not Path.exists, which raises for a name that is too long.
+    return os.path.isfile(path) or (not os.path.exists(path) and path.suffix.lower() == ONNX) or was_exported(path)
 
 
 def was_exported(path: Path) -> bool:
@@ -197,15 +198,15 @@ def load_exported(path: str | os.PathLike[str], data_dir: str | None = None) -> 
 def read_exported(path: str | os.PathLike[str]) -> ExportedModel:
     """Loads an exported model; see `load_exported`."""
     path = Path(os.path.expanduser(path))
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{path} does not exist; name an .onnx file, or a directory that `export` wrote.")
     if (path / METADATA).is_file():
         return _load_stablehlo(path)
     if path.is_file() and path.suffix.lower() == ONNX:
         return _load_onnx(path)
     raise UserError(
-        f"{path} is not an .onnx file or a directory with StableHLO; other formats are for their own libraries, as "
-        "docs/export.md shows."
+        f"{path} is not a run, an .onnx file or a directory with StableHLO; name a run directory or one of these. Other "
+        "formats are for their own libraries."
     )
 
 

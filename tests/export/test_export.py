@@ -249,10 +249,10 @@ def test_foreign_files_are_refused(exported, capsys, tmp_path):
     is_one_error(
         command(capsys, "predict", tmp_path / "model.keras", "a.png"),
         2,
-        "is not an .onnx file or a",
+        "is not a run, an .onnx file or a",
     )
     is_one_error(command(capsys, "predict", tmp_path / "gone.onnx", "a.png"), 2, "gone.onnx does not exist")
-    with pytest.raises(UserError, match="other formats are for their own libraries"):
+    with pytest.raises(UserError, match="formats are for their own libraries"):
         load_exported(tmp_path)
 
 

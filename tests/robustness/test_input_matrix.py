@@ -309,7 +309,7 @@ PLACES = {
 
 
 # Places that a command may make or use.
-FINE = {("out", missing), ("out", a_directory), ("trace", missing), ("trace", a_directory)}
+FINE = {("out", missing), ("out", a_directory), ("trace", missing), ("trace", a_directory), ("model", a_directory)}
 
 
 @pytest.mark.parametrize(("name", "kind"), [case for case in itertools.product(PLACES, KINDS) if case not in FINE])
