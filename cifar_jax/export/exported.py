@@ -205,8 +205,8 @@ def read_exported(path: str | os.PathLike[str]) -> ExportedModel:
     if path.is_file() and path.suffix.lower() == ONNX:
         return _load_onnx(path)
     raise UserError(
-        f"{path} is not a run, an .onnx file or a directory with StableHLO; name a run directory or one of these. Other "
-        "formats are for their own libraries."
+        f"{path} is not a run, an .onnx file or a directory with StableHLO; name a run directory or one of these. "
+        "Other formats are for their own libraries."
     )
 
 
