@@ -69,7 +69,7 @@ class Peers:
         """
         self._store, self._own, self._count = store, own, count
         self._leave, self._poll, self._patience, self._long = leave, poll, patience, long
-        self._ends = threading.Lock()  # held by the thread that ends this process
+        self._ends, self._ended = threading.Lock(), False  # held by the thread that ends this process
 
     @contextlib.contextmanager
     def failing_together(
@@ -95,7 +95,7 @@ class Peers:
                 raise
             if is_peer_lost(error):
                 # It may have announced why it leaves, in which case the watcher ends this process.
-                watcher.join(2 * self._poll + GRACE)
+                watcher.join(2 * (self._poll + GRACE))
                 error = RunError(lost_sentence(f"Process {1 - self._own}" if self._count == 2 else "Another process"))
             reason, code = explain(error)
             self._set("failure", {"process": self._own, "reason": reason, "code": code})
@@ -130,6 +130,9 @@ class Peers:
 
     def _end(self, reason: str, code: int, say: Callable[[str], object]) -> None:
         with self._ends:
+            if self._ended:  # for the reason that the other thread has given
+                return
+            self._ended = True
             say(reason)
             self._flush()
             record_end(code)
