@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cifar_jax.cli.compiled import use_compile_cache
 from cifar_jax.cli.console import ConsoleReporter
 from cifar_jax.cli.errors import print_error, reason_for_peers
 from cifar_jax.cli.options import (
@@ -51,7 +52,7 @@ def train(arguments: list[str], reporter: ConsoleReporter) -> int:
         if not is_first():
             reporter.mute()
         reporter.bars &= config.run.progress
-        _use_compile_cache(config.run.cache_dir)
+        use_compile_cache(config.run.cache_dir)
         if warning := unused_accelerator():
             logger.warning(warning)
         try:
@@ -178,7 +179,7 @@ def features(arguments: list[str], reporter: ConsoleReporter) -> int:
         )
     config = options.config()
     images = () if is_data_set(options.src) else picture_paths(options.src, read_stdin)
-    _use_compile_cache(options.cache_dir)
+    use_compile_cache(options.cache_dir)
     with profiled(options.profile):
         about = write_features(config, options.out, images, overwrite=options.overwrite, reporter=reporter)
     return _print_about(about, options.json, reporter)
@@ -215,9 +216,3 @@ def _print_about(about: dict[str, str], as_json: bool, reporter: ConsoleReporter
     else:
         reporter.header(about)
     return 0
-
-
-def _use_compile_cache(cache_dir: str | None = None) -> None:
-    from cifar_jax.runtime.compile_cache import use_compile_cache
-
-    use_compile_cache(cache_dir)

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar_jax.cli.compiled import use_compile_cache
 from cifar_jax.cli.console import ConsoleReporter
 from cifar_jax.cli.options import EvaluateOptions, ExportOptions, PredictOptions, parse
 from cifar_jax.cli.parsing import program
@@ -31,7 +32,7 @@ def evaluate(arguments: list[str], reporter: ConsoleReporter) -> int:
     if options.dataset is not None and not options.dataset.strip():
         raise UserError(f"--dataset must be a name or a path, got {options.dataset!r}.")
     _check_batch_size(options.batch_size)
-    _use_compile_cache()
+    use_compile_cache()
     shared: dict[str, Any] = {
         "dataset": options.dataset,
         "label_key": options.label_key,
@@ -75,7 +76,7 @@ def predict(arguments: list[str], reporter: ConsoleReporter) -> int:
     _check_batch_size(options.batch_size)
     _check_order(options)
     paths = picture_paths(options.sources, read_stdin)
-    _use_compile_cache()
+    use_compile_cache()
     model = _exported(options) or load_run(options.run, options.weights, allow_incomplete=options.allow_incomplete)
     input_resize(model, options.direct)  # checks it, before the header of a table is printed
     failed = print_predictions(
@@ -136,7 +137,7 @@ def export(arguments: list[str], reporter: ConsoleReporter) -> int:
         raise UserError(f"{options.run} is not a run directory. Models are exported from the run that `train` wrote.")
     # Before the run is loaded.
     check_out(out_path(options.out), options.format, FORMATS[options.format].suffix, options.overwrite)
-    _use_compile_cache()
+    use_compile_cache()
     run = load_run(options.run, options.weights, allow_incomplete=options.allow_incomplete)
     about = export_run(run, options.format, options.out, overwrite=options.overwrite, ort_web=options.ort_web)
     if options.json:
@@ -146,9 +147,3 @@ def export(arguments: list[str], reporter: ConsoleReporter) -> int:
         about["try"] = f"{program()} predict {shlex.quote(options.out)} PICTURE..."
     reporter.header(about)
     return 0
-
-
-def _use_compile_cache() -> None:
-    from cifar_jax.runtime.compile_cache import use_compile_cache
-
-    use_compile_cache()

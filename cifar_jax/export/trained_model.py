@@ -25,8 +25,8 @@ from cifar_jax.version import __version__
 FORMAT = "cifar_jax export 1"
 # Options that choose and divide the images of a run, so that an exported model can be scored on the same ones.
 DATA_OPTIONS = (
-    *("label_key", "skip_unreadable", "train_examples", "test_examples", "val_fraction", "test_fraction"),
-    "seed",
+    *("label_key", "skip_unreadable", "train_examples", "test_examples"),
+    *("val_fraction", "test_fraction", "seed"),
 )
 
 CHECKED = 4  # images on which what was written is compared with the run
@@ -157,12 +157,11 @@ def _backbone_of(run: Run) -> dict[str, Any]:
 
 
 def _data_of(run: Run) -> dict[str, Any]:
-    data, kind = run.config.data, run.data_kind
+    options, kind = run.config.to_json(), run.data_kind
     # A path becomes the name that the set has in the summary.
-    name = data.dataset if kind in ("shapes", "tfds") else str(run.summary["dataset"].get("name", ""))
-    options = {option: getattr(data, option) for option in DATA_OPTIONS if option != "seed"}
-    more = {"seed": run.config.optim.seed, "test_sha256": run.test_sha256}
-    return {"dataset": name, "kind": kind} | options | more
+    name = options["dataset"] if kind in ("shapes", "tfds") else str(run.summary["dataset"].get("name", ""))
+    chosen = {option: options[option] for option in DATA_OPTIONS}
+    return {"dataset": name, "kind": kind} | chosen | {"test_sha256": run.test_sha256}
 
 
 def _scores(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import summary_of, tiny_run
-from hub_cards import card_of, edited, pictures_run, tables
+from helpers import summary_of
+from hub_cards import card_of, edited, tables
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
@@ -16,16 +16,6 @@ from cifar_jax.pretrained import registry
 
 # The identifiers of https://huggingface.co/docs/hub/repositories-licenses that may be needed.
 LICENSES = {"apache-2.0", "bsd-3-clause", "mit"}
-
-
-@pytest.fixture(scope="module")
-def run_path(tmp_path_factory):
-    return tiny_run(tmp_path_factory).path
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return pictures_run(tmp_path_factory)
 
 
 def text_of(card):

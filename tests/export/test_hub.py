@@ -9,8 +9,8 @@ import sys
 from dataclasses import replace
 
 import pytest
-from helpers import summary_of, tiny_run
-from hub_cards import card_of, edited, pictures_run, tables
+from helpers import summary_of
+from hub_cards import card_of, edited, tables
 from huggingface_hub import InferenceClient, ModelCard, ModelCardData, metadata_eval_result, metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from markdown_it import MarkdownIt
@@ -49,16 +49,6 @@ def offline(monkeypatch):
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.fixture(scope="module")
-def run_path(tmp_path_factory):
-    return tiny_run(tmp_path_factory).path
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return pictures_run(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
